@@ -1,0 +1,5 @@
+"""python -m aphroquant."""
+
+from aphroquant.cli import main
+
+main()

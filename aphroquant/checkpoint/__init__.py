@@ -1,0 +1,1 @@
+"""Checkpoints: lazy readers (safetensors directories, GGUF files, Hub ids) and an atomic sharded writer."""

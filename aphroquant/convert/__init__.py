@@ -1,0 +1,1 @@
+"""From a source checkpoint to a quantized one, block by block."""

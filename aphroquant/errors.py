@@ -1,0 +1,62 @@
+"""Every error that a user can cause, as one tree; each carries the exit code that the command line ends with.
+
+    AphroquantError            1  internal error (also any other exception)
+    ├── UsageError             2  a parameter is wrong, or does not fit the model
+    ├── InputError             3  a file, checkpoint or text cannot be read, or holds something unsupported
+    ├── GateError              4  the result was written and measured, and missed a quality gate
+    ├── ResourceError          5  out of disk or memory
+    └── RequestError           -  one request to the engine or server is wrong (HTTP 4xx); the engine goes on
+
+A message is one sentence that names the file, tensor or parameter, the value and the rule; `hint` says what to do.
+An interrupted command ends with 130.
+"""
+
+from __future__ import annotations
+
+EXIT_OK = 0
+EXIT_INTERRUPTED = 130
+
+
+class AphroquantError(Exception):
+    """Base of all errors raised on purpose. `hint` is shown on its own line after the message."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class UsageError(AphroquantError):
+    """A parameter is wrong, or does not fit the model."""
+
+    exit_code = 2
+
+
+class InputError(AphroquantError):
+    """A file, checkpoint or text cannot be read, or holds something unsupported."""
+
+    exit_code = 3
+
+
+class GateError(AphroquantError):
+    """The result missed a quality gate."""
+
+    exit_code = 4
+
+
+class ResourceError(AphroquantError):
+    """The disk or the memory is too small."""
+
+    exit_code = 5
+
+
+class RequestError(AphroquantError):
+    """One request is wrong. `param` names the field, `status` is the HTTP status, `code` OpenAI's error code."""
+
+    def __init__(self, message: str, *, param: str | None = None, status: int = 400, code: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+        self.status = status
+        self.code = code

@@ -1,0 +1,1 @@
+"""Decoder families described as data, and one forward for all of them."""

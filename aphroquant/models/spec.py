@@ -1,0 +1,186 @@
+"""Decoder families as data: one `DecoderSpec` read from config.json tells the forward everything it needs.
+
+Adding a family that fits the shape (pre-norm attention with rotary positions, gated MLP) is one entry in FAMILIES.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from aphroquant.errors import InputError
+
+Q, K, V, O = "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"  # noqa: E741
+GATE, UP, DOWN = "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"
+LINEARS = (Q, K, V, O, GATE, UP, DOWN)  # in the order of execution
+INPUT_NORM, POST_ATTENTION_NORM = "input_layernorm", "post_attention_layernorm"
+Q_NORM, K_NORM = "self_attn.q_norm", "self_attn.k_norm"
+EMBEDDING, FINAL_NORM, LM_HEAD = "model.embed_tokens", "model.norm", "lm_head"
+
+
+@dataclass(frozen=True)
+class RopeSpec:
+    """Rotary positions: base and, if any, the scaling ("default", "linear", "llama3", "yarn") with its parameters."""
+
+    theta: float
+    kind: str = "default"
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class DecoderSpec:
+    """A decoder-only transformer of the Llama shape. Sizes in elements; `sliding_windows` one entry a layer."""
+
+    family: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    norm_eps: float
+    max_position_embeddings: int
+    rope: RopeSpec
+    tie_word_embeddings: bool
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    sliding_windows: tuple[int | None, ...]
+
+    def __post_init__(self) -> None:
+        if self.num_heads % self.num_kv_heads:
+            raise InputError(
+                f"config.json: num_attention_heads = {self.num_heads} is not a multiple of "
+                f"num_key_value_heads = {self.num_kv_heads}"
+            )
+
+    def block_prefix(self, layer: int) -> str:
+        return f"model.layers.{layer}"
+
+    def linear_shape(self, linear: str) -> tuple[int, int]:
+        """(out_features, in_features) of one of LINEARS."""
+        attention, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        return {
+            Q: (attention, self.hidden_size),
+            K: (kv, self.hidden_size),
+            V: (kv, self.hidden_size),
+            O: (self.hidden_size, attention),
+            GATE: (self.intermediate_size, self.hidden_size),
+            UP: (self.intermediate_size, self.hidden_size),
+            DOWN: (self.hidden_size, self.intermediate_size),
+        }[linear]
+
+    def has_bias(self, linear: str) -> bool:
+        if linear in (Q, K, V):
+            return self.qkv_bias
+        return self.o_bias if linear == O else self.mlp_bias
+
+    def modules(self) -> list[str]:
+        """Names of all block linears, in the order of execution: model.layers.0.self_attn.q_proj, ..."""
+        return [f"{self.block_prefix(i)}.{linear}" for i in range(self.num_layers) for linear in LINEARS]
+
+
+def decoder_spec(config: Mapping[str, Any]) -> DecoderSpec:
+    """The spec of a Hugging Face config.json. Raises InputError for an unknown family or a missing or odd key."""
+    family = config.get("model_type")
+    if family not in FAMILIES:
+        raise InputError(
+            f"config.json: model_type {family!r} is not supported; known are {', '.join(sorted(FAMILIES))}",
+        )
+    if config.get("hidden_act", "silu") not in ("silu", "swish"):
+        raise InputError(f"config.json: hidden_act {config['hidden_act']!r} is not supported; only silu is")
+    num_heads = _integer(config, "num_attention_heads")
+    hidden_size = _integer(config, "hidden_size")
+    num_layers = _integer(config, "num_hidden_layers")
+    if config.get("head_dim") is None and hidden_size % num_heads:
+        raise InputError(f"config.json: hidden_size {hidden_size} is not a multiple of num_attention_heads {num_heads}")
+    return DecoderSpec(
+        family=family,
+        vocab_size=_integer(config, "vocab_size"),
+        hidden_size=hidden_size,
+        intermediate_size=_integer(config, "intermediate_size"),
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=_integer(config, "num_key_value_heads", num_heads),
+        head_dim=_integer(config, "head_dim", hidden_size // num_heads),
+        norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+        max_position_embeddings=_integer(config, "max_position_embeddings", 2048),
+        rope=_rope(config),
+        sliding_windows=_sliding_windows(config, num_layers),
+        **FAMILIES[family](config),
+    )
+
+
+def _llama(config: Mapping[str, Any]) -> dict[str, bool]:
+    attention_bias = bool(config.get("attention_bias", False))
+    return {
+        "tie_word_embeddings": bool(config.get("tie_word_embeddings", False)),
+        "qkv_bias": attention_bias,
+        "o_bias": attention_bias,
+        "mlp_bias": bool(config.get("mlp_bias", False)),
+        "qk_norm": False,
+    }
+
+
+def _qwen2(config: Mapping[str, Any]) -> dict[str, bool]:
+    return {**_llama(config), "qkv_bias": True, "o_bias": False, "mlp_bias": False}
+
+
+def _mistral(config: Mapping[str, Any]) -> dict[str, bool]:
+    return {**_llama(config), "qkv_bias": False, "o_bias": False, "mlp_bias": False}
+
+
+def _qwen3(config: Mapping[str, Any]) -> dict[str, bool]:
+    return {**_llama(config), "qk_norm": True, "mlp_bias": False}
+
+
+# SmolLM and SmolLM2 are published as model_type llama.
+FAMILIES: dict[str, Callable[[Mapping[str, Any]], dict[str, bool]]] = {
+    "llama": _llama,
+    "mistral": _mistral,
+    "qwen2": _qwen2,
+    "qwen3": _qwen3,
+}
+
+
+def _integer(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    value = config.get(key)
+    if value is None:
+        value = default
+    if value is None:
+        raise InputError(f"config.json: {key} is missing")
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise InputError(f"config.json: {key} = {value!r} must be a positive integer")
+    return value
+
+
+def _rope(config: Mapping[str, Any]) -> RopeSpec:
+    # transformers 5 writes rope_parameters; older files have rope_theta and rope_scaling.
+    parameters = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    theta = float(parameters.pop("rope_theta", config.get("rope_theta", 10000.0)))
+    kind = parameters.pop("rope_type", None) or parameters.pop("type", None) or "default"
+    parameters.pop("type", None)
+    if kind not in ("default", "linear", "llama3", "yarn"):
+        known = "default, linear, llama3, yarn"
+        raise InputError(f"config.json: rope scaling {kind!r} is not supported; known are {known}")
+    parameters.setdefault("original_max_position_embeddings", config.get("max_position_embeddings", 2048))
+    return RopeSpec(theta, kind, parameters)
+
+
+def _sliding_windows(config: Mapping[str, Any], num_layers: int) -> tuple[int | None, ...]:
+    window = config.get("sliding_window")
+    if window is None or config.get("use_sliding_window") is False:
+        return (None,) * num_layers
+    if config.get("model_type") in ("qwen2", "qwen3") and "use_sliding_window" not in config:
+        return (None,) * num_layers  # off by default in these families
+    if layer_types := config.get("layer_types"):
+        return tuple(window if kind == "sliding_attention" else None for kind in layer_types)
+    if config.get("model_type") in ("qwen2", "qwen3"):
+        first = config.get("max_window_layers", 28)
+        return tuple(window if layer >= first else None for layer in range(num_layers))
+    if config.get("model_type") == "llama":
+        return (None,) * num_layers
+    return (window,) * num_layers

@@ -1,0 +1,1 @@
+"""Calibration: numbers. Data, activation statistics and solvers that turn a dense weight into a quantized one."""

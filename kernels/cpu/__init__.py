@@ -1,0 +1,1 @@
+"""Compiled C++ kernels for x86-64 CPUs, behind a C ABI."""

@@ -1,0 +1,1 @@
+"""Plain torch kernels: slow, simple, and the definition of correct."""
