@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from aphroquant.convert import convert
+    from aphroquant.conversion import convert
     from aphroquant.engine.llm import LLM
     from aphroquant.engine.types import SamplingParams
     from aphroquant.evaluation import evaluate
@@ -25,7 +25,7 @@ except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0+unknown"
 
 _LAZY = {
-    "convert": "aphroquant.convert",
+    "convert": "aphroquant.conversion",
     "evaluate": "aphroquant.evaluation",
     "LLM": "aphroquant.engine.llm",
     "SamplingParams": "aphroquant.engine.types",
