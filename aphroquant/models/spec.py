@@ -5,6 +5,7 @@ Adding a family that fits the shape (pre-norm attention with rotary positions, g
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -56,6 +57,8 @@ class DecoderSpec:
                 f"config.json: num_attention_heads = {self.num_heads} is not a multiple of "
                 f"num_key_value_heads = {self.num_kv_heads}"
             )
+        if self.head_dim % 2:
+            raise InputError(f"config.json: head_dim = {self.head_dim} must be even: rotary positions pair channels")
 
     def block_prefix(self, layer: int) -> str:
         return f"model.layers.{layer}"
@@ -90,6 +93,7 @@ def decoder_spec(config: Mapping[str, Any]) -> DecoderSpec:
         raise InputError(
             f"config.json: model_type {family!r} is not supported; known are {', '.join(sorted(FAMILIES))}",
         )
+    config = {**_ABSENT_KEYS[family], **config}
     if config.get("hidden_act", "silu") not in ("silu", "swish"):
         raise InputError(f"config.json: hidden_act {config['hidden_act']!r} is not supported; only silu is")
     num_heads = _integer(config, "num_attention_heads")
@@ -106,8 +110,8 @@ def decoder_spec(config: Mapping[str, Any]) -> DecoderSpec:
         num_heads=num_heads,
         num_kv_heads=_integer(config, "num_key_value_heads", num_heads),
         head_dim=_integer(config, "head_dim", hidden_size // num_heads),
-        norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-        max_position_embeddings=_integer(config, "max_position_embeddings", 2048),
+        norm_eps=_number(config, "rms_norm_eps", 1e-6),
+        max_position_embeddings=_integer(config, "max_position_embeddings"),
         rope=_rope(config),
         sliding_windows=_sliding_windows(config, num_layers),
         **FAMILIES[family](config),
@@ -145,6 +149,14 @@ FAMILIES: dict[str, Callable[[Mapping[str, Any]], dict[str, bool]]] = {
     "qwen3": _qwen3,
 }
 
+# What a key means that a config.json leaves out (an explicit null means something else): the families' own defaults.
+_ABSENT_KEYS: dict[str, dict[str, Any]] = {
+    "llama": {"max_position_embeddings": 2048},
+    "mistral": {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
+    "qwen2": {"max_position_embeddings": 32768, "sliding_window": 4096, "max_window_layers": 28},
+    "qwen3": {"max_position_embeddings": 32768, "sliding_window": 4096, "max_window_layers": 28, "head_dim": 128},
+}
+
 
 def _integer(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
     value = config.get(key)
@@ -157,30 +169,80 @@ def _integer(config: Mapping[str, Any], key: str, default: int | None = None) ->
     return value
 
 
+def _number(mapping: Mapping[str, Any], key: str, default: float | None = None) -> float:
+    value = mapping.get(key)
+    if value is None:
+        value = default
+    if value is None:
+        raise InputError(f"config.json: {key} is missing")
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise InputError(f"config.json: {key} = {value!r} must be a positive number")
+    return float(value)
+
+
+# The numbers that each kind of rope scaling cannot do without.
+_ROPE_NUMBERS: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "original_max_position_embeddings"),
+}
+
+
 def _rope(config: Mapping[str, Any]) -> RopeSpec:
     # transformers 5 writes rope_parameters; older files have rope_theta and rope_scaling.
     parameters = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    theta = float(parameters.pop("rope_theta", config.get("rope_theta", 10000.0)))
-    kind = parameters.pop("rope_type", None) or parameters.pop("type", None) or "default"
-    parameters.pop("type", None)
-    if kind not in ("default", "linear", "llama3", "yarn"):
-        known = "default, linear, llama3, yarn"
-        raise InputError(f"config.json: rope scaling {kind!r} is not supported; known are {known}")
-    parameters.setdefault("original_max_position_embeddings", config.get("max_position_embeddings", 2048))
+    if nested := next((key for key, value in parameters.items() if isinstance(value, Mapping)), None):
+        raise InputError(f"config.json: rope parameters of their own for {nested!r} layers are not supported")
+    theta = _number({**config, **{k: v for k, v in parameters.items() if v is not None}}, "rope_theta", 10000.0)
+    kind = parameters.get("rope_type") or parameters.get("type") or "default"
+    if kind not in _ROPE_NUMBERS:
+        raise InputError(f"config.json: rope scaling {kind!r} is not supported; known are {', '.join(_ROPE_NUMBERS)}")
+    rotary_share = parameters.get("partial_rotary_factor", config.get("partial_rotary_factor"))
+    if rotary_share not in (None, 1, 1.0):
+        raise InputError(f"config.json: partial_rotary_factor = {rotary_share!r} is not supported; only 1 is")
+    for key in ("rope_theta", "rope_type", "type", "partial_rotary_factor"):
+        parameters.pop(key, None)
+    if "original_max_position_embeddings" in _ROPE_NUMBERS[kind]:
+        _complete_original_length(parameters, config)
+    for key in _ROPE_NUMBERS[kind]:
+        parameters[key] = _number(parameters, key)
     return RopeSpec(theta, kind, parameters)
 
 
+def _complete_original_length(parameters: dict[str, Any], config: Mapping[str, Any]) -> None:
+    """Fill in what may be left out: the length before scaling, and from it YaRN's factor."""
+    longest = _integer(config, "max_position_embeddings")
+    stored = config.get("original_max_position_embeddings") or parameters.get("original_max_position_embeddings")
+    parameters["original_max_position_embeddings"] = stored or longest
+    if parameters.get("factor") is None:
+        parameters["factor"] = longest / _number(parameters, "original_max_position_embeddings")
+
+
 def _sliding_windows(config: Mapping[str, Any], num_layers: int) -> tuple[int | None, ...]:
-    window = config.get("sliding_window")
-    if window is None or config.get("use_sliding_window") is False:
+    family = config["model_type"]
+    is_qwen = family in ("qwen2", "qwen3")
+    layer_types = _layer_types(config, num_layers)
+    if family == "llama" or config.get("sliding_window") is None:
         return (None,) * num_layers
-    if config.get("model_type") in ("qwen2", "qwen3") and "use_sliding_window" not in config:
-        return (None,) * num_layers  # off by default in these families
-    if layer_types := config.get("layer_types"):
+    if is_qwen and not config.get("use_sliding_window", False):
+        return (None,) * num_layers
+    window = _integer(config, "sliding_window")
+    if layer_types is not None:
         return tuple(window if kind == "sliding_attention" else None for kind in layer_types)
-    if config.get("model_type") in ("qwen2", "qwen3"):
-        first = config.get("max_window_layers", 28)
-        return tuple(window if layer >= first else None for layer in range(num_layers))
-    if config.get("model_type") == "llama":
-        return (None,) * num_layers
-    return (window,) * num_layers
+    first = config["max_window_layers"] if is_qwen else 0
+    if not isinstance(first, int):
+        raise InputError(f"config.json: max_window_layers = {first!r} must be an integer")
+    return tuple(window if layer >= first else None for layer in range(num_layers))
+
+
+def _layer_types(config: Mapping[str, Any], num_layers: int) -> list[str] | None:
+    layer_types = config.get("layer_types")
+    if layer_types is None:
+        return None
+    if len(layer_types) != num_layers:
+        raise InputError(f"config.json: layer_types has {len(layer_types)} entries for {num_layers} layers")
+    for kind in layer_types:
+        if kind not in ("full_attention", "sliding_attention"):
+            raise InputError(f"config.json: layer type {kind!r} is not supported")
+    return list(layer_types)
