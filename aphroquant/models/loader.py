@@ -7,6 +7,7 @@ InputError naming it. Modules may be dense or quantized in any mixture, whatever
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -49,12 +50,12 @@ def load_block(
     """Block `layer` with its norms in `dtype`. `make_linear` chooses how linears compute (default: dense_linear)."""
     spec = checkpoint.spec
     prefix = spec.block_prefix(layer)
+    make = make_linear or partial(dense_linear, dtype=dtype)
     linears = {}
     for linear in LINEARS:
         module = f"{prefix}.{linear}"
         weight = _weight(checkpoint, module, spec.linear_shape(linear))
         bias = _bias(checkpoint, spec, module, linear)
-        make = make_linear or (lambda *parts: dense_linear(*parts, dtype=dtype))
         linears[linear] = make(module, weight, bias)
     norms = {
         name: _vector(checkpoint, f"{prefix}.{name}.weight", size).to(dtype) for name, size in _norm_sizes(spec).items()
@@ -64,19 +65,15 @@ def load_block(
 
 def load_embedding(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> Tensor:
     """The token embedding [V, H]."""
-    spec = checkpoint.spec
-    return _weight(checkpoint, EMBEDDING, (spec.vocab_size, spec.hidden_size)).dequantize(dtype)
+    return _vocabulary_matrix(checkpoint, EMBEDDING, LM_HEAD).dequantize(dtype)
 
 
 def load_head(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The output projection [V, H]: the stored one, else the embedding if the two are tied.
+    """The output projection [V, H].
 
     A stored head is used even if config.json says tied (as transformers does): it may be quantized on its own.
     """
-    spec = checkpoint.spec
-    if spec.tie_word_embeddings and not has_module(checkpoint, LM_HEAD):
-        return load_embedding(checkpoint, dtype)
-    return _weight(checkpoint, LM_HEAD, (spec.vocab_size, spec.hidden_size)).dequantize(dtype)
+    return _vocabulary_matrix(checkpoint, LM_HEAD, EMBEDDING).dequantize(dtype)
 
 
 def load_final_norm(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -84,9 +81,12 @@ def load_final_norm(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) 
     return _vector(checkpoint, f"{FINAL_NORM}.weight", checkpoint.spec.hidden_size).to(dtype)
 
 
-def has_module(checkpoint: Checkpoint, module: str) -> bool:
-    """Whether any tensor of `module` is stored, under whatever suffixes its format uses."""
-    return any(name.startswith(f"{module}.") for name in checkpoint.tensors)
+def _vocabulary_matrix(checkpoint: Checkpoint, module: str, tied_to: str) -> QuantizedWeight:
+    """Embedding or head; if the two are tied, whichever is stored."""
+    spec = checkpoint.spec
+    if spec.tie_word_embeddings and module not in checkpoint.schemes():
+        module = tied_to
+    return _weight(checkpoint, module, (spec.vocab_size, spec.hidden_size))
 
 
 def _norm_sizes(spec: DecoderSpec) -> dict[str, int]:
@@ -97,7 +97,7 @@ def _norm_sizes(spec: DecoderSpec) -> dict[str, int]:
 
 
 def _weight(checkpoint: Checkpoint, module: str, shape: tuple[int, int]) -> QuantizedWeight:
-    if not has_module(checkpoint, module):
+    if module not in checkpoint.schemes():
         raise InputError(f"{checkpoint.source}: {module}.weight is missing")
     weight = checkpoint.weight(module)
     if weight.shape != shape:

@@ -6,7 +6,7 @@ size of the model: each block is loaded once, applied to all windows chunk by ch
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -44,7 +44,7 @@ class StreamedModel:
             if on_block is not None:
                 on_block(layer + 1, self.spec.num_layers)
         gain = load_final_norm(self.checkpoint, self.dtype)
-        for part in hidden.split(chunk):
+        for part in _parts(hidden, chunk):
             part.copy_(rms_norm(part, gain, self.spec.norm_eps))
         return hidden.view(batch, window_len, -1)
 
@@ -65,10 +65,15 @@ class StreamedModel:
         block = load_block(self.checkpoint, layer, self.dtype)
         attend = causal_attention(self.spec, window_len)
         positions = torch.arange(window_len)
-        for part in hidden.split(chunk):
+        for part in _parts(hidden, chunk):
             rope = cos_sin(self.spec.rope, self.spec.head_dim, positions.repeat(len(part) // window_len))
             part.copy_(block.forward(part, rope, attend))
 
     @cached_property
     def _head(self) -> Tensor:
         return load_head(self.checkpoint, self.dtype)
+
+
+def _parts(hidden: Tensor, chunk: int) -> Iterator[Tensor]:
+    """Views of `chunk` rows each; the last may be shorter."""
+    return (hidden[start : start + chunk] for start in range(0, len(hidden), chunk))

@@ -129,3 +129,11 @@ def test_dense_linear_multiplies_by_the_dequantized_weight() -> None:
     weight, bias, x = QuantizedWeight(scheme, tensors, (5, 24)), torch.randn(5), torch.randn(2, 24)
     expected = x.double() @ weight.dequantize(torch.float64).T + bias
     torch.testing.assert_close(dense_linear("m", weight, bias)(x).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_tied_embedding_stored_as_the_head_is_found(edited: Callable[..., Path]) -> None:
+    def rename(tensors: Tensors) -> None:
+        tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+
+    checkpoint = open_checkpoint(edited(rename, tie_word_embeddings=True))
+    assert torch.equal(load_embedding(checkpoint), load_head(checkpoint))
