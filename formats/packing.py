@@ -1,0 +1,94 @@
+"""Small codes in 32-bit words: the bit streams of GPTQ and compressed-tensors, and AWQ's interleaved nibbles.
+
+A *stream* is LSB first and contiguous: code i of width b occupies bits i*b .. i*b + b - 1 of the words laid end to end,
+bit 0 being the lowest of the first word. The pattern repeats every `period` codes, which fill a whole number of words
+(8 codes in 1 word for 4 bits, 32 codes in 3 words for 3 bits), so each position within the period is one vectorised
+shift over the whole tensor. A code may straddle two words. `padded=True` is the older layout of compressed-tensors
+(before 0.18) for widths that do not divide 32: floor(32 / b) codes a word, the highest bits unused.
+
+Words are int32, as files store them; the sign bit is an ordinary bit.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+WORD_BITS = 32
+AWQ_PACK = 8  # nibbles in a word
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # nibble i of a word holds column AWQ_ORDER[i] of its eight
+
+
+def num_words(count: int, bits: int, *, padded: bool = False) -> int:
+    """How many words hold `count` codes."""
+    if padded:
+        return math.ceil(count / (WORD_BITS // bits))
+    return math.ceil(count * bits / WORD_BITS)
+
+
+def pack(codes: Tensor, bits: int, dim: int = -1, *, padded: bool = False) -> Tensor:
+    """Codes (integers 0 .. 2**bits - 1) packed along `dim` into int32 words; the last word is filled with zero bits."""
+    assert not codes.numel() or 0 <= int(codes.min()) <= int(codes.max()) < 2**bits, f"codes wider than {bits} bits"
+    period, period_words = _period(bits, padded)
+    rows = codes.movedim(dim, -1)
+    count = rows.shape[-1]
+    rows = torch.nn.functional.pad(rows, (0, -count % period))
+    rows = rows.unflatten(-1, (rows.shape[-1] // period, period))  # [..., periods, period]
+    words = torch.zeros(*rows.shape[:-1], period_words, dtype=torch.int32, device=codes.device)
+    for position in range(period):
+        word, shift = _place(position, bits, padded)
+        field = rows[..., position].to(torch.int32)
+        words[..., word] |= field << shift
+        if shift + bits > WORD_BITS:  # the high bits go on in the next word
+            words[..., word + 1] |= field >> (WORD_BITS - shift)
+    words = words.flatten(-2)[..., : num_words(count, bits, padded=padded)]
+    return words.movedim(-1, dim).contiguous()
+
+
+def unpack(words: Tensor, bits: int, count: int, dim: int = -1, *, padded: bool = False) -> Tensor:
+    """The first `count` codes along `dim`, uint8. Inverse of `pack`."""
+    period, period_words = _period(bits, padded)
+    rows = words.movedim(dim, -1)
+    assert rows.shape[-1] >= num_words(count, bits, padded=padded), "too few words"
+    rows = torch.nn.functional.pad(rows, (0, -rows.shape[-1] % period_words))
+    rows = rows.unflatten(-1, (rows.shape[-1] // period_words, period_words))  # [..., periods, period_words]
+    codes = torch.empty(*rows.shape[:-1], period, dtype=torch.uint8, device=words.device)
+    mask = 2**bits - 1
+    for position in range(period):
+        word, shift = _place(position, bits, padded)
+        field = rows[..., word] >> shift
+        if shift + bits > WORD_BITS:
+            low_bits = WORD_BITS - shift  # the arithmetic shift has filled the rest with sign bits
+            field = (field & (2**low_bits - 1)) | (rows[..., word + 1] << low_bits)
+        codes[..., position] = (field & mask).to(torch.uint8)
+    return codes.flatten(-2)[..., :count].movedim(-1, dim).contiguous()
+
+
+def pack_awq(codes: Tensor) -> Tensor:
+    """4-bit codes [rows, columns] as AWQ gemm stores them: int32 [rows, columns / 8], nibbles interleaved."""
+    order = torch.tensor(AWQ_ORDER, device=codes.device)
+    eights = codes.unflatten(1, (codes.shape[1] // AWQ_PACK, AWQ_PACK))  # [rows, columns / 8, 8]
+    return pack(eights[..., order].flatten(1), 4)
+
+
+def unpack_awq(words: Tensor) -> Tensor:
+    """The codes [rows, columns], uint8. Inverse of `pack_awq`."""
+    inverse = torch.tensor(AWQ_ORDER, device=words.device).argsort()
+    eights = unpack(words, 4, words.shape[1] * AWQ_PACK).unflatten(1, (words.shape[1], AWQ_PACK))
+    return eights[..., inverse].flatten(1)
+
+
+def _period(bits: int, padded: bool) -> tuple[int, int]:
+    """(codes, words) after which the layout repeats."""
+    assert 1 <= bits <= 8, bits
+    if padded:
+        return WORD_BITS // bits, 1
+    common = math.gcd(WORD_BITS, bits)
+    return WORD_BITS // common, bits // common
+
+
+def _place(position: int, bits: int, padded: bool) -> tuple[int, int]:
+    """(word, lowest bit) of a code within its period."""
+    return (0, position * bits) if padded else divmod(position * bits, WORD_BITS)
