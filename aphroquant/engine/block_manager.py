@@ -1,9 +1,9 @@
 """Who holds which block of the KV cache: reference counts, the free list, and prefixes found again by their content.
 
-A full block is known by the digest of all tokens up to its end (a SHA-256 chain that begins with the request's salt), so
-equal digests mean equal tokens in equal positions under an equal salt. Only full blocks are shared, and they are never
-written again: no copy on write. A released block keeps its content, and its digest, until the free list hands it out
-anew; the free list is ordered by last use, and so it is the LRU cache.
+A full block is known by the digest of all tokens up to its end (a SHA-256 chain that begins with the request's salt),
+so equal digests mean equal tokens in equal positions under an equal salt. Only full blocks are shared, and they are
+never written again: no copy on write. A released block keeps its content, and its digest, until the free list hands it
+out anew; the free list is ordered by last use, and so it is the LRU cache.
 """
 
 from __future__ import annotations
