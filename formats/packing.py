@@ -35,7 +35,7 @@ def pack(codes: Tensor, bits: int, dim: int = -1, *, padded: bool = False) -> Te
     rows = codes.movedim(dim, -1)
     count = rows.shape[-1]
     rows = torch.nn.functional.pad(rows, (0, -count % period))
-    rows = rows.unflatten(-1, (rows.shape[-1] // period, period))  # [..., periods, period]
+    rows = rows.reshape(*rows.shape[:-1], rows.shape[-1] // period, period)  # [..., periods, period]
     words = torch.zeros(*rows.shape[:-1], period_words, dtype=torch.int32, device=codes.device)
     for position in range(period):
         word, shift = _place(position, bits, padded)
@@ -53,7 +53,7 @@ def unpack(words: Tensor, bits: int, count: int, dim: int = -1, *, padded: bool 
     rows = words.movedim(dim, -1)
     assert rows.shape[-1] >= num_words(count, bits, padded=padded), "too few words"
     rows = torch.nn.functional.pad(rows, (0, -rows.shape[-1] % period_words))
-    rows = rows.unflatten(-1, (rows.shape[-1] // period_words, period_words))  # [..., periods, period_words]
+    rows = rows.reshape(*rows.shape[:-1], rows.shape[-1] // period_words, period_words)  # [..., periods, period_words]
     codes = torch.empty(*rows.shape[:-1], period, dtype=torch.uint8, device=words.device)
     mask = 2**bits - 1
     for position in range(period):
@@ -69,14 +69,14 @@ def unpack(words: Tensor, bits: int, count: int, dim: int = -1, *, padded: bool 
 def pack_awq(codes: Tensor) -> Tensor:
     """4-bit codes [rows, columns] as AWQ gemm stores them: int32 [rows, columns / 8], nibbles interleaved."""
     order = torch.tensor(AWQ_ORDER, device=codes.device)
-    eights = codes.unflatten(1, (codes.shape[1] // AWQ_PACK, AWQ_PACK))  # [rows, columns / 8, 8]
+    eights = codes.reshape(codes.shape[0], codes.shape[1] // AWQ_PACK, AWQ_PACK)  # [rows, columns / 8, 8]
     return pack(eights[..., order].flatten(1), 4)
 
 
 def unpack_awq(words: Tensor) -> Tensor:
     """The codes [rows, columns], uint8. Inverse of `pack_awq`."""
     inverse = torch.tensor(AWQ_ORDER, device=words.device).argsort()
-    eights = unpack(words, 4, words.shape[1] * AWQ_PACK).unflatten(1, (words.shape[1], AWQ_PACK))
+    eights = unpack(words, 4, words.shape[1] * AWQ_PACK).reshape(*words.shape, AWQ_PACK)
     return eights[..., inverse].flatten(1)
 
 

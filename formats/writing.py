@@ -1,0 +1,78 @@
+"""What every writer checks: that the target holds a scheme, and its numbers, exactly. All raise UsageError."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aphroquant.errors import UsageError
+from aphroquant.schemes import DenseScheme, IntegerScheme, QuantizedWeight, Scheme
+
+REQUANTIZE = "these weights can only be dequantized and quantized anew for this format, with a loss"
+
+
+def quantized(schemes: Mapping[str, Scheme]) -> dict[str, Scheme]:
+    """The modules that are not dense."""
+    return {module: scheme for module, scheme in schemes.items() if not isinstance(scheme, DenseScheme)}
+
+
+def weight_only_integer(target: str, module: str, scheme: Scheme, bits: tuple[int, ...]) -> IntegerScheme:
+    """The scheme, if it is one of codes, scales and zeros that `target` holds at one of `bits`."""
+    if not isinstance(scheme, IntegerScheme):
+        raise UsageError(f"{module}: {target} holds integer codes, not {scheme}", hint=REQUANTIZE)
+    if scheme.bits not in bits:
+        widths = ", ".join(str(width) for width in bits)
+        raise UsageError(f"{module}: {target} holds {widths} bits, not {scheme.bits}", hint=REQUANTIZE)
+    if scheme.has_offsets:
+        raise UsageError(f"{module}: {target} holds integer zero points, not real-valued offsets", hint=REQUANTIZE)
+    if scheme.activations is not None:
+        raise UsageError(
+            f"{module}: {target} has no quantized inputs, which {scheme} needs", hint="write compressed-tensors"
+        )
+    return scheme
+
+
+def same_for_all(target: str, what: str, values: Mapping[str, Any]) -> None:
+    """Refuse modules that differ in something that the target has only once."""
+    first = next(iter(values), None)
+    for module, value in values.items():
+        if first is not None and value != values[first]:
+            raise UsageError(
+                f"{target} has one {what} for all modules, but {first} has {values[first]} and {module} {value}",
+                hint="write compressed-tensors or gptq, which hold mixed settings",
+            )
+
+
+def checked(module: str, weight: QuantizedWeight, expected: Scheme) -> None:
+    """Refuse a weight of another scheme than announced, of wrong shapes, or with codes wider than its bits."""
+    if weight.scheme != expected:
+        raise UsageError(f"{module}: the weight is {weight.scheme}, but {expected} was announced for it")
+    weight.check(module)
+    if isinstance(weight.scheme, IntegerScheme):
+        limit = 2**weight.scheme.bits
+        for name in ("codes", "zeros"):
+            if name in weight.tensors and weight[name].numel() and int(weight[name].max()) >= limit:
+                raise UsageError(f"{module}: {name} has the value {int(weight[name].max())}, the limit is {limit - 1}")
+
+
+def require_multiple(target: str, module: str, what: str, size: int, divisor: int) -> None:
+    if size % divisor:
+        raise UsageError(f"{module}: {target} needs {what} = {size} to be a multiple of {divisor}")
+
+
+def exact_cast(target: str, module: str, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`tensor` as `dtype`, refused unless every value stays what it is."""
+    cast = tensor.to(dtype)
+    changed = cast.double() != tensor.double()  # NaN differs from itself
+    if changed.any():
+        first = changed.nonzero()[0]
+        value = float(tensor[tuple(first)])
+        short = str(dtype).removeprefix("torch.")
+        raise UsageError(
+            f"{module}: {name}[{', '.join(map(str, first.tolist()))}] = {value!r} is no {short}, which {target} needs",
+            hint="compressed-tensors keeps scales in float16, bfloat16 and float32; or " + REQUANTIZE,
+        )
+    return cast.contiguous()
