@@ -1,0 +1,139 @@
+"""What every checkpoint offers, whatever its files: configuration, tensors by Hugging Face name, schemes, tokenizer.
+
+Opening reads headers only; a tensor's bytes are read when it is asked for, and only its own.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from aphroquant.checkpoint.carried import carried_files
+from aphroquant.errors import InputError
+from aphroquant.formats.base import Format
+from aphroquant.models.spec import DecoderSpec, decoder_spec
+from aphroquant.schemes import QuantizedWeight, Scheme
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Stored beside a quantized weight under the same module name, and no part of it.
+COMPANIONS = frozenset({"bias", "k_scale", "v_scale", "q_scale", "kv_scale", "output_scale"})
+
+
+class TensorInfo(NamedTuple):
+    """One stored tensor. `dtype` is what `read` gives; `nbytes` is what the file holds."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    file: Path
+    nbytes: int
+
+
+class Checkpoint(ABC):
+    """A model on disk. `source` is as the user gave it, `path` the directory or file that it stands for.
+
+    `config` is config.json (for GGUF made from the metadata) without `quantization_config` and without `auto_map`:
+    code that a checkpoint names is never run.
+    """
+
+    source: str
+    path: Path
+    config: dict[str, Any]
+    quantization_config: dict[str, Any] | None
+    tensors: Mapping[str, TensorInfo]
+
+    @property
+    @abstractmethod
+    def format(self) -> Format | None:
+        """The format of the quantized layers; None if there are none (or for GGUF, whose types are per tensor)."""
+
+    @property
+    @abstractmethod
+    def format_name(self) -> str:
+        """ "gptq", "awq", ..., "gguf", or "dense"."""
+
+    @abstractmethod
+    def read(self, name: str) -> Tensor:
+        """One stored tensor, in memory of its own (GGUF: dequantized to float32)."""
+
+    @abstractmethod
+    def schemes(self) -> Mapping[str, Scheme]:
+        """Every module with a two-dimensional weight, embeddings and head included, from headers alone."""
+
+    @abstractmethod
+    def weight(self, module: str) -> QuantizedWeight:
+        """The weight of one module of `schemes`, in canonical form."""
+
+    @abstractmethod
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer, with its chat template if there is one."""
+
+    @cached_property
+    def spec(self) -> DecoderSpec:
+        """The decoder that `config` describes. InputError for a family that is not known."""
+        return decoder_spec(self.config)
+
+    @property
+    def directory(self) -> Path:
+        """Where the files beside the weights are."""
+        return self.path if self.path.is_dir() else self.path.parent
+
+    @property
+    def num_bytes(self) -> int:
+        """Stored bytes of all tensors."""
+        return sum(info.nbytes for info in self.tensors.values())
+
+    def has(self, name: str) -> bool:
+        return name in self.tensors
+
+    def info(self, name: str) -> TensorInfo:
+        """The header of one stored tensor. InputError naming checkpoint and tensor if there is none."""
+        if name not in self.tensors:
+            raise InputError(f"{self.path}: there is no tensor {name!r}")
+        return self.tensors[name]
+
+    def dense_names(self) -> list[str]:
+        """Stored tensors that belong to no quantized weight: norms, biases, dense embeddings, KV-cache scales..."""
+        from aphroquant.schemes import DenseScheme
+
+        quantized = {module for module, scheme in self.schemes().items() if not isinstance(scheme, DenseScheme)}
+        return [name for name in self.tensors if self._module(name) not in quantized or suffix(name) in COMPANIONS]
+
+    def carried_files(self) -> list[Path]:
+        """Files to copy along with the model: tokenizer, templates, generation settings, licence."""
+        return carried_files(self.directory)
+
+    def save_tokenizer(self, directory: Path) -> None:
+        """Write tokenizer.json, tokenizer_config.json and the chat template, as transformers reads them."""
+        self.tokenizer().save_pretrained(directory)
+
+    @staticmethod
+    def _module(name: str) -> str:
+        return name.rpartition(".")[0]
+
+
+def suffix(name: str) -> str:
+    """The last part of a tensor's dotted name."""
+    return name.rpartition(".")[2]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file that holds an object. InputError naming the file otherwise."""
+    try:
+        value = json.loads(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: must hold a JSON object, not {type(value).__name__}")
+    return value

@@ -1,0 +1,206 @@
+"""Safetensors checkpoints: a directory of one or several shards with config.json, or a single file."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from aphroquant.checkpoint.base import COMPANIONS, Checkpoint, TensorInfo, read_json, suffix
+from aphroquant.checkpoint.safetensors_header import StoredTensor, read_header
+from aphroquant.checkpoint.tensor_io import as_tensor, read_bytes
+from aphroquant.checkpoint.tokenizer import load_tokenizer
+from aphroquant.errors import InputError
+from aphroquant.formats.base import Format, TensorHeader
+from aphroquant.schemes import DenseScheme, QuantizedWeight, Scheme
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+_INDEX_SUFFIX = ".safetensors.index.json"
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_SHARD_NAME = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.safetensors")
+# Where older tools put the quantization_config, and the method that such a file means when it names none.
+_CONFIG_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
+
+
+class SafetensorsCheckpoint(Checkpoint):
+    """A directory with config.json and safetensors shards, or one .safetensors file (config.json beside it)."""
+
+    def __init__(self, path: Path, source: str) -> None:
+        self.path = path
+        self.source = source
+        self.config, self.quantization_config = _read_config(path)
+        self.indexed_names: frozenset[str] | None = None
+        files = [path]
+        if path.is_dir():
+            files, index = _shards(path)
+            self.indexed_names = frozenset(index) if index else None
+            self._stored = _read_headers(files)
+            _check_index(path, index, self._stored)
+        else:
+            self._stored = _read_headers(files)
+        self.tensors = {
+            name: TensorInfo(name, tensor.dtype, tensor.shape, file, tensor.nbytes)
+            for name, (file, tensor) in self._stored.items()
+        }
+
+    @cached_property
+    def format(self) -> Format | None:
+        if self.quantization_config is None:
+            return None
+        from aphroquant.formats import detect_format
+
+        return detect_format(self.quantization_config).from_config(self.quantization_config)
+
+    @property
+    def format_name(self) -> str:
+        return self.format.name if self.format else "dense"
+
+    def read(self, name: str) -> Tensor:
+        info = self.info(name)
+        tensor = self._stored[name][1]
+        return as_tensor(read_bytes(info.file, name, tensor.begin, tensor.nbytes), tensor.dtype, tensor.shape)
+
+    @cached_property
+    def _modules(self) -> dict[str, dict[str, TensorHeader]]:
+        """Module -> suffix -> header, for modules that have a tensor of two or more dimensions."""
+        modules: dict[str, dict[str, TensorHeader]] = {}
+        for name, info in self.tensors.items():
+            if suffix(name) not in COMPANIONS:
+                modules.setdefault(self._module(name), {})[suffix(name)] = TensorHeader(info.dtype, info.shape)
+        return {
+            module: headers
+            for module, headers in modules.items()
+            if any(len(header.shape) >= 2 for header in headers.values())
+        }
+
+    @cached_property
+    def _schemes(self) -> dict[str, Scheme]:
+        schemes: dict[str, Scheme] = {}
+        for module, headers in self._modules.items():
+            scheme = self.format.scheme(module, headers) if self.format else None
+            if scheme is None and "weight" in headers and len(headers["weight"].shape) == 2:
+                scheme = DenseScheme(headers["weight"].dtype)
+            if scheme is not None:
+                schemes[module] = scheme
+        return schemes
+
+    def schemes(self) -> Mapping[str, Scheme]:
+        return self._schemes
+
+    def weight(self, module: str) -> QuantizedWeight:
+        scheme = self._schemes.get(module)
+        if scheme is None:
+            raise InputError(f"{self.path}: there is no weight of a module {module!r}")
+        if isinstance(scheme, DenseScheme) or self.format is None:
+            return QuantizedWeight.dense(self.read(f"{module}.weight"))
+        weight = self.format.read(module, {name: self.read(f"{module}.{name}") for name in self._modules[module]})
+        weight.check(module)
+        return weight
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return load_tokenizer(self.directory)
+
+
+def _read_config(path: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """config.json without what is quantization's or would be run, and the quantization_config."""
+    directory = path if path.is_dir() else path.parent
+    if path.is_file() and not (directory / "config.json").exists():
+        return {}, None  # a lone file: its tensors can be read, its model is unknown
+    config = read_json(directory / "config.json")
+    config.pop("auto_map", None)
+    found = config.pop("quantization_config", None) or config.pop("compression_config", None)
+    for name, method in _CONFIG_FILES.items():
+        if found is None and (directory / name).exists():
+            found = {"quant_method": method, **read_json(directory / name)}
+    if found is not None and not isinstance(found, dict):
+        raise InputError(f"{directory / 'config.json'}: quantization_config must be an object")
+    return config, found
+
+
+def _shards(directory: Path) -> tuple[list[Path], dict[str, str]]:
+    """The weight files of a directory and, where an index names them, tensor -> file name."""
+    single = directory / SINGLE_FILE
+    if single.exists():
+        return [single], {}
+    index = _index_file(directory)
+    if index is not None:
+        weight_map = _weight_map(index)
+        return [directory / name for name in sorted(set(weight_map.values()))], weight_map
+    files = sorted(directory.glob("*.safetensors"))
+    if len(files) > 1:  # Mistral's own copy of the same weights is called consolidated
+        files = [file for file in files if not file.name.startswith("consolidated")]
+    if not files:
+        raise _no_weights(directory)
+    _check_shard_names(directory, files)
+    return files, {}
+
+
+def _index_file(directory: Path) -> Path | None:
+    found = sorted(directory.glob("*" + _INDEX_SUFFIX))
+    if len(found) > 1:
+        found = [path for path in found if path.name == INDEX_FILE] or found
+    if len(found) > 1:
+        raise InputError(f"{directory}: several index files: {', '.join(path.name for path in found)}")
+    return found[0] if found else None
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{index}: weight_map is missing or empty")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+            raise InputError(f"{index}: {name}: {file!r} must be the name of a .safetensors file in the same directory")
+        if not (index.parent / file).is_file():
+            raise InputError(
+                f"{index}: {name}: the file {file} is missing",
+                hint="the download is incomplete; fetch the missing shard",
+            )
+    return weight_map
+
+
+def _no_weights(directory: Path) -> InputError:
+    pickles = sorted(path.name for pattern in _PICKLES for path in directory.glob(pattern))
+    if pickles:
+        return InputError(
+            f"{directory}: the weights are pickles ({pickles[0]}), which can run code when loaded and are not read",
+            hint="save it as safetensors: AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)",
+        )
+    gguf = sorted(path.name for path in directory.glob("*.gguf"))
+    hint = f"give the file itself: {directory / gguf[0]}" if gguf else None
+    return InputError(f"{directory}: there are no .safetensors files", hint=hint)
+
+
+def _check_shard_names(directory: Path, files: list[Path]) -> None:
+    """Without an index, the names themselves say how many shards there should be."""
+    for match in (_SHARD_NAME.fullmatch(file.name) for file in files):
+        if match is None:
+            continue
+        for number in range(1, int(match[3]) + 1):
+            expected = f"{match[1]}-{number:05d}-of-{match[3]}.safetensors"
+            if not (directory / expected).exists():
+                raise InputError(f"{directory}: {expected} is missing", hint="the download is incomplete")
+
+
+def _read_headers(files: list[Path]) -> dict[str, tuple[Path, StoredTensor]]:
+    stored: dict[str, tuple[Path, StoredTensor]] = {}
+    for file in files:
+        for name, tensor in read_header(file).tensors.items():
+            if name in stored:
+                raise InputError(f"{file}: {name} is also stored in {stored[name][0].name}")
+            stored[name] = (file, tensor)
+    return stored
+
+
+def _check_index(directory: Path, index: Mapping[str, str], stored: Mapping[str, tuple[Path, StoredTensor]]) -> None:
+    for name, file in index.items():
+        if name not in stored or stored[name][0].name != file:
+            raise InputError(f"{directory / file}: the index promises {name} in this file, and it is not there")

@@ -1,0 +1,34 @@
+"""Bytes of a file as a tensor. Each read opens, seeks and reads just its range into fresh memory: nothing is shared
+with the file, so a caller may change the tensor, and a file that shrinks meanwhile is an error, not a crash."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from aphroquant.errors import InputError
+
+
+def read_bytes(path: Path, name: str, begin: int, nbytes: int) -> Tensor:
+    """uint8 [nbytes] from offset `begin`. `name` is the tensor, for the message."""
+    buffer = torch.empty(nbytes, dtype=torch.uint8)
+    try:
+        with path.open("rb", buffering=0) as file:
+            file.seek(begin)
+            view = buffer.numpy().data
+            done = 0
+            while done < nbytes:  # one read gives at most 2 GiB
+                count = file.readinto(view[done:])
+                if not count:
+                    raise InputError(f"{path}: {name}: the file ends {nbytes - done} bytes too early")
+                done += count
+    except OSError as error:
+        raise InputError(f"{path}: {name}: cannot be read: {error.strerror or error}") from error
+    return buffer
+
+
+def as_tensor(buffer: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    """The bytes uint8 [n] seen as `dtype` and `shape`, without a copy."""
+    return torch.empty(shape, dtype=dtype) if buffer.numel() == 0 else buffer.view(dtype).view(shape)

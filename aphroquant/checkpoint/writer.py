@@ -1,0 +1,242 @@
+"""Writing a checkpoint so that a directory of its name is either complete or not there.
+
+Everything goes into a hidden sibling directory that is renamed at the very end, after its files are on the disk
+(fsync). A shard's tensors are spooled to a file as they come, so memory holds one tensor at a time; when the shard is
+full the kernel copies them behind the header. The number in `model-00001-of-0000n` is known only at the end, so shards
+get their names then; the index follows, and config.json, which makes a directory a checkpoint, is last.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Self
+
+import torch
+from torch import Tensor
+
+from aphroquant.checkpoint.safetensors_header import DTYPE_NAMES, StoredTensor, encode_header
+from aphroquant.errors import InputError, ResourceError, UsageError
+
+DEFAULT_SHARD_BYTES = 5 * 2**30
+_METADATA = {"format": "pt"}  # transformers refuses files without it
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_RESERVED = ("config.json", "model.safetensors.index.json")
+
+
+class CheckpointWriter:
+    """Writes `directory` atomically. Use as a context manager and end with `finish`; leaving without it, or on an
+    exception, removes what was written. An existing checkpoint is replaced only with `overwrite`, by the last rename.
+    """
+
+    def __init__(self, directory: Path, *, overwrite: bool = False, shard_bytes: int = DEFAULT_SHARD_BYTES) -> None:
+        if shard_bytes < 1:
+            raise UsageError(f"shard_bytes = {shard_bytes} must be positive")
+        self.directory = Path(directory).expanduser().resolve()  # through a link, so that its target is replaced
+        self._shard_bytes = shard_bytes
+        self._overwrite = overwrite
+        self._partial = self.directory.parent / f".{self.directory.name}.partial-{os.getpid()}"
+        self._spool: _Shard | None = None
+        self._shards: list[_Shard] = []
+        self._names: set[str] = set()
+        with self._full_disk_told():
+            self._check_target()
+
+    def __enter__(self) -> Self:
+        with self._full_disk_told():
+            self.directory.parent.mkdir(parents=True, exist_ok=True)
+            if self._partial.exists():  # of a killed process whose number came round again
+                shutil.rmtree(self._partial)
+            self._partial.mkdir()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._spool is not None:
+            self._spool.close()
+            self._spool = None
+        shutil.rmtree(self._partial, ignore_errors=True)  # after finish it is gone already
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Store one tensor; its bytes are on disk, or the kernel's, when this returns."""
+        assert name not in self._names, f"{name} was added before"
+        assert tensor.dtype in DTYPE_NAMES, f"{name}: safetensors has no {tensor.dtype}"
+        self._names.add(name)
+        with self._full_disk_told():
+            if self._spool is not None and self._spool.nbytes + tensor.nbytes > self._shard_bytes:
+                self._close_shard()
+            if self._spool is None:
+                self._spool = _Shard(self._partial / f"shard-{len(self._shards) + 1:05d}")
+            self._spool.append(name, tensor.detach().cpu())
+
+    def add_file(self, source: Path, name: str | None = None) -> None:
+        """Copy a file into the checkpoint, as `name` or under its own name."""
+        target = self._file(source.name if name is None else name)
+        try:
+            content = source.read_bytes()
+        except OSError as error:
+            raise InputError(f"{source}: cannot be read: {error.strerror or error}") from error
+        with self._full_disk_told():
+            target.write_bytes(content)
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write `value` as the file `name`."""
+        self._write_json(self._file(name), value)
+
+    def finish(self, config: dict[str, Any]) -> Path:
+        """Complete the checkpoint with `config` as its config.json, put it into place, and return its path."""
+        with self._full_disk_told():
+            self._close_shard()
+            self._name_shards()
+            for path in self._partial.iterdir():
+                _fsync(path)
+            self._write_json(self._partial / "config.json", config)
+            _fsync(self._partial / "config.json")
+            _fsync(self._partial)
+            self._check_target()  # someone may have been here meanwhile
+            self._put_into_place()
+            _fsync(self.directory.parent)
+        return self.directory
+
+    def _check_target(self) -> None:
+        target = self.directory
+        if not target.name:
+            raise UsageError(f"{target} cannot be an output directory")
+        if not target.exists():
+            return
+        if not target.is_dir():
+            raise UsageError(f"{target} exists and is not a directory")
+        names = [path.name for path in target.iterdir()]
+        if not names:
+            return
+        if not self._overwrite:
+            raise UsageError(
+                f"{target} exists and is not empty", hint="give another --out, or --overwrite to replace it"
+            )
+        if not any(name == "config.json" or name.endswith(".safetensors") for name in names):
+            raise UsageError(
+                f"{target} does not look like a checkpoint (no config.json, no .safetensors) and is not overwritten",
+                hint="give another --out, or remove the directory yourself",
+            )
+
+    def _file(self, name: str) -> Path:
+        """Where a carried file goes. Names with folders, and those of the weights, are refused."""
+        if Path(name).name != name or name in _RESERVED or name.endswith(".safetensors"):
+            raise InputError(f"{name!r} cannot be the name of a file carried into {self.directory}")
+        return self._partial / name
+
+    def _write_json(self, path: Path, value: Any) -> None:
+        with self._full_disk_told():
+            path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    def _close_shard(self) -> None:
+        if self._spool is not None:
+            self._spool.assemble()
+            self._shards.append(self._spool)
+            self._spool = None
+
+    def _name_shards(self) -> None:
+        if len(self._shards) <= 1:
+            for shard in self._shards:
+                shard.path.rename(self._partial / "model.safetensors")
+            return
+        weight_map = {}
+        for number, shard in enumerate(self._shards, 1):
+            file_name = f"model-{number:05d}-of-{len(self._shards):05d}.safetensors"
+            shard.path.rename(self._partial / file_name)
+            weight_map.update(dict.fromkeys(shard.tensors, file_name))
+        total = sum(shard.nbytes for shard in self._shards)
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        self._write_json(self._partial / "model.safetensors.index.json", index)
+
+    def _put_into_place(self) -> None:
+        """Rename; an old directory steps aside first, and comes back if its successor cannot take its place."""
+        if not self.directory.exists():
+            self._partial.rename(self.directory)
+            return
+        replaced = self.directory.parent / f".{self.directory.name}.replaced-{os.getpid()}"
+        self.directory.rename(replaced)
+        try:
+            self._partial.rename(self.directory)
+        except BaseException:
+            replaced.rename(self.directory)
+            raise
+        shutil.rmtree(replaced, ignore_errors=True)
+
+    @contextmanager
+    def _full_disk_told(self) -> Iterator[None]:
+        """Errors of the file system as the user's: a full disk, or a place that cannot be written."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno in _FULL:
+                written = sum(shard.nbytes for shard in [*self._shards, self._spool] if shard is not None)
+                raise ResourceError(
+                    f"{self.directory}: the disk is full after {written / 1e9:.2f} GB of tensors",
+                    hint="free some space or give another --out; nothing was left behind",
+                ) from error
+            raise UsageError(f"{self.directory}: cannot be written: {error.strerror or error}") from error
+
+
+class _Shard:
+    """One shard in the making: bytes in the order of arrival, then a finished file in the order of alignment."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.tensors: dict[str, StoredTensor] = {}  # begin: in the spool
+        self.nbytes = 0
+        self._spool: BinaryIO | None = path.with_suffix(".spool").open("wb+")
+
+    def append(self, name: str, tensor: Tensor) -> None:
+        assert self._spool is not None
+        data = tensor.contiguous().reshape(-1).view(torch.uint8)
+        self.tensors[name] = StoredTensor(tensor.dtype, tuple(tensor.shape), self.nbytes, data.numel())
+        self._spool.write(data.numpy().data)
+        self.nbytes += data.numel()
+
+    def assemble(self) -> None:
+        """Header and tensors into the final file: widest dtypes first, so that every tensor is aligned."""
+        assert self._spool is not None
+        self._spool.flush()
+        order = sorted(self.tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
+        placed, position = {}, 0
+        for name, tensor in order:
+            placed[name] = tensor._replace(begin=position)
+            position += tensor.nbytes
+        with self.path.open("wb") as file:
+            file.write(encode_header(placed, _METADATA))
+            file.flush()
+            for _, tensor in order:
+                _copy_range(self._spool.fileno(), tensor.begin, tensor.nbytes, file.fileno())
+        Path(self._spool.name).unlink()
+        self.close()
+
+    def close(self) -> None:
+        if self._spool is not None:
+            self._spool.close()
+            self._spool = None
+
+
+def _copy_range(source: int, begin: int, nbytes: int, target: int) -> None:
+    """Append a range of one file to another inside the kernel."""
+    while nbytes > 0:
+        copied = os.sendfile(target, source, begin, nbytes)
+        if copied == 0:
+            raise OSError(errno.EIO, "the spooled tensors ended early")
+        begin += copied
+        nbytes -= copied
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
