@@ -1,0 +1,51 @@
+"""Size of a checkpoint as stored: bytes, and bits for each weight of the model that it stands for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from aphroquant.checkpoint import Checkpoint
+from aphroquant.checkpoint.base import COMPANIONS
+from aphroquant.models.spec import LINEARS, DecoderSpec
+
+
+@dataclass(frozen=True)
+class StoredSize:
+    """Bytes of all tensors; bits per weight of the whole model, and of the linear layers in its blocks.
+
+    Everything that a file stores counts: scales, zero points, padding. Biases are no part of a linear's weight.
+    """
+
+    num_bytes: int
+    bits_per_weight: float
+    linear_bits_per_weight: float
+
+
+def stored_size(checkpoint: Checkpoint) -> StoredSize:
+    """The size, measured from the headers alone."""
+    spec = checkpoint.spec
+    linears = set(spec.modules())
+    linear_bytes = sum(
+        info.nbytes
+        for name, info in checkpoint.tensors.items()
+        if name.rpartition(".")[0] in linears and name.rpartition(".")[2] not in COMPANIONS
+    )
+    return StoredSize(
+        num_bytes=checkpoint.num_bytes,
+        bits_per_weight=8 * checkpoint.num_bytes / num_parameters(spec),
+        linear_bits_per_weight=8 * linear_bytes / _num_linear_weights(spec),
+    )
+
+
+def num_parameters(spec: DecoderSpec) -> int:
+    """Parameters of the dense model; a tied embedding counts once."""
+    matrices = 1 if spec.tie_word_embeddings else 2
+    biases = sum(spec.linear_shape(linear)[0] for linear in LINEARS if spec.has_bias(linear))
+    norms = 2 * spec.hidden_size + (2 * spec.head_dim if spec.qk_norm else 0)
+    outside = matrices * spec.vocab_size * spec.hidden_size + spec.hidden_size
+    return outside + _num_linear_weights(spec) + spec.num_layers * (biases + norms)
+
+
+def _num_linear_weights(spec: DecoderSpec) -> int:
+    shapes = [spec.linear_shape(linear) for linear in LINEARS]
+    return spec.num_layers * sum(rows * columns for rows, columns in shapes)
