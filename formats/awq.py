@@ -67,11 +67,12 @@ class Awq(Format):
                     hint="write gptq, which has; or " + writing.REQUANTIZE,
                 )
         writing.same_for_all("awq", "group size", {module: scheme.group_size for module, scheme in held.items()})
-        _refuse_ambiguous_skips(list(held), dense_modules)
+        dense = writing.left_dense(schemes, dense_modules)
+        _refuse_ambiguous_skips(list(held), dense)
         return cls(
             group_size=next(iter(held.values())).group_size if held else 128,
             symmetric=bool(held) and all(scheme.symmetric for scheme in held.values()),
-            modules_to_not_convert=tuple(dense_modules),
+            modules_to_not_convert=tuple(dense),
         )
 
     def quantization_config(self) -> dict[str, Any]:

@@ -3,12 +3,13 @@
     per tensor: P.weight float8_e4m3fn [N, K]    P.weight_scale float32 []    P.input_scale float32 [], if static
     in blocks:  P.weight float8_e4m3fn [N, K]    P.weight_scale_inv float32 [ceil(N/128), ceil(K/128)]
 
-W = weight * scale in every case: despite its name, `weight_scale_inv` is multiplied. Inputs are always quantized: dynamic
-ones per token (in blocks: per token and 128 columns), static ones by `input_scale`. Scales of `"scale_fmt": "ue8m0"`
-are powers of two, stored as float32, float8_e8m0fnu or exponent bytes; they are held and written as float32.
+W = weight * scale in every case: despite its name, `weight_scale_inv` is multiplied. Inputs are always quantized:
+dynamic ones per token (in blocks: per token and 128 columns), static ones by `input_scale`. Scales of
+`"scale_fmt": "ue8m0"` are powers of two, stored as float32, float8_e8m0fnu or exponent bytes; they are held and written
+as float32.
 
-Read as well: scales per channel ([N] or [N, 1]), grids padded past the last block, and transformers' names for scales of
-a whole tensor (a scalar `weight_scale_inv`, `activation_scale`). transformers itself loads only the layout in blocks.
+Read as well: scales per channel ([N] or [N, 1]), grids padded past the last block, and transformers' names for scales
+of a whole tensor (a scalar `weight_scale_inv`, `activation_scale`). transformers loads only the layout in blocks.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ CODES = torch.float8_e4m3fn
 EXPONENTS = (torch.float8_e8m0fnu, torch.uint8)
 WEIGHT_SCALES = ("weight_scale_inv", "weight_scale", "scale")
 INPUT_SCALES = ("input_scale", "activation_scale")
-LM_HEAD = "lm_head"
+STATIC_INPUTS = ActivationScheme("float", dynamic=False, granularity="tensor")
 
 
 @dataclass(frozen=True)
@@ -63,9 +64,7 @@ class Fp8(Format):
         held = {module: _held(module, scheme) for module, scheme in writing.quantized(schemes).items()}
         writing.same_for_all("fp8", "scheme", held)
         scheme = next(iter(held.values()), FloatScheme("tensor", activations=ActivationScheme("float")))
-        ignored = [module for module in dense_modules if module not in held]
-        if LM_HEAD not in held and LM_HEAD not in ignored:
-            ignored.append(LM_HEAD)  # tied heads have no tensor, but readers still meet the module
+        ignored = writing.left_dense_with_head(schemes, dense_modules)
         assert scheme.activations is not None
         return cls(not scheme.activations.dynamic, scheme.block_shape, tuple(ignored))
 
@@ -107,10 +106,10 @@ class Fp8(Format):
         assert isinstance(scheme, FloatScheme)
         codes = tensors["weight"]
         shape = (codes.shape[0], codes.shape[1])
-        scales = _linear_scales(tensors[_first_of(module, headers, WEIGHT_SCALES)])
+        name = _first_of(module, headers, WEIGHT_SCALES)
+        scales = _linear_scales(tensors[name])
         if scheme.block_shape is not None:
-            rows, columns = _grid(shape, scheme.block_shape)
-            scales = scales[:rows, :columns].contiguous()  # without the padding of some files
+            scales = _without_padding(f"{module}.{name}", scales, _grid(shape, scheme.block_shape))
         else:
             scales = scales.reshape(() if scheme.granularity == "tensor" else (shape[0], 1))
         canonical = {"codes": codes, "scales": scales}
@@ -120,9 +119,7 @@ class Fp8(Format):
 
     def write(self, module: str, weight: QuantizedWeight) -> dict[str, Tensor]:
         granularity: Granularity = "block" if self.block_shape else "tensor"
-        activations = _dynamic_inputs(self.block_shape)
-        if self.static_inputs:
-            activations = ActivationScheme("float", dynamic=False, granularity="tensor")
+        activations = STATIC_INPUTS if self.static_inputs else _dynamic_inputs(self.block_shape)
         writing.checked(module, weight, FloatScheme(granularity, self.block_shape, activations))
         name = "weight_scale_inv" if self.block_shape else "weight_scale"
         scales = writing.exact_cast("fp8", module, "scales", weight["scales"], torch.float32)
@@ -140,7 +137,7 @@ class Fp8(Format):
         found = reading.require(module, headers, name, reading.SCALE_DTYPES).shape
         if math.prod(found) != 1:
             raise InputError(f"{module}.{name} has shape {list(found)}, but must be one number")
-        return ActivationScheme("float", dynamic=False, granularity="tensor")
+        return STATIC_INPUTS
 
 
 def _held(module: str, scheme: Scheme) -> FloatScheme:
@@ -154,8 +151,8 @@ def _held(module: str, scheme: Scheme) -> FloatScheme:
         raise UsageError(f"{module}: fp8 cannot hold one scale a channel", hint=other)
     if scheme.activations is None:
         raise UsageError(f"{module}: fp8 always quantizes the inputs, so that it cannot hold {scheme}", hint=other)
-    static = ActivationScheme("float", dynamic=False, granularity="tensor")
-    if scheme.activations not in (static, _dynamic_inputs(scheme.block_shape)):
+    static = scheme.activations == STATIC_INPUTS and scheme.block_shape is None
+    if not static and scheme.activations != _dynamic_inputs(scheme.block_shape):
         raise UsageError(f"{module}: fp8 cannot hold inputs quantized as {scheme.activations}", hint=other)
     return scheme
 
@@ -181,6 +178,18 @@ def _grid(shape: tuple[int, int], block_shape: tuple[int, int]) -> tuple[int, in
 def _covers(found: tuple[int, ...], shape: tuple[int, int], block_shape: tuple[int, int]) -> bool:
     rows, columns = _grid(shape, block_shape)
     return len(found) == 2 and found[0] >= rows and found[1] >= columns
+
+
+def _without_padding(name: str, scales: Tensor, grid: tuple[int, int]) -> Tensor:
+    """The scales of the blocks that exist. Padding repeats one value; anything else is a grid of other blocks."""
+    rows, columns = grid
+    padding = torch.cat([scales[rows:].flatten(), scales[:rows, columns:].flatten()])
+    if padding.numel() and not (padding == padding[0]).all():
+        raise InputError(
+            f"{name} has shape {list(scales.shape)}, but the weight has {rows} x {columns} blocks, "
+            f"and what lies beyond them is no padding"
+        )
+    return scales[:rows, :columns].contiguous()
 
 
 def _first_of(module: str, headers: Mapping[str, TensorHeader], names: tuple[str, ...]) -> str:

@@ -35,7 +35,6 @@ from aphroquant.schemes import IntegerScheme, QuantizedWeight, Scheme
 
 BITS = (2, 3, 4, 8)
 V1, V2 = "gptq", "gptq_v2"
-LM_HEAD = "lm_head"
 
 
 class Settings(NamedTuple):
@@ -126,14 +125,14 @@ class Gptq(Format):
             for module, scheme in writing.quantized(schemes).items()
         }
         settings = Counter(held.values()).most_common(1)[0][0] if held else Settings(4, 128, True, False)
-        skipped = [module for module in dense_modules if _in_block(module)]
+        skipped = [module for module in writing.left_dense(schemes, dense_modules) if _in_block(module)]
         dynamic: dict[str, Mapping[str, Any]] = {f"-:{_exactly(module)}": {} for module in skipped}
         for module, own in held.items():
             if own != settings:
                 dynamic[f"+:{_exactly(module)}"] = own.to_config()
         automatic = V1 if all(own.symmetric for own in held.values()) else V2
         version = automatic if checkpoint_format == "auto" else checkpoint_format
-        return cls(settings, version, dynamic, lm_head=LM_HEAD in held)
+        return cls(settings, version, dynamic, lm_head=writing.LM_HEAD in held)
 
     def quantization_config(self) -> dict[str, Any]:
         config = {

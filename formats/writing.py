@@ -11,12 +11,25 @@ from torch import Tensor
 from aphroquant.errors import UsageError
 from aphroquant.schemes import DenseScheme, IntegerScheme, QuantizedWeight, Scheme
 
+LM_HEAD = "lm_head"
 REQUANTIZE = "these weights can only be dequantized and quantized anew for this format, with a loss"
 
 
 def quantized(schemes: Mapping[str, Scheme]) -> dict[str, Scheme]:
     """The modules that are not dense."""
     return {module: scheme for module, scheme in schemes.items() if not isinstance(scheme, DenseScheme)}
+
+
+def left_dense(schemes: Mapping[str, Scheme], dense_modules: list[str]) -> list[str]:
+    """`dense_modules` and those whose scheme says so."""
+    named = [module for module, scheme in schemes.items() if isinstance(scheme, DenseScheme)]
+    return list(dict.fromkeys([*dense_modules, *named]))
+
+
+def left_dense_with_head(schemes: Mapping[str, Scheme], dense_modules: list[str]) -> list[str]:
+    """The same and lm_head, unless it is quantized: a tied head has no tensor, but readers still meet the module."""
+    dense = left_dense(schemes, dense_modules)
+    return dense if LM_HEAD in dense or LM_HEAD in schemes else [*dense, LM_HEAD]
 
 
 def weight_only_integer(target: str, module: str, scheme: Scheme, bits: tuple[int, ...]) -> IntegerScheme:
