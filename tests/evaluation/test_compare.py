@@ -1,0 +1,178 @@
+"""Whole evaluations of tiny models, checked against transformers and against themselves."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from aphroquant.checkpoint import open_checkpoint
+from aphroquant.errors import InputError, UsageError
+from aphroquant.evaluation import evaluate
+from aphroquant.evaluation.compare import compare_models
+from aphroquant.evaluation.windows import encode, token_windows
+
+TinyCheckpoint = Callable[..., Path]
+Copy = Callable[..., Path]
+WINDOWS = {"windows": 3, "window_len": 64}
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_a_model_against_itself_diverges_nowhere(family: str, tiny_checkpoint: TinyCheckpoint, text_file: Path) -> None:
+    path = tiny_checkpoint(family)
+    result = evaluate(path, against=path, texts=[text_file], **WINDOWS)
+    assert result.mean_kld < 1e-6
+    assert result.max_kld < 1e-6
+    assert result.top1_agreement == 1.0
+    assert result.perplexity == result.base_perplexity
+    assert result.log_ratio == 0
+    assert result.non_finite_share == 0
+    assert result.size == result.base_size
+    assert result.bits_per_weight == pytest.approx(32, abs=0.1)
+    assert result.size.linear_bits_per_weight == 32
+    assert result.num_bytes == sum(info.nbytes for info in open_checkpoint(path).tensors.values())
+
+
+@pytest.mark.parametrize("noise", [0.02, 0.3])
+def test_figures_of_a_disturbed_model_equal_those_from_transformers(
+    noise: float, tiny_checkpoint: TinyCheckpoint, noisy_copy: Copy, text_file: Path
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    base = tiny_checkpoint("llama")
+    model = noisy_copy(base, noise)
+    result = evaluate(model, against=base, texts=[text_file], **WINDOWS)
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    batch = token_windows(encode(tokenizer, text_file.read_text()), 3, 64)
+    log_probabilities = []
+    for path in (base, model):
+        with torch.no_grad():
+            logits = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)(batch).logits
+        log_probabilities.append(logits[:, :-1, : len(tokenizer)].double().log_softmax(-1))  # no padding columns
+    log_p, log_q = log_probabilities
+    kld = torch.nn.functional.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
+    losses = [-part.gather(2, batch[:, 1:, None]).mean() for part in log_probabilities]
+    assert result.protocol.vocab_size == len(tokenizer) < 384
+    assert result.protocol.scored_tokens == 3 * 63
+    assert result.mean_kld == pytest.approx(float(kld.mean()), rel=1e-4)
+    assert result.max_kld == pytest.approx(float(kld.max()), rel=1e-3)
+    assert result.base_perplexity == pytest.approx(math.exp(losses[0]), rel=1e-6)
+    assert result.perplexity == pytest.approx(math.exp(losses[1]), rel=1e-6)
+    assert result.top1_agreement == pytest.approx(float((log_p.argmax(-1) == log_q.argmax(-1)).double().mean()))
+
+
+def test_more_noise_diverges_more(tiny_checkpoint: TinyCheckpoint, noisy_copy: Copy, text_file: Path) -> None:
+    base = tiny_checkpoint("qwen2")
+    klds = [
+        evaluate(noisy_copy(base, noise), against=base, texts=[text_file], **WINDOWS).mean_kld
+        for noise in (0.01, 0.05, 0.2)
+    ]
+    assert klds == sorted(klds)
+    assert klds[0] < 0.1 * klds[1] < klds[2]
+
+
+def test_a_broken_weight_shows_as_infinite_and_not_as_nan(
+    tiny_checkpoint: TinyCheckpoint, changed_copy: Copy, text_file: Path
+) -> None:
+    base = tiny_checkpoint("llama")
+    broken = changed_copy(base, lambda tensors: tensors["model.layers.0.mlp.up_proj.weight"].fill_(math.nan))
+    result = evaluate(broken, against=base, texts=[text_file], **WINDOWS)
+    assert result.non_finite_share == 1
+    assert result.mean_kld == result.perplexity == math.inf
+    assert result.top1_agreement == 0
+    text = json.dumps(result.to_dict(), allow_nan=False)
+    assert json.loads(text)["mean_kld"] is None
+
+
+def test_a_broken_base_is_an_error(tiny_checkpoint: TinyCheckpoint, changed_copy: Copy, text_file: Path) -> None:
+    model = tiny_checkpoint("llama")
+    broken = changed_copy(model, lambda tensors: tensors["model.norm.weight"].fill_(math.inf))
+    with pytest.raises(InputError, match=r"the base's logits are not finite at 189 of 189 positions"):
+        evaluate(model, against=broken, texts=[text_file], **WINDOWS)
+
+
+def test_models_of_different_families_compare_if_they_share_tokens(
+    tiny_checkpoint: TinyCheckpoint, text_file: Path
+) -> None:
+    result = evaluate(tiny_checkpoint("qwen3"), against=tiny_checkpoint("llama"), texts=[text_file], **WINDOWS)
+    assert 0 < result.mean_kld < math.inf
+
+
+def test_a_head_with_more_padding_compares_over_the_true_vocabulary(
+    tiny_checkpoint: TinyCheckpoint, changed_copy: Copy, text_file: Path
+) -> None:
+    base = tiny_checkpoint("llama")
+
+    def pad(tensors: dict[str, torch.Tensor]) -> None:
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            tensors[name] = torch.cat((tensors[name], torch.full((16, 64), 9.0)))
+
+    padded = changed_copy(base, pad)
+    config = json.loads((padded / "config.json").read_text())
+    (padded / "config.json").write_text(json.dumps(config | {"vocab_size": 400}))
+    assert evaluate(padded, against=base, texts=[text_file], **WINDOWS).mean_kld < 1e-6
+
+
+def test_a_different_tokenizer_is_refused(tiny_checkpoint: TinyCheckpoint, tmp_path: Path, text_file: Path) -> None:
+    base = tiny_checkpoint("llama")
+    model = tmp_path / "other"
+    shutil.copytree(base, model)
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(UsageError, match="the vocabularies differ in 2 tokens"):
+        evaluate(model, against=base, texts=[text_file], **WINDOWS)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"windows": 0}, "windows = 0 must be at least 1"),
+        ({"window_len": 1}, "window_len = 1 must be at least 2"),
+        ({"window_len": 513}, "window_len = 513 must be at most 512, the context length"),
+    ],
+)
+def test_windows_that_cannot_be_are_refused(
+    settings: dict[str, int], message: str, tiny_checkpoint: TinyCheckpoint, text_file: Path
+) -> None:
+    path = tiny_checkpoint("llama")
+    with pytest.raises(UsageError, match=message):
+        evaluate(path, against=path, texts=[text_file], **settings)
+
+
+def test_a_text_too_short_is_refused(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
+    path = tiny_checkpoint("llama")
+    (tmp_path / "short.txt").write_text("abc")
+    with pytest.raises(InputError, match=r"the evaluation text has \d tokens, too few for one window of 64"):
+        evaluate(path, against=path, texts=[tmp_path / "short.txt"], window_len=64)
+
+
+def test_the_protocol_says_what_was_measured(tiny_checkpoint: TinyCheckpoint, text_file: Path) -> None:
+    path = tiny_checkpoint("llama")
+    result = evaluate(path, against=path, texts=[text_file], windows=1000, window_len=256, seed=3)
+    protocol = result.to_dict()["protocol"]
+    assert protocol["requested_windows"] == 1000
+    assert protocol["windows"] == protocol["num_text_tokens"] // 256
+    assert protocol["seed"] == 3
+    assert protocol["texts"][0]["name"] == str(text_file)
+    assert set(result.versions) == {"aphroquant", "torch", "transformers", "python"}
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        result.mean_kld = 0.0  # type: ignore[misc]
+
+
+def test_progress_passes_through_every_stage(tiny_checkpoint: TinyCheckpoint) -> None:
+    seen: list[tuple[str, int, int]] = []
+    checkpoint = open_checkpoint(tiny_checkpoint("llama"))
+    batch = torch.randint(0, 300, (4, 128))
+    compare_models(checkpoint, checkpoint, batch, 360, lambda *news: seen.append(news))
+    assert seen == [
+        ("base", 1, 2), ("base", 2, 2), ("model", 1, 2), ("model", 2, 2), ("logits", 256, 508), ("logits", 508, 508),
+    ]  # fmt: skip
