@@ -32,11 +32,16 @@ def _request_error(faults: Sequence[ErrorDetails], model: type[BaseModel]) -> Re
         case "json_invalid":
             return RequestError(f"the body is not valid JSON: {message.removeprefix('Invalid JSON: ')}")
         case "extra_forbidden":
-            return RequestError(f"unknown field {param!r}.{_suggestion(param, model)}", param=param)
+            suggestion = _suggestion(param, model) if len(fault["loc"]) == 1 else ""
+            return RequestError(f"unknown field {param!r}.{suggestion}", param=param)
         case "missing":
             return RequestError(f"{param} is required", param=param)
         case "unsupported":
             return RequestError(message, param=param, code="unsupported_parameter")
+        case "too_long":
+            return RequestError(f"{param} must have at most {fault['ctx']['max_length']} items", param=param)
+        case "too_short":
+            return RequestError(f"{param} must have at least {fault['ctx']['min_length']} items", param=param)
         case "model_type" if not param:
             return RequestError("the body must be a JSON object")
     return RequestError(f"{param}: {message[:1].lower()}{message[1:]}", param=param)

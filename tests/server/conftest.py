@@ -58,14 +58,6 @@ class Server:
 StartServer = Callable[..., Server]
 
 
-def is_running(pid: int) -> bool:
-    """False once a process is gone, or only waits to be collected by whoever inherited it."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
 def _launch(exits: ExitStack, command: list[str], environment: dict[str, str]) -> tuple[subprocess.Popen[str], Path]:
     temporary = Path(exits.enter_context(tempfile.TemporaryDirectory(prefix="server-")))
     log = temporary / "log"

@@ -22,11 +22,11 @@ from aphroquant.server.messages import Ready, Stats
 DEFAULT_LEN = 8
 
 
-class Options(msgspec.Struct):
+class Options(msgspec.Struct, forbid_unknown_fields=True):
     """How the fake behaves from the start."""
 
     step_seconds: float = 0.0
-    start: str = "ok"  # ok | missing | usage | memory | exit | kill | hang
+    start: str = "ok"  # ok | missing | usage | memory | bug | exit | kill | hang
     max_model_len: int = 512
 
 
