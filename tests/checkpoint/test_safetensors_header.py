@@ -70,7 +70,7 @@ def test_a_read_tensor_is_the_callers_own(tmp_path: Path) -> None:
 
 
 def test_one_tensor_of_a_file_larger_than_memory_is_read_alone(tmp_path: Path) -> None:
-    size = 2**44
+    size = 2**40
     header = {"huge": entry("U8", [size], 0, size), "small": entry("U8", [3], size, size + 3)}
     path = write_raw(tmp_path / "x.safetensors", header)
     begin = path.stat().st_size
@@ -78,7 +78,7 @@ def test_one_tensor_of_a_file_larger_than_memory_is_read_alone(tmp_path: Path) -
         try:
             file.truncate(begin + size + 3)  # sparse: takes no space on the disk
         except OSError:
-            pytest.skip("the file system has no sparse files of 16 TB")
+            pytest.skip("the file system has no sparse files of 1 TB")
         file.seek(begin + size)
         file.write(b"\1\2\3")
     assert open_checkpoint(path).read("small").tolist() == [1, 2, 3]

@@ -1,0 +1,143 @@
+"""A GGUF file as a checkpoint: Hugging Face names, config and row order, the weights as the file quantized them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from aphroquant.checkpoint.base import Checkpoint, TensorInfo, read_json, suffix
+from aphroquant.checkpoint.gguf_model import (
+    PERMUTED,
+    ROPE_FACTORS,
+    hugging_face_config,
+    hugging_face_name,
+    unpermuted_rows,
+)
+from aphroquant.checkpoint.gguf_reader import GgufTensor, read_gguf_header
+from aphroquant.checkpoint.tensor_io import read_bytes
+from aphroquant.errors import InputError
+from aphroquant.formats.base import Format
+from aphroquant.formats.gguf import decode
+from aphroquant.schemes import DenseScheme, QuantizedWeight, Scheme
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class GgufCheckpoint(Checkpoint):
+    """One .gguf file. `read` dequantizes; `weight` gives the numbers of the file, bit for bit."""
+
+    quantization_config = None
+
+    def __init__(self, path: Path, source: str) -> None:
+        self.path = path
+        self.source = source
+        header = read_gguf_header(path)
+        self.metadata = header.metadata
+        stored = dict(header.tensors)
+        factors = stored.pop(ROPE_FACTORS, None)  # becomes part of the config
+        self._stored = {hugging_face_name(name): tensor for name, tensor in stored.items()}
+        if len(self._stored) != len(stored):
+            raise InputError(f"{path}: two tensors have the same Hugging Face name")
+        try:
+            rope_factors = None if factors is None else self._decode(ROPE_FACTORS, factors).float()
+            self.config = hugging_face_config(header.metadata, stored, rope_factors)
+        except InputError as error:
+            raise InputError(f"{path}: {error.message}", hint=error.hint) from error
+        self.tensors = {name: self._tensor_info(name, tensor) for name, tensor in self._stored.items()}
+
+    @property
+    def format(self) -> Format | None:
+        return None
+
+    @property
+    def format_name(self) -> str:
+        return "gguf"
+
+    def read(self, name: str) -> Tensor:
+        info = self.info(name)
+        tensor = self._decode(name, self._stored[name])
+        rows = self._row_order(name)
+        return tensor.to(info.dtype) if rows is None else tensor.to(info.dtype)[rows]
+
+    @cached_property
+    def _schemes(self) -> dict[str, Scheme]:
+        return {
+            name.removesuffix(".weight"): tensor.block_type.scheme
+            for name, tensor in self._stored.items()
+            if name.endswith(".weight") and len(tensor.shape) == 2
+        }
+
+    def schemes(self) -> Mapping[str, Scheme]:
+        return self._schemes
+
+    def weight(self, module: str) -> QuantizedWeight:
+        if module not in self._schemes:
+            raise InputError(f"{self.path}: there is no weight of a module {module!r}")
+        name = f"{module}.weight"
+        weight = self._weight(name, self._stored[name])
+        rows = self._row_order(name)
+        if rows is None:
+            return weight
+        return QuantizedWeight(weight.scheme, {key: t[rows] for key, t in weight.tensors.items()}, weight.shape)
+
+    def carried_files(self) -> list[Path]:
+        """What lies beside the file if a tokenizer does: a folder of nothing but GGUF files tells nothing."""
+        return super().carried_files() if self._has_tokenizer_beside else []
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        if self._has_tokenizer_beside:
+            from aphroquant.checkpoint.tokenizer import load_tokenizer
+
+            return load_tokenizer(self.directory)
+        from aphroquant.checkpoint.gguf_tokenizer import build_tokenizer
+
+        try:
+            return build_tokenizer(self.metadata, self.config["max_position_embeddings"])
+        except InputError as error:
+            raise InputError(f"{self.path}: {error.message}", hint=error.hint) from error
+
+    def save_tokenizer(self, directory: Path) -> None:
+        super().save_tokenizer(directory)
+        # transformers 5 writes a class name that 4 does not know; this one both do.
+        path = directory / "tokenizer_config.json"
+        settings = {**read_json(path), "tokenizer_class": "PreTrainedTokenizerFast"}
+        path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    @property
+    def _has_tokenizer_beside(self) -> bool:
+        return (self.directory / "tokenizer.json").exists()
+
+    def _tensor_info(self, name: str, tensor: GgufTensor) -> TensorInfo:
+        scheme = tensor.block_type.scheme
+        dtype = scheme.dtype if isinstance(scheme, DenseScheme) else torch.float32
+        return TensorInfo(name, dtype, tensor.shape, self.path, tensor.nbytes)
+
+    def _weight(self, name: str, tensor: GgufTensor) -> QuantizedWeight:
+        data = read_bytes(self.path, name, tensor.begin, tensor.nbytes)
+        columns = tensor.shape[-1]
+        rows = tensor.nbytes * tensor.block_type.block_size // (columns * tensor.block_type.block_bytes)
+        return decode(tensor.block_type, data, (rows, columns))
+
+    def _decode(self, name: str, tensor: GgufTensor) -> Tensor:
+        weight = self._weight(name, tensor)
+        dense = isinstance(weight.scheme, DenseScheme)
+        return (weight["weight"] if dense else weight.dequantize()).view(tensor.shape)
+
+    def _row_order(self, name: str) -> Tensor | None:
+        """Where the rows of a stored q or k projection belong, None for every other tensor."""
+        if self.config["model_type"] not in PERMUTED:
+            return None
+        heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(suffix(self._module(name)))
+        if heads is None:
+            return None
+        num_rows, num_heads = self._stored[name].shape[0], self.config[heads]
+        if num_rows % (2 * num_heads):
+            raise InputError(f"{self.path}: {name} has {num_rows} rows, which do not fit {num_heads} heads")
+        return unpermuted_rows(num_rows, num_heads)

@@ -1,0 +1,165 @@
+"""The tokenizer in a GGUF file's metadata, as transformers would have it from the model's own tokenizer.json.
+
+The file holds tokens, merges and their types, and only a name (`tokenizer.ggml.pre`) for how text is split before the
+merges. A wrong split gives a model that seems to work and is worse, so an unknown name is an error and not a guess.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from aphroquant.errors import InputError
+
+if TYPE_CHECKING:
+    from tokenizers import AddedToken, Tokenizer
+    from transformers import PreTrainedTokenizerBase
+
+_CONTROL, _USER_DEFINED = 3, 4  # token types that are matched in the text before anything is split
+
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_WORDS_AND_SPACES = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_LLAMA3_SPLIT = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + _WORDS_AND_SPACES
+_QWEN2_SPLIT = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + _WORDS_AND_SPACES
+
+
+@dataclass(frozen=True)
+class _Splitting:
+    """How text becomes pieces: by GPT-2's rule, after single digits, or by one expression."""
+
+    expression: str | None = None  # None: GPT-2's own, which tokenizers has built in
+    single_digits: bool = False
+    composed: bool = False  # NFC first
+    ignore_merges: bool = False  # a piece that is a token stays whole, whatever its merges
+    adds_bos: bool = False  # unless the file says otherwise
+
+
+_GPT2 = _Splitting()
+_DIGITS = _Splitting(single_digits=True)
+_LLAMA3 = _Splitting(_LLAMA3_SPLIT, ignore_merges=True, adds_bos=True)
+_QWEN2 = _Splitting(_QWEN2_SPLIT, composed=True)
+SPLITTINGS = {
+    "default": _GPT2,
+    "gpt-2": _GPT2,
+    "smollm": _DIGITS,
+    "starcoder": _DIGITS,
+    "llama-bpe": _LLAMA3,
+    "llama3": _LLAMA3,
+    "llama-v3": _LLAMA3,
+    "qwen2": _QWEN2,
+    "deepseek-r1-qwen": _QWEN2,
+}
+
+
+def build_tokenizer(metadata: Mapping[str, Any], max_length: int) -> PreTrainedTokenizerBase:
+    """The tokenizer, with special tokens and chat template. InputError naming what is missing or not supported."""
+    from transformers import PreTrainedTokenizerFast
+
+    splitting = _splitting(metadata)
+    tokens = _strings(metadata, "tokens")
+    special = {
+        name: tokens[index]
+        for name, index in {
+            "bos_token": _token_id(metadata, "bos_token_id", tokens),
+            "eos_token": _token_id(metadata, "eos_token_id", tokens),
+            "pad_token": _token_id(metadata, "padding_token_id", tokens),
+            "unk_token": _token_id(metadata, "unknown_token_id", tokens),
+        }.items()
+        if index is not None
+    }
+    tokenizer = _byte_level_bpe(tokens, _strings(metadata, "merges"), splitting)
+    added = _added_tokens(metadata, tokens)
+    tokenizer.add_special_tokens([token for token in added if token.special])
+    tokenizer.add_tokens([token for token in added if not token.special])
+    fast = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=tokenizer,
+        clean_up_tokenization_spaces=False,
+        model_max_length=max_length,
+        add_bos_token=_flag(metadata, "add_bos_token", splitting.adds_bos) and "bos_token" in special,
+        add_eos_token=_flag(metadata, "add_eos_token", False) and "eos_token" in special,
+        **special,
+    )
+    template = metadata.get("tokenizer.chat_template")
+    if isinstance(template, str):
+        fast.chat_template = template
+    built: PreTrainedTokenizerBase = fast
+    return built
+
+
+def _splitting(metadata: Mapping[str, Any]) -> _Splitting:
+    hint = "put the model's tokenizer.json and tokenizer_config.json beside the file"
+    model = metadata.get("tokenizer.ggml.model")
+    if model != "gpt2":
+        raise InputError(f"the tokenizer model {model!r} cannot be rebuilt exactly; only gpt2 (BPE) can", hint=hint)
+    name = metadata.get("tokenizer.ggml.pre", "default")
+    if name not in SPLITTINGS:
+        raise InputError(f"the pre-tokenizer {name!r} is unknown; known are {', '.join(SPLITTINGS)}", hint=hint)
+    return SPLITTINGS[name]
+
+
+def _byte_level_bpe(tokens: list[str], merges: list[str], splitting: _Splitting) -> Tokenizer:
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    pairs = [_pair(merge) for merge in merges]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    if len(vocabulary) != len(tokens):
+        raise InputError(f"tokenizer.ggml.tokens has {len(tokens) - len(vocabulary)} tokens twice")
+    missing = next((part for pair in pairs for part in (*pair, "".join(pair)) if part not in vocabulary), None)
+    if missing is not None:
+        raise InputError(f"tokenizer.ggml.merges uses {missing!r}, which is no token")
+    tokenizer = Tokenizer(models.BPE(vocabulary, pairs, ignore_merges=splitting.ignore_merges))
+    steps: list[Any] = []
+    if splitting.single_digits:
+        steps.append(pre_tokenizers.Digits(individual_digits=True))
+    if splitting.expression is not None:
+        steps.append(pre_tokenizers.Split(Regex(splitting.expression), behavior="isolated"))
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=splitting.expression is None))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    if splitting.composed:
+        tokenizer.normalizer = normalizers.NFC()
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _pair(merge: str) -> tuple[str, str]:
+    left, space, right = merge.partition(" ")
+    if not (left and space and right):
+        raise InputError(f"tokenizer.ggml.merges holds {merge!r}, which is no pair")
+    return left, right
+
+
+def _added_tokens(metadata: Mapping[str, Any], tokens: list[str]) -> list[AddedToken]:
+    """Control tokens as special ones, user-defined ones as plain added ones, in the order of their ids."""
+    from tokenizers import AddedToken
+
+    types = metadata.get("tokenizer.ggml.token_type")
+    if types is None:
+        return []
+    if not isinstance(types, np.ndarray) or len(types) != len(tokens):
+        raise InputError(f"tokenizer.ggml.token_type must be {len(tokens)} numbers, one a token")
+    return [
+        AddedToken(token, special=kind == _CONTROL, normalized=False)
+        for token, kind in zip(tokens, types.tolist(), strict=True)
+        if kind in (_CONTROL, _USER_DEFINED) and token
+    ]
+
+
+def _strings(metadata: Mapping[str, Any], key: str) -> list[str]:
+    value = metadata.get(f"tokenizer.ggml.{key}")
+    if not isinstance(value, list) or not value:
+        raise InputError(f"tokenizer.ggml.{key} is missing or no list of strings")
+    return value
+
+
+def _token_id(metadata: Mapping[str, Any], key: str, tokens: list[str]) -> int | None:
+    value = metadata.get(f"tokenizer.ggml.{key}")
+    if value is not None and (type(value) is not int or not 0 <= value < len(tokens)):
+        raise InputError(f"tokenizer.ggml.{key} = {value!r} is no token of {len(tokens)}")
+    return value
+
+
+def _flag(metadata: Mapping[str, Any], key: str, default: bool) -> bool:
+    return bool(metadata.get(f"tokenizer.ggml.{key}", default))
