@@ -39,14 +39,15 @@ def rows(result: Evaluation) -> list[Row]:
 
 
 def bucket_rows(result: Evaluation) -> list[Row]:
-    """Mean divergence and agreement by how sure the base was: low-entropy positions hide damage."""
+    """Mean divergence and agreement by how sure the base was: where it was sure, damage hides from the mean."""
     return [
         Row(
-            f"base sure {bucket.low:g}..{bucket.high:g} ({bucket.share:.0%})",
-            "-" if bucket.mean_kld is None else f"{bucket.mean_kld:.5f}",
-            "-" if bucket.top1_agreement is None else f"{bucket.top1_agreement:.2%}",
+            f"{bucket.low:g} < base p <= {bucket.high:g} ({bucket.share:.0%})",
+            f"{bucket.mean_kld:.5f}",
+            f"{bucket.top1_agreement:.2%}",
         )
         for bucket in result.buckets
+        if bucket.share
     ]
 
 
