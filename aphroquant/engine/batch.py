@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Collection
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
+import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from aphroquant.engine.sequence import Sequence
 
 
 class BatchLayout(Protocol):
@@ -22,7 +28,7 @@ class ForwardBatch:
 
     The tokens of one sequence are consecutive positions, so that query i of sequence s has the position
     context_lens[s] - query_len + i. Every sequence has at least one token. Entries of block_tables past a sequence's
-    context are 0 and mean nothing.
+    blocks are 0 and mean nothing.
     """
 
     token_ids: Tensor  # [T]
@@ -40,3 +46,40 @@ class ForwardBatch:
     @property
     def num_sequences(self) -> int:
         return self.context_lens.shape[0]
+
+
+def pack(step: Collection[tuple[Sequence, int]], block_size: int) -> ForwardBatch:
+    """The batch of one step: sequences and how many of their tokens to compute, in the order given.
+
+    Sequences that have all their tokens computed then need the logits of their last row.
+    """
+    num_tokens = sum(count for _, count in step)
+    token_ids = np.empty(num_tokens, np.int32)
+    positions = np.empty(num_tokens, np.int32)
+    slots = np.empty(num_tokens, np.int64)
+    starts = np.zeros(len(step) + 1, np.int32)
+    context_lens = np.empty(len(step), np.int32)
+    tables = np.zeros((len(step), max(len(sequence.blocks) for sequence, _ in step)), np.int32)
+    logits_rows = []
+    row = 0
+    for index, (sequence, count) in enumerate(step):
+        first, end = sequence.num_computed, sequence.num_computed + count
+        rows = slice(row, row + count)
+        row += count
+        token_ids[rows] = sequence.token_ids[first:end]
+        positions[rows] = own = np.arange(first, end)
+        slots[rows] = sequence.block_table[own // block_size].astype(np.int64) * block_size + own % block_size
+        starts[index + 1] = row
+        context_lens[index] = end
+        tables[index, : len(sequence.blocks)] = sequence.blocks
+        if end == len(sequence.token_ids):
+            logits_rows.append(row - 1)
+    return ForwardBatch(
+        token_ids=torch.from_numpy(token_ids),
+        positions=torch.from_numpy(positions),
+        slot_mapping=torch.from_numpy(slots),
+        query_start=torch.from_numpy(starts),
+        context_lens=torch.from_numpy(context_lens),
+        block_tables=torch.from_numpy(tables),
+        logits_rows=torch.tensor(logits_rows, dtype=torch.int32),
+    )

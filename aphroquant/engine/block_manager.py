@@ -98,6 +98,11 @@ class BlockManager:
             self._digests[block] = digest
             self._published[digest] = block
 
+    def withdraw(self, blocks: Iterable[int]) -> None:
+        """Make the content of these blocks unfindable: it is not to be trusted."""
+        for block in blocks:
+            self._forget(block)
+
     def _forget(self, block: int) -> None:
         digest = self._digests[block]
         if digest is not None:

@@ -70,10 +70,12 @@ class Scheduler(Generic[S]):
         """Queue a sequence. Its prompt and all its output must fit into the cache when it is alone there."""
         self.waiting.append(sequence)
 
-    def finish(self, sequence: S) -> None:
-        """Take a sequence out, whatever its state, and its blocks back."""
+    def finish(self, sequence: S, *, reusable: bool = True) -> None:
+        """Take a sequence out, whatever its state, and its blocks back; their content stays known if `reusable`."""
         if sequence.state is State.RUNNING:
             self.running.remove(sequence)
+            if not reusable:
+                self.blocks.withdraw(sequence.blocks)
             self.blocks.release(sequence.drop_blocks())
         elif sequence.state is State.WAITING:
             self.waiting.remove(sequence)

@@ -7,7 +7,7 @@ from typing import Literal
 
 import msgspec
 
-from aphroquant.errors import RequestError
+from aphroquant.errors import RequestError, UsageError
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -105,6 +105,20 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True):
     num_cached_tokens: int = 0
 
 
+class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
+    """A look at the engine. The last group counts since its start; prefix counts are prompt tokens."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    kv_blocks_used: int = 0
+    kv_blocks_total: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+    prompt_tokens: int = 0  # of requests accepted
+    generation_tokens: int = 0
+    preemptions: int = 0
+
+
 @dataclass(frozen=True)
 class EngineConfig:
     """How an engine is set up. Memory in bytes, lengths in tokens."""
@@ -122,3 +136,13 @@ class EngineConfig:
     backend: str = "auto"  # auto | reference | cpu
     activations: str = "int8"  # inputs of integer-quantized linears on the CPU: int8 (fast) | float (exact)
     num_threads: int | None = None
+
+    def __post_init__(self) -> None:
+        counts = ("block_size", "num_kv_blocks", "kv_cache_memory", "max_num_seqs", "max_num_batched_tokens")
+        for name in (*counts, "num_threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{name} = {value} must be at least 1")
+        for name, known in (("backend", ("auto", "reference", "cpu")), ("activations", ("int8", "float"))):
+            if getattr(self, name) not in known:
+                raise UsageError(f"{name} = {getattr(self, name)!r} must be one of {', '.join(known)}")

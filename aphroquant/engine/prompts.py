@@ -1,0 +1,39 @@
+"""Prompts as tokens: plain text, and chat messages through the model's template."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from aphroquant.errors import RequestError
+
+Messages = Sequence[Mapping[str, Any]]
+
+
+def text_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The tokens of a plain prompt, with whatever the tokenizer puts around a text."""
+    return list(tokenizer(text)["input_ids"])
+
+
+def chat_prompt(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[int]:
+    """The tokens of a conversation up to where the assistant's next words begin.
+
+    The template is the model's own and runs in transformers' sandbox. Control tokens written out in a message are
+    ordinary text: who writes a message cannot end it and begin another.
+    """
+    if not tokenizer.chat_template:
+        raise RequestError("the model has no chat template: send a plain prompt instead", param="messages")
+    try:
+        tokens: Any = tokenizer.apply_chat_template(
+            [dict(message) for message in messages],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=False,
+            sanitize_control_tokens=True,
+        )
+    except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+        raise RequestError(f"messages do not fit the model's chat template: {error}", param="messages") from error
+    return [int(token) for token in tokens]
