@@ -77,15 +77,15 @@ def require_multiple(target: str, module: str, what: str, size: int, divisor: in
 
 
 def exact_cast(target: str, module: str, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """`tensor` as `dtype`, refused unless every value stays what it is."""
+    """`tensor` as `dtype`, refused unless every value is finite and stays what it is."""
     cast = tensor.to(dtype)
-    changed = cast.double() != tensor.double()  # NaN differs from itself
+    changed = (cast.double() != tensor.double()) | ~tensor.isfinite()
     if changed.any():
         first = changed.nonzero()[0]
         value = float(tensor[tuple(first)])
         short = str(dtype).removeprefix("torch.")
         raise UsageError(
-            f"{module}: {name}[{', '.join(map(str, first.tolist()))}] = {value!r} is no {short}, which {target} needs",
+            f"{module}: {name}[{', '.join(map(str, first.tolist()))}] = {value!r} is no finite {short}, which {target} needs",
             hint="compressed-tensors keeps scales in float16, bfloat16 and float32; or " + REQUANTIZE,
         )
     return cast.contiguous()
