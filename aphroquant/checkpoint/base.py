@@ -80,7 +80,10 @@ class Checkpoint(ABC):
     @cached_property
     def spec(self) -> DecoderSpec:
         """The decoder that `config` describes. InputError for a family that is not known."""
-        return decoder_spec(self.config)
+        try:
+            return decoder_spec(self.config)
+        except InputError as error:
+            raise InputError(f"{self.path}: {error.message}", hint=error.hint) from error
 
     @property
     def directory(self) -> Path:
