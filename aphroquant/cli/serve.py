@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import re
 
 import click
 
 from aphroquant.engine.types import EngineConfig
+from aphroquant.server.logs import set_up_logging
 from aphroquant.server.settings import LOG_LEVELS, ServerSettings
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
@@ -92,7 +92,7 @@ def command(
     """Serve the model in DIR (a checkpoint directory, GGUF file or Hub id) over an OpenAI-compatible HTTP API."""
     from aphroquant.server.serving import serve
 
-    _set_up_logging(log_level)
+    set_up_logging(log_level)
     config = EngineConfig(
         model=model,
         kv_cache_dtype=kv_cache_dtype,
@@ -114,9 +114,3 @@ def command(
         log_level=log_level,
     )
     serve(config, settings, announce=click.echo)
-
-
-def _set_up_logging(level: str) -> None:
-    """The project's own words at `level`, everyone else's from warnings on, all on stderr."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    logging.getLogger("aphroquant").setLevel(level.upper())

@@ -17,7 +17,7 @@ import msgspec
 import zmq
 import zmq.asyncio
 
-from aphroquant.engine.types import Delta, EngineConfig, GenerationRequest
+from aphroquant.engine.types import Delta, EngineConfig, EngineStats, GenerationRequest
 from aphroquant.errors import AphroquantError, RequestError, ResourceError
 from aphroquant.server.messages import (
     EVENTS_SOCKET,
@@ -70,7 +70,7 @@ class EngineClient:
         max_open: int = 1024,
         log_level: str = "warning",
     ) -> None:
-        self.stats = Stats()
+        self.stats = EngineStats()
         self.failure: AphroquantError | None = None
         self.on_failure: Callable[[], None] = lambda: None
         self._config = config
@@ -197,7 +197,7 @@ class EngineClient:
                 error = RequestError(message.message, param=message.param, status=message.status, code=message.code)
                 self._put(message.request_id, error)
             case Stats():
-                self.stats = message
+                self.stats = message.stats
             case Ready():
                 self.ready = message
                 self._is_ready.set()

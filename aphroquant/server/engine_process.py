@@ -18,8 +18,9 @@ from typing import Protocol
 import msgspec
 import zmq
 
-from aphroquant.engine.types import Delta, EngineConfig, GenerationRequest
+from aphroquant.engine.types import Delta, EngineConfig, EngineStats, GenerationRequest
 from aphroquant.errors import AphroquantError, RequestError
+from aphroquant.server.logs import set_up_logging
 from aphroquant.server.messages import (
     EVENTS_SOCKET,
     REQUESTS_SOCKET,
@@ -38,24 +39,26 @@ from aphroquant.server.messages import (
 STATS_INTERVAL_S = 0.25
 FLUSH_MS = 2000  # how long the last words may take to leave the process
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("aphroquant.server.engine_process")  # also when run as __main__
 
 
 class ServedEngine(Protocol):
     """What the process needs of an engine."""
 
-    def ready(self) -> Ready: ...
     def add_request(self, request: GenerationRequest) -> None: ...
     def abort(self, request_id: str) -> None: ...
     def step(self) -> list[Delta]: ...
     def has_unfinished(self) -> bool: ...
-    def stats(self) -> Stats: ...
+    def stats(self) -> EngineStats: ...
 
 
-def run(make_engine: Callable[[EngineConfig], ServedEngine]) -> None:
+Loader = Callable[[EngineConfig], tuple[ServedEngine, Ready]]
+
+
+def run(load: Loader) -> None:
     """Serve one engine until standard input ends; returns only if the engine failed, after saying so."""
     startup = msgspec.json.decode(sys.stdin.buffer.readline(), type=Startup)
-    logging.basicConfig(level=startup.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
+    set_up_logging(startup.log_level)
     directory = Path(startup.socket_directory)
     threading.Thread(target=_exit_with_input, args=(directory,), daemon=True).start()
     with zmq.Context() as context:
@@ -63,7 +66,9 @@ def run(make_engine: Callable[[EngineConfig], ServedEngine]) -> None:
         events = _connect(context, zmq.PUSH, directory / EVENTS_SOCKET)
         with requests, events:
             try:
-                _Loop(make_engine(startup.config), requests, events).run()
+                engine, ready = load(startup.config)
+                _send(events, ready)
+                _Loop(engine, requests, events).run()
             except AphroquantError as error:
                 _send(events, Fatal(error.message, error.hint, error.exit_code))
             except Exception as error:
@@ -113,7 +118,6 @@ class _Loop:
         self._stats_due = 0.0
 
     def run(self) -> None:
-        _send(self._events, self._engine.ready())
         while True:
             self._send_stats()
             for message in self._receive():
@@ -155,4 +159,20 @@ class _Loop:
         now = time.monotonic()
         if now >= self._stats_due or not self._engine.has_unfinished():
             self._stats_due = now + STATS_INTERVAL_S
-            _send(self._events, self._engine.stats())
+            _send(self._events, Stats(self._engine.stats()))
+
+
+def load_engine(config: EngineConfig) -> tuple[ServedEngine, Ready]:
+    """The project's own engine."""
+    # Only now: the end of standard input must be noticed while torch is still being imported.
+    from aphroquant.checkpoint import open_checkpoint
+    from aphroquant.engine.engine import Engine
+    from aphroquant.engine.runner import choose_runner
+
+    engine = Engine(config)
+    kind, reason = choose_runner(open_checkpoint(config.model), config.backend)
+    return engine, Ready(engine.max_model_len, engine.kv_capacity_tokens, kind, reason)
+
+
+if __name__ == "__main__":
+    run(load_engine)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import msgspec
 
-from aphroquant.engine.types import Delta, EngineConfig, GenerationRequest
+from aphroquant.engine.types import Delta, EngineConfig, EngineStats, GenerationRequest
 
 REQUESTS_SOCKET = "requests"
 EVENTS_SOCKET = "events"
@@ -60,18 +60,10 @@ class Rejected(msgspec.Struct, frozen=True, tag="rejected"):
     code: str | None
 
 
-class Stats(msgspec.Struct, frozen=True, tag="stats", kw_only=True):
-    """The state of the engine. The last five count from its start."""
+class Stats(msgspec.Struct, frozen=True, tag="stats"):
+    """The engine's figures, now and then while it works and whenever it has finished."""
 
-    num_running: int = 0
-    num_waiting: int = 0
-    kv_blocks_used: int = 0
-    kv_blocks_total: int = 0
-    prefix_queries: int = 0
-    prefix_hits: int = 0
-    prompt_tokens: int = 0
-    generation_tokens: int = 0
-    preemptions: int = 0
+    stats: EngineStats
 
 
 class Fatal(msgspec.Struct, frozen=True, tag="fatal"):

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 
 import msgspec
 
-from aphroquant.engine.types import Delta, EngineConfig, GenerationRequest, TokenLogprobs
+from aphroquant.engine.types import Delta, EngineConfig, EngineStats, GenerationRequest, TokenLogprobs
 from aphroquant.errors import InputError, RequestError, UsageError
 from aphroquant.server.engine_process import run
-from aphroquant.server.messages import Ready, Stats
+from aphroquant.server.messages import Ready
 
 DEFAULT_LEN = 8
 
@@ -45,14 +45,10 @@ def word(prompt: bytes, index: int, number: int, seed: int | None) -> str:
 class FakeEngine:
     """One token a step for every choice."""
 
-    def __init__(self, config: EngineConfig) -> None:
-        self._options = msgspec.json.decode(os.environ.get("FAKE_ENGINE", "{}"), type=Options)
+    def __init__(self, options: Options) -> None:
+        self._options = options
         self._choices: list[_Choice] = []
         self._prompt_tokens = self._generation_tokens = 0
-        _start(self._options.start)
-
-    def ready(self) -> Ready:
-        return Ready(self._options.max_model_len, 4096, "fake", "asked for")
 
     def add_request(self, request: GenerationRequest) -> None:
         prompt = bytes(request.prompt_token_ids)
@@ -83,8 +79,8 @@ class FakeEngine:
         self._choices = [choice for choice in self._choices if id(choice) not in finished]
         return deltas
 
-    def stats(self) -> Stats:
-        return Stats(
+    def stats(self) -> EngineStats:
+        return EngineStats(
             num_running=len(self._choices),
             kv_blocks_used=2 * len(self._choices),
             kv_blocks_total=256,
@@ -123,6 +119,12 @@ class FakeEngine:
         )
 
 
+def load(config: EngineConfig) -> tuple[FakeEngine, Ready]:
+    options = msgspec.json.decode(os.environ.get("FAKE_ENGINE", "{}"), type=Options)
+    _start(options.start)
+    return FakeEngine(options), Ready(options.max_model_len, 4096, "fake", "asked for")
+
+
 def _start(kind: str) -> None:
     match kind:
         case "missing":
@@ -142,4 +144,4 @@ def _start(kind: str) -> None:
 
 
 if __name__ == "__main__":
-    run(FakeEngine)
+    run(load)
