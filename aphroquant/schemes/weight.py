@@ -1,0 +1,67 @@
+"""One quantized weight: a scheme and its canonical tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from aphroquant.errors import InputError
+from aphroquant.schemes.additive import AdditiveScheme
+from aphroquant.schemes.affine import AffineScheme
+from aphroquant.schemes.dense import DenseScheme
+from aphroquant.schemes.float8 import FloatScheme
+from aphroquant.schemes.integer import IntegerScheme
+from aphroquant.schemes.kquant import KQuantScheme
+from aphroquant.schemes.lookup import LookupScheme
+
+Scheme = IntegerScheme | AffineScheme | FloatScheme | LookupScheme | AdditiveScheme | KQuantScheme | DenseScheme
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """One linear layer's weight: a scheme, its canonical tensors, and the shape (N, K). The bias is not part of it."""
+
+    scheme: Scheme
+    tensors: Mapping[str, Tensor]
+    shape: tuple[int, int]
+
+    @classmethod
+    def dense(cls, weight: Tensor) -> QuantizedWeight:
+        return cls(DenseScheme(weight.dtype), {"weight": weight}, (weight.shape[0], weight.shape[1]))
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight [N, K], computed in float32 (float64 if asked for) and cast to `dtype` once at the end."""
+        work = torch.float64 if dtype == torch.float64 else torch.float32
+        return self.scheme.dequantize(self.tensors, self.shape, work).to(dtype)
+
+    def group_index(self) -> Tensor:
+        """The group of every input column, int64 [K]."""
+        assert isinstance(self.scheme, IntegerScheme)
+        return self.scheme.group_index(self.tensors, self.shape[1])
+
+    def check(self, name: str) -> None:
+        """Raise InputError if a tensor is missing or has the wrong shape or dtype. `name` is the module."""
+        for tensor, shape in self.scheme.shapes(*self.shape).items():
+            if tensor not in self.tensors:
+                raise InputError(f"{name}: the {self.scheme} weight has no {tensor}")
+            found = tuple(self[tensor].shape)
+            if found != shape:
+                raise InputError(f"{name}: {tensor} has shape {list(found)}, but {self.scheme} needs {list(shape)}")
+        for tensor, dtype in self.scheme.dtypes().items():
+            if self[tensor].dtype != dtype:
+                raise InputError(f"{name}: {tensor} is {self[tensor].dtype}, but {self.scheme} needs {dtype}")
+
+    @property
+    def num_bits(self) -> int:
+        """Bits of storage that the numbers need: codes at their bit width, everything else as its dtype."""
+        bits = 0
+        for name, tensor in self.tensors.items():
+            width = self.scheme.storage_bits(name)
+            bits += tensor.numel() * (tensor.element_size() * 8 if width is None else width)
+        return bits
