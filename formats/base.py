@@ -23,6 +23,21 @@ class TensorHeader(NamedTuple):
     shape: tuple[int, ...]
 
 
+class Part(NamedTuple):
+    """What a stored tensor is: the tensor `suffix` of `module`. `entry` is set if it is one entry of a stack."""
+
+    module: str
+    suffix: str
+    entry: int | None = None
+
+
+class Place(NamedTuple):
+    """Where a tensor of a module is stored: as the tensor `name`, or as one `entry` along its first dimension."""
+
+    name: str
+    entry: int | None = None
+
+
 class Format(ABC):
     """One on-disk layout for quantized linear layers. Module names are dotted paths without a tensor suffix."""
 
@@ -58,3 +73,16 @@ class Format(ABC):
     @abstractmethod
     def write(self, module: str, weight: QuantizedWeight) -> dict[str, Tensor]:
         """Encode: suffix -> tensor, exactly (read(write(w)) dequantizes to the same bits)."""
+
+    def locate(self, name: str, header: TensorHeader) -> list[Part]:
+        """What a stored tensor holds: one tensor of one module, or, of stacked experts, one for each entry."""
+        module, _, suffix = name.rpartition(".")
+        return [Part(module, suffix)]
+
+    def place(self, module: str, suffix: str) -> Place:
+        """Where `suffix` of `module` is stored. Inverse of `locate`."""
+        return Place(f"{module}.{suffix}")
+
+    def side_files(self) -> dict[str, Any]:
+        """JSON files beside config.json that readers of this format look for: name -> content."""
+        return {}

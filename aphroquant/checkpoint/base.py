@@ -109,7 +109,7 @@ class Checkpoint(ABC):
         from aphroquant.schemes import DenseScheme
 
         quantized = {module for module, scheme in self.schemes().items() if not isinstance(scheme, DenseScheme)}
-        return [name for name in self.tensors if self._module(name) not in quantized or suffix(name) in COMPANIONS]
+        return [name for name in self.tensors if suffix(name) in COMPANIONS or not quantized & self._modules_of(name)]
 
     def carried_files(self) -> list[Path]:
         """Files to copy along with the model: tokenizer, templates, generation settings, licence."""
@@ -119,9 +119,9 @@ class Checkpoint(ABC):
         """Write tokenizer.json, tokenizer_config.json and the chat template, as transformers reads them."""
         self.tokenizer().save_pretrained(directory)
 
-    @staticmethod
-    def _module(name: str) -> str:
-        return name.rpartition(".")[0]
+    def _modules_of(self, name: str) -> set[str]:
+        """The modules that a stored tensor is part of: one, or all of a stack."""
+        return {name.rpartition(".")[0]}
 
 
 def suffix(name: str) -> str:

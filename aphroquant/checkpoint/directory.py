@@ -15,7 +15,7 @@ from aphroquant.checkpoint.safetensors_header import StoredTensor, read_header
 from aphroquant.checkpoint.tensor_io import as_tensor, read_bytes
 from aphroquant.checkpoint.tokenizer import load_tokenizer
 from aphroquant.errors import InputError
-from aphroquant.formats.base import Format, TensorHeader
+from aphroquant.formats.base import Format, Part, TensorHeader
 from aphroquant.schemes import DenseScheme, QuantizedWeight, Scheme
 
 if TYPE_CHECKING:
@@ -68,13 +68,34 @@ class SafetensorsCheckpoint(Checkpoint):
         tensor = self._stored[name][1]
         return as_tensor(read_bytes(info.file, name, tensor.begin, tensor.nbytes), tensor.dtype, tensor.shape)
 
+    def _read_part(self, name: str, entry: int | None) -> Tensor:
+        """A stored tensor, or one entry along its first dimension, without reading the others."""
+        if entry is None:
+            return self.read(name)
+        tensor = self._stored[name][1]
+        nbytes = tensor.nbytes // tensor.shape[0]
+        buffer = read_bytes(self.info(name).file, name, tensor.begin + entry * nbytes, nbytes)
+        return as_tensor(buffer, tensor.dtype, tensor.shape[1:])
+
+    def _parts(self, name: str) -> list[Part]:
+        """What a stored tensor holds, as the format sees it."""
+        if self.format is None:
+            return [Part(name.rpartition(".")[0], suffix(name))]
+        info = self.tensors[name]
+        return self.format.locate(name, TensorHeader(info.dtype, info.shape))
+
+    def _modules_of(self, name: str) -> set[str]:
+        return {part.module for part in self._parts(name)}
+
     @cached_property
     def _modules(self) -> dict[str, dict[str, TensorHeader]]:
         """Module -> suffix -> header, for modules that have a tensor of two or more dimensions."""
         modules: dict[str, dict[str, TensorHeader]] = {}
         for name, info in self.tensors.items():
             if suffix(name) not in COMPANIONS:
-                modules.setdefault(self._module(name), {})[suffix(name)] = TensorHeader(info.dtype, info.shape)
+                for module, part, entry in self._parts(name):
+                    shape = info.shape if entry is None else info.shape[1:]
+                    modules.setdefault(module, {})[part] = TensorHeader(info.dtype, shape)
         return {
             module: headers
             for module, headers in modules.items()
@@ -101,7 +122,8 @@ class SafetensorsCheckpoint(Checkpoint):
             raise InputError(f"{self.path}: there is no weight of a module {module!r}")
         if isinstance(scheme, DenseScheme) or self.format is None:
             return QuantizedWeight.dense(self.read(f"{module}.weight"))
-        weight = self.format.read(module, {name: self.read(f"{module}.{name}") for name in self._modules[module]})
+        stored = {name: self._read_part(*self.format.place(module, name)) for name in self._modules[module]}
+        weight = self.format.read(module, stored)
         weight.check(module)
         return weight
 
