@@ -81,11 +81,10 @@ def exact_cast(target: str, module: str, name: str, tensor: Tensor, dtype: torch
     cast = tensor.to(dtype)
     changed = (cast.double() != tensor.double()) | ~tensor.isfinite()
     if changed.any():
-        first = changed.nonzero()[0]
-        value = float(tensor[tuple(first)])
-        short = str(dtype).removeprefix("torch.")
+        first = changed.nonzero()[0].tolist()
+        value, short = float(tensor[tuple(first)]), str(dtype).removeprefix("torch.")
         raise UsageError(
-            f"{module}: {name}[{', '.join(map(str, first.tolist()))}] = {value!r} is no finite {short}, which {target} needs",
+            f"{module}: {name}{first} = {value!r} is no finite {short}, which {target} needs",
             hint="compressed-tensors keeps scales in float16, bfloat16 and float32; or " + REQUANTIZE,
         )
     return cast.contiguous()
