@@ -1,0 +1,80 @@
+"""AWQ: move magnitude between an input channel and its weights before rounding, where activations say that it pays.
+
+For linears that share an input x, W diag(s) and x / s give the same product; 1 / s is folded into whatever makes x: the
+gain of the norm before them, or the rows of the linear before them. Channels with large activations get a large s, so
+that their weights are rounded relatively finer. Candidates are s = a^r, and a^r / w^(1 - r) ("duo"), with a = E|x| and
+w = the mean size of a channel's weights relative to their groups; the one that changes the parent's output least wins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+NUM_RATIOS = 20
+_SMALLEST = 1e-4
+
+Rounding = Callable[[Tensor], Tensor]  # weight [N, K] -> the values that it is rounded to
+Loss = Callable[[Sequence[Tensor]], float]  # the weights in place of the originals -> error of the parent's output
+
+
+class ChannelScales(NamedTuple):
+    """`scales` float32 [K], the loss with them and without any, and how they came about."""
+
+    scales: Tensor
+    loss: float
+    unscaled_loss: float
+    ratio: float
+    duo: bool
+
+
+def search_scales(
+    weights: Sequence[Tensor],
+    mean_abs: Tensor,
+    loss: Loss,
+    rounding: Rounding,
+    *,
+    group_size: int | None,
+    num_ratios: int = NUM_RATIOS,
+    tie: Callable[[Tensor], Tensor] = lambda channels: channels,
+) -> ChannelScales:
+    """The best scales for the input channels of `weights` (each [N, K]) of all candidates, "none" among them.
+
+    `tie` maps statistics [K] to statistics that are equal where scales have to be (channels shared by query heads).
+    """
+    activations = tie(mean_abs).clamp(min=_SMALLEST)
+    magnitudes = tie(weight_magnitudes(weights, group_size))
+    ones = torch.ones_like(activations)
+    unscaled = loss([rounding(weight) for weight in weights])
+    best = ChannelScales(ones, unscaled, unscaled, 0.0, False)
+    for step in range(num_ratios):
+        ratio = step / num_ratios
+        for duo in (False, True):
+            if step == 0 and not duo:
+                continue  # all ones
+            scales = _candidate(activations, magnitudes, ratio, duo)
+            error = loss([rounding(weight * scales) / scales for weight in weights])
+            if error < best.loss:
+                best = ChannelScales(scales, error, unscaled, ratio, duo)
+    return best
+
+
+def weight_magnitudes(weights: Sequence[Tensor], group_size: int | None) -> Tensor:
+    """Mean over all rows of |w| relative to the largest of its group, [K]."""
+    stacked = torch.cat([weight.abs() for weight in weights])
+    width = stacked.shape[1]
+    size = group_size or width
+    padded = torch.nn.functional.pad(stacked, (0, -width % size)).reshape(stacked.shape[0], -1, size)
+    relative = padded / padded.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    return relative.reshape(stacked.shape[0], -1)[:, :width].mean(0)
+
+
+def _candidate(activations: Tensor, magnitudes: Tensor, ratio: float, duo: bool) -> Tensor:
+    scales = activations**ratio
+    if duo:
+        scales = scales / (magnitudes ** (1 - ratio) + _SMALLEST)
+    scales = scales.clamp(min=_SMALLEST)
+    return scales / (scales.max() * scales.min()).sqrt()

@@ -1,0 +1,89 @@
+"""Calibration files as texts: plain text as it is, JSONL line by line, conversations through the chat template."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from aphroquant.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+JSONL_SUFFIXES = (".jsonl", ".ndjson")
+_QUESTIONS = ("prompt", "instruction", "question")
+_ANSWERS = ("response", "completion", "output", "answer")
+
+
+def read_documents(path: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    """The texts of one file: the whole of a text file, each record of a JSONL file."""
+    content = _read(path)
+    if path.suffix not in JSONL_SUFFIXES:
+        yield content
+        return
+    for number, line in enumerate(content.split("\n"), 1):
+        if line.strip():
+            where = f"{path}, line {number}"
+            yield _record_text(_parse(line, where), where, tokenizer)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise InputError(f"{path}, line {line}: is not UTF-8 text (byte {error.start})") from error
+
+
+def _parse(line: str, where: str) -> Mapping[str, Any]:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: is not valid JSON: {error}") from error
+    if not isinstance(record, dict):
+        raise InputError(f"{where}: must hold a JSON object, not {type(record).__name__}")
+    return record
+
+
+def _record_text(record: Mapping[str, Any], where: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    if "messages" in record:
+        return _render(record["messages"], where, tokenizer)
+    if "text" in record:
+        return _string(record, "text", where)
+    question = next((key for key in _QUESTIONS if key in record), None)
+    answer = next((key for key in _ANSWERS if key in record), None)
+    if question is None or answer is None:
+        known = "messages, text, or a prompt and a response"
+        raise InputError(f"{where}: has none of {known}; its keys are {', '.join(map(repr, record)) or 'none'}")
+    texts = _string(record, question, where), _string(record, answer, where)
+    if tokenizer.chat_template is None:
+        return "\n\n".join(texts)
+    messages = [{"role": role, "content": text} for role, text in zip(("user", "assistant"), texts, strict=True)]
+    return _render(messages, where, tokenizer)
+
+
+def _render(messages: Any, where: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    if not isinstance(messages, list) or not all(_is_message(message) for message in messages) or not messages:
+        raise InputError(f"{where}: messages must be a list of objects with a role and a content")
+    if tokenizer.chat_template is None:
+        return "\n\n".join(str(message["content"]) for message in messages)
+    try:
+        text: str = tokenizer.apply_chat_template(messages, tokenize=False)
+    except Exception as error:  # noqa: BLE001 - templates are programs, and fail in any way they like
+        raise InputError(f"{where}: the model's chat template refuses the messages: {error}") from error
+    return text
+
+
+def _is_message(message: Any) -> bool:
+    return isinstance(message, dict) and isinstance(message.get("role"), str) and "content" in message
+
+
+def _string(record: Mapping[str, Any], key: str, where: str) -> str:
+    value = record[key]
+    if not isinstance(value, str):
+        raise InputError(f"{where}: {key} must be a string, not {type(value).__name__}")
+    return value
