@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,7 +21,7 @@ from aphroquant.checkpoint.carried import carried_files
 from aphroquant.errors import InputError
 from aphroquant.formats.base import Format
 from aphroquant.models.spec import DecoderSpec, decoder_spec
-from aphroquant.schemes import QuantizedWeight, Scheme
+from aphroquant.schemes import DenseScheme, QuantizedWeight, Scheme
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -80,10 +82,8 @@ class Checkpoint(ABC):
     @cached_property
     def spec(self) -> DecoderSpec:
         """The decoder that `config` describes. InputError for a family that is not known."""
-        try:
+        with naming(self.path):
             return decoder_spec(self.config)
-        except InputError as error:
-            raise InputError(f"{self.path}: {error.message}", hint=error.hint) from error
 
     @property
     def directory(self) -> Path:
@@ -106,10 +106,17 @@ class Checkpoint(ABC):
 
     def dense_names(self) -> list[str]:
         """Stored tensors that belong to no quantized weight: norms, biases, dense embeddings, KV-cache scales..."""
-        from aphroquant.schemes import DenseScheme
-
         quantized = {module for module, scheme in self.schemes().items() if not isinstance(scheme, DenseScheme)}
         return [name for name in self.tensors if suffix(name) in COMPANIONS or not quantized & self._modules_of(name)]
+
+    def module_bytes(self) -> dict[str, int]:
+        """Stored bytes of every module's weight, scales and zero points included, biases not."""
+        stored: dict[str, int] = defaultdict(int)
+        for name, info in self.tensors.items():
+            modules = self._modules_of(name) if suffix(name) not in COMPANIONS else ()
+            for module in modules:
+                stored[module] += info.nbytes // len(modules)
+        return {module: stored[module] for module in self.schemes()}
 
     def carried_files(self) -> list[Path]:
         """Files to copy along with the model: tokenizer, templates, generation settings, licence."""
@@ -124,6 +131,22 @@ class Checkpoint(ABC):
         return {name.rpartition(".")[0]}
 
 
+def is_kv_scale(name: str) -> bool:
+    """Whether a tensor is a scale of the KV cache, in any of the spellings in use."""
+    if suffix(name) == "output_scale":
+        return name.endswith(("k_proj.output_scale", "v_proj.output_scale"))
+    return suffix(name) in ("k_scale", "v_scale", "kv_scale", "q_scale")
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Puts the checkpoint's path before the message of an InputError from code that knows only a part of it."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{path}: {error.message}", hint=error.hint) from error
+
+
 def suffix(name: str) -> str:
     """The last part of a tensor's dotted name."""
     return name.rpartition(".")[2]
@@ -134,7 +157,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_bytes())
     except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: is not valid JSON: {error}") from error
     if not isinstance(value, dict):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from aphroquant.checkpoint.base import COMPANIONS, Checkpoint, TensorInfo, read_json, suffix
+from aphroquant.checkpoint.base import COMPANIONS, Checkpoint, TensorInfo, naming, read_json, suffix
 from aphroquant.checkpoint.safetensors_header import StoredTensor, read_header
 from aphroquant.checkpoint.tensor_io import as_tensor, read_bytes
 from aphroquant.checkpoint.tokenizer import load_tokenizer
@@ -37,15 +37,9 @@ class SafetensorsCheckpoint(Checkpoint):
         self.path = path
         self.source = source
         self.config, self.quantization_config = _read_config(path)
-        self.indexed_names: frozenset[str] | None = None
-        files = [path]
-        if path.is_dir():
-            files, index = _shards(path)
-            self.indexed_names = frozenset(index) if index else None
-            self._stored = _read_headers(files)
-            _check_index(path, index, self._stored)
-        else:
-            self._stored = _read_headers(files)
+        files, index = _shards(path) if path.is_dir() else ([path], {})
+        self._stored = _read_headers(files)
+        _check_index(path, index, self._stored)
         self.tensors = {
             name: TensorInfo(name, tensor.dtype, tensor.shape, file, tensor.nbytes)
             for name, (file, tensor) in self._stored.items()
@@ -57,7 +51,8 @@ class SafetensorsCheckpoint(Checkpoint):
             return None
         from aphroquant.formats import detect_format
 
-        return detect_format(self.quantization_config).from_config(self.quantization_config)
+        with naming(self.path):
+            return detect_format(self.quantization_config).from_config(self.quantization_config)
 
     @property
     def format_name(self) -> str:
@@ -106,7 +101,8 @@ class SafetensorsCheckpoint(Checkpoint):
     def _schemes(self) -> dict[str, Scheme]:
         schemes: dict[str, Scheme] = {}
         for module, headers in self._modules.items():
-            scheme = self.format.scheme(module, headers) if self.format else None
+            with naming(self.path):
+                scheme = self.format.scheme(module, headers) if self.format else None
             if scheme is None and "weight" in headers and len(headers["weight"].shape) == 2:
                 scheme = DenseScheme(headers["weight"].dtype)
             if scheme is not None:
@@ -123,8 +119,9 @@ class SafetensorsCheckpoint(Checkpoint):
         if isinstance(scheme, DenseScheme) or self.format is None:
             return QuantizedWeight.dense(self.read(f"{module}.weight"))
         stored = {name: self._read_part(*self.format.place(module, name)) for name in self._modules[module]}
-        weight = self.format.read(module, stored)
-        weight.check(module)
+        with naming(self.path):
+            weight = self.format.read(module, stored)
+            weight.check(module)
         return weight
 
     def tokenizer(self) -> PreTrainedTokenizerBase:

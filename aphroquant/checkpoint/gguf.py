@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from aphroquant.checkpoint.base import Checkpoint, TensorInfo, read_json, suffix
+from aphroquant.checkpoint.base import Checkpoint, TensorInfo, naming, read_json, suffix
 from aphroquant.checkpoint.gguf_model import (
     PERMUTED,
     ROPE_FACTORS,
@@ -45,11 +45,9 @@ class GgufCheckpoint(Checkpoint):
         self._stored = {hugging_face_name(name): tensor for name, tensor in stored.items()}
         if len(self._stored) != len(stored):
             raise InputError(f"{path}: two tensors have the same Hugging Face name")
-        try:
-            rope_factors = None if factors is None else self._decode(ROPE_FACTORS, factors).float()
+        rope_factors = None if factors is None else self._decode(ROPE_FACTORS, factors).float()
+        with naming(path):
             self.config = hugging_face_config(header.metadata, stored, rope_factors)
-        except InputError as error:
-            raise InputError(f"{path}: {error.message}", hint=error.hint) from error
         self.tensors = {name: self._tensor_info(name, tensor) for name, tensor in self._stored.items()}
 
     @property
@@ -98,10 +96,8 @@ class GgufCheckpoint(Checkpoint):
             return load_tokenizer(self.directory)
         from aphroquant.checkpoint.gguf_tokenizer import build_tokenizer
 
-        try:
+        with naming(self.path):
             return build_tokenizer(self.metadata, self.config["max_position_embeddings"])
-        except InputError as error:
-            raise InputError(f"{self.path}: {error.message}", hint=error.hint) from error
 
     def save_tokenizer(self, directory: Path) -> None:
         super().save_tokenizer(directory)
@@ -134,7 +130,7 @@ class GgufCheckpoint(Checkpoint):
         """Where the rows of a stored q or k projection belong, None for every other tensor."""
         if self.config["model_type"] not in PERMUTED:
             return None
-        heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(suffix(self._module(name)))
+        heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(suffix(name.rpartition(".")[0]))
         if heads is None:
             return None
         num_rows, num_heads = self._stored[name].shape[0], self.config[heads]
