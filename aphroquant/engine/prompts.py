@@ -18,11 +18,11 @@ def text_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return list(tokenizer(text)["input_ids"])
 
 
-def chat_prompt(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[int]:
+def chat_prompt(tokenizer: PreTrainedTokenizerBase, messages: Messages, **options: Any) -> list[int]:
     """The tokens of a conversation up to where the assistant's next words begin.
 
     The template is the model's own and runs in transformers' sandbox. Control tokens written out in a message are
-    ordinary text: who writes a message cannot end it and begin another.
+    ordinary text: who writes a message cannot end it and begin another. `options` are variables of the template.
     """
     if not tokenizer.chat_template:
         raise RequestError("the model has no chat template: send a plain prompt instead", param="messages")
@@ -33,6 +33,7 @@ def chat_prompt(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[
             tokenize=True,
             return_dict=False,
             sanitize_control_tokens=True,
+            **options,
         )
     except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
         raise RequestError(f"messages do not fit the model's chat template: {error}", param="messages") from error

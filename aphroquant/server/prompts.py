@@ -1,7 +1,7 @@
 """Texts and conversations to token ids and back, in a thread of its own: long prompts must not hold up streams.
 
-Conversations are rendered only by the tokenizer's own apply_chat_template, which runs the model's template in Jinja's
-immutable sandbox; requests bring no templates.
+Conversations are rendered only by aphroquant.engine.prompts, with the model's own template in a sandbox; requests bring
+no templates.
 """
 
 from __future__ import annotations
@@ -12,8 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
-
-import jinja2
 
 from aphroquant.errors import RequestError
 
@@ -45,9 +43,7 @@ class Prompts:
     async def encode_chat(self, messages: Sequence[Mapping[str, str]], options: Mapping[str, Any]) -> list[int]:
         """The token ids of a conversation, up to where the assistant's next turn begins."""
         self._check_len(sum(len(message["content"]) for message in messages), param="messages")
-        return await self._in_thread(
-            lambda: self._encode(render_chat(self._tokenizer, messages, options), add_special_tokens=False)
-        )
+        return await self._in_thread(lambda: _encode_chat(self._tokenizer, messages, options))
 
     async def decode(self, token_ids: Sequence[int]) -> str:
         """The text of token ids."""
@@ -83,20 +79,17 @@ class Prompts:
         return max((len(token) for token in self._tokenizer.get_vocab()), default=1)
 
 
-def render_chat(
+def _encode_chat(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]], options: Mapping[str, Any]
-) -> str:
-    """The text of a conversation by the model's chat template, or RequestError if the template refuses it."""
-    if not tokenizer.chat_template:
-        raise RequestError("the model has no chat template; use /v1/completions", param="messages")
+) -> list[int]:
+    """As chat_prompt, and whatever else a template can fail with is the request's fault too."""
+    from aphroquant.engine.prompts import chat_prompt  # brings transformers: only when a server really starts
+
     try:
-        text = tokenizer.apply_chat_template(
-            [dict(message) for message in messages], tokenize=False, add_generation_prompt=True, **options
-        )
-    except jinja2.TemplateError as error:
-        raise RequestError(f"the chat template refuses the messages: {error}", param="messages") from error
+        return chat_prompt(tokenizer, messages, **options)
+    except RequestError:
+        raise
     except Exception as error:
         # a template is a program over the client's messages, and can fail in any way on them
         logger.exception("the chat template failed")
         raise RequestError("the chat template failed on these messages", param="messages") from error
-    return str(text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ipaddress
 import logging
 import signal
 import socket
@@ -57,6 +58,8 @@ def serve(
     cannot start or ends, and KeyboardInterrupt if a signal comes before the model is loaded.
     """
     with _bound_socket(settings.host, settings.port) as listener:
+        if not settings.api_keys and not ipaddress.ip_address(listener.getsockname()[0]).is_loopback:
+            logger.warning("other machines can reach this server, and it has no API key")
         client = EngineClient(config, command=engine_command, max_open=settings.max_open, log_level=settings.log_level)
         try:
             asyncio.run(_serve(client, config.model, settings, announce, listener, tokenizer_loader))
@@ -151,14 +154,14 @@ PORT_HINT = "choose another --port; --port 0 takes any free one"
 @contextlib.contextmanager
 def _bound_socket(host: str, port: int) -> Iterator[socket.socket]:
     """A socket that is bound before the model is loaded, so that a taken port is found at once."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind, protocol)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-    except OSError as error:
-        raise UsageError(f"cannot listen on {host} port {port}: {error.strerror}", hint=PORT_HINT) from error
-    with listener:
+    with contextlib.ExitStack() as exits:
+        try:
+            family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+            listener = exits.enter_context(socket.socket(family, kind, protocol))
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+        except OSError as error:
+            raise UsageError(f"cannot listen on {host} port {port}: {error.strerror}", hint=PORT_HINT) from error
         yield listener
 
 

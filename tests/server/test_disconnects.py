@@ -7,7 +7,6 @@ import socket
 from typing import Any
 from urllib.parse import urlsplit
 
-import httpx
 import pytest
 
 RUNNING = "aphroquant_requests_running"
@@ -39,7 +38,7 @@ def test_a_client_that_leaves_stops_its_request(server: Any, path: str, stream: 
 
 def test_a_client_that_stops_reading_a_stream_stops_its_request(server: Any) -> None:
     body = {"prompt": "SLOW", "stream": True, "max_tokens": 400}
-    with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=10) as response:
+    with server.client.stream("POST", f"{server.url}/v1/completions", json=body) as response:
         lines = response.iter_lines()
         assert next(lines).startswith("data: ")
         server.wait_for_metric(RUNNING, 1)
@@ -57,7 +56,7 @@ def test_many_clients_that_leave_at_once_stop_all_their_requests(server: Any) ->
 def test_other_requests_go_on_when_a_client_leaves(server: Any) -> None:
     leaving = open_request(server, "/v1/completions", {"prompt": "STALL"})
     body = {"prompt": "SLOW", "stream": True, "max_tokens": 30}
-    with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=10) as response:
+    with server.client.stream("POST", f"{server.url}/v1/completions", json=body) as response:
         lines = response.iter_lines()
         next(lines)
         leaving.close()

@@ -33,25 +33,10 @@ def is_running(pid: int) -> bool:
         return False
 
 
-@pytest.mark.parametrize(
-    ("start", "code", "words"),
-    [
-        ("missing", 3, "error: nowhere: no such checkpoint\nlook elsewhere\n"),
-        ("usage", 2, "error: max_model_len = 9 is too much\n"),
-        ("memory", 5, "error: out of memory\n"),
-        ("bug", 1, "error: the engine failed with KeyError: 'model.layers.0'\n"),
-        ("exit", 1, "error: the engine process ended while loading the model, with exit code 7\n"),
-        ("kill", 5, "error: the engine process was killed while loading the model\n"),
-    ],
-)
-def test_an_engine_that_cannot_start_ends_the_server_with_its_reason(
-    launch: Launch, start: str, code: int, words: str
-) -> None:
-    process, directory = launch(start=start)
-    assert process.wait(30) == code
-    log = (directory / "log").read_text()
-    assert words in log
-    assert "Traceback" not in log or start == "bug"
+def test_an_engine_that_cannot_start_ends_the_server_with_its_reason(launch: Launch) -> None:
+    process, directory = launch(start="missing")
+    assert process.wait(30) == 3
+    assert (directory / "log").read_text() == "error: nowhere: no such checkpoint\nlook elsewhere\n"
     assert not list((directory / "tmp").iterdir())
 
 
@@ -69,11 +54,10 @@ def test_a_host_that_does_not_resolve_is_a_usage_error(launch: Launch) -> None:
     assert "cannot listen on no.such.host.invalid" in (directory / "log").read_text()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_while_loading_leaves_nothing_behind(launch: Launch, number: signal.Signals) -> None:
+def test_a_signal_while_loading_leaves_nothing_behind(launch: Launch) -> None:
     process, directory = launch(start="hang")
     wait_until(lambda: len(list((directory / "tmp").glob("aphroquant-*/*"))) == 2)
-    process.send_signal(number)
+    process.send_signal(signal.SIGINT)
     assert process.wait(20) == 130
     assert not list((directory / "tmp").iterdir())
 
@@ -162,17 +146,3 @@ def test_an_ipv6_host_is_announced_in_brackets(start_server: Any) -> None:
 def test_the_ready_line_says_what_is_served(start_server: Any) -> None:
     line = start_server().ready_line
     assert line.endswith(" serves fake (KV cache 4096 tokens, backend fake: asked for)\n")
-
-
-def test_a_deep_temporary_directory_does_not_break_the_sockets(
-    launch: Launch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from aphroquant.server import engine_client
-
-    deep = tmp_path / ("x" * 100)
-    deep.mkdir()
-    monkeypatch.setattr("tempfile.tempdir", str(deep))
-    with engine_client._private_directory() as directory:
-        assert directory.parent == Path("/tmp")
-    assert not directory.exists()
-    assert not list(deep.iterdir())
