@@ -46,8 +46,13 @@ def command(model: str, system: str | None, temperature: float, max_tokens: int 
     conversation = Conversation(engine, system, SamplingParams(temperature=temperature, max_tokens=max_tokens))
     if prompt is None:
         _converse(conversation)
-    else:
+        return
+    try:
         _write(conversation.answer(prompt))
+    except RequestError as error:
+        if error.status >= 500:
+            raise
+        raise UsageError(error.message) from error
 
 
 def _one_prompt(prompt: str | None) -> str:
