@@ -30,6 +30,11 @@ def largest(values: FloatArray, count: int) -> IntArray:
     if count >= len(values):
         return np.arange(len(values))
     edge = np.partition(values, len(values) - count)[len(values) - count]  # a third of the time of a full sort
+    return down_to(values, edge, count)
+
+
+def down_to(values: FloatArray, edge: np.float32, count: int) -> IntArray:
+    """The same for whoever knows `edge`, the smallest of the `count` largest values."""
     above = np.flatnonzero(values > edge)
     at_edge = np.flatnonzero(values == edge)[: count - len(above)]
     return np.sort(np.concatenate((above, at_edge)))

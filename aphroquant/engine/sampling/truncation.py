@@ -8,7 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
-from aphroquant.engine.sampling.candidates import Candidates, largest
+from aphroquant.engine.sampling.candidates import Candidates, down_to, largest
 
 
 class Truncation(Protocol):
@@ -53,8 +53,9 @@ class MinP:
 class TopP:
     """Keep the fewest likeliest tokens whose probabilities reach `top_p`, the one that crosses it included.
 
-    The vocabulary is not sorted: tokens above some probability are taken first, and only if their mass does not reach
-    `top_p` is the bar lowered. Any set "all tokens above a bar" with enough mass contains the nucleus.
+    Only values are sorted, never indices (20 times slower), and the whole vocabulary only if the tokens with at least
+    a thousandth of the highest probability do not reach `top_p`: any set "all above a bar" that does contains the
+    nucleus.
     """
 
     top_p: float
@@ -62,11 +63,10 @@ class TopP:
     def __call__(self, candidates: Candidates) -> Candidates:
         weights = np.exp(candidates.logits - candidates.logits.max())
         needed = self.top_p * float(weights.sum(dtype=np.float64))
-        for bar in (1e-2, 1e-4, 1e-6, 0.0):
-            indices = np.flatnonzero(weights >= bar)
-            if float(weights[indices].sum(dtype=np.float64)) >= needed:
-                break
-        descending = indices[np.argsort(-weights[indices], kind="stable")]
-        mass = np.cumsum(weights[descending], dtype=np.float64)
-        count = int(np.searchsorted(mass, needed)) + 1
-        return candidates.keep(np.sort(descending[:count]))
+        likely = weights[weights >= 1e-3]
+        if float(likely.sum(dtype=np.float64)) < needed:
+            likely = weights
+        descending = np.sort(likely)[::-1]
+        mass = np.cumsum(descending, dtype=np.float64)
+        count = min(int(np.searchsorted(mass, needed)) + 1, len(descending))
+        return candidates.keep(down_to(weights, descending[count - 1], count))
