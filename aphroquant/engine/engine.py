@@ -7,7 +7,9 @@ forward fails ends with finish_reason "error", and the engine goes on. An engine
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from aphroquant.engine.batch import pack
@@ -16,7 +18,7 @@ from aphroquant.engine.choice import Choice
 from aphroquant.engine.detokenizer import DetokenizerFactory
 from aphroquant.engine.loading import LoadedModel, load_model
 from aphroquant.engine.sampling import RankedLogprobs, Sampled, sample
-from aphroquant.engine.scheduler import Scheduler
+from aphroquant.engine.scheduler import Scheduled, Scheduler
 from aphroquant.engine.types import Delta, EngineConfig, EngineStats, FinishReason, GenerationRequest, TokenLogprobs
 from aphroquant.errors import RequestError
 
@@ -87,17 +89,12 @@ class Engine:
         """Compute one batch and give the news of every choice that got a token or ended."""
         news, self._news = self._news, []
         step = self._scheduler.schedule()
-        if not step:
-            return news
-        complete = [scheduled.sequence for scheduled in step if scheduled.is_complete]
-        try:
-            logits = self._model.runner.forward(pack(step, self.config.block_size))
-        except (RuntimeError, MemoryError) as error:
-            logger.exception("a forward of %d sequences failed", len(step))
-            return news + [self._fail(choice, f"the forward failed: {error}") for choice, _ in step]
-        self._scheduler.computed(step)
-        sampled = sample(logits, [choice.sampler for choice in complete])
-        return news + [self._advance(choice, result) for choice, result in zip(complete, sampled, strict=True)]
+        for part, result in self._forward(step) if step else ():
+            if isinstance(result, str):
+                news += [self._fail(choice, f"the forward failed: {result}") for choice, _ in part]
+            else:
+                news += self._advance(part, result)
+        return news
 
     def stats(self) -> EngineStats:
         """Figures for metrics and logs."""
@@ -120,7 +117,28 @@ class Engine:
         unfinished = {choice for choices in self._requests.values() for choice in choices}
         assert unfinished == set(self._scheduler), "requests and scheduler disagree"
 
-    def _advance(self, choice: Choice, sampled: Sampled | None) -> Delta:
+    def _forward(self, step: list[Scheduled[Choice]]) -> Iterator[tuple[list[Scheduled[Choice]], Tensor | str]]:
+        """The logits of the step; if it fails, of each sequence alone, or the error of those that fail alone."""
+        result: Tensor | str
+        try:
+            result = self._model.runner.forward(pack(step, self.config.block_size))
+        except (RuntimeError, MemoryError) as error:
+            logger.exception("a forward of %d sequences failed", len(step))
+            if len(step) > 1:
+                for scheduled in step:
+                    yield from self._forward([scheduled])
+                return
+            result = str(error) or type(error).__name__
+        yield step, result
+
+    def _advance(self, part: list[Scheduled[Choice]], logits: Tensor) -> list[Delta]:
+        """Account for computed tokens, and sample for the sequences that are complete."""
+        complete = [scheduled.sequence for scheduled in part if scheduled.is_complete]
+        self._scheduler.computed(part)
+        sampled = sample(logits, [choice.sampler for choice in complete])
+        return [self._accept(choice, result) for choice, result in zip(complete, sampled, strict=True)]
+
+    def _accept(self, choice: Choice, sampled: Sampled | None) -> Delta:
         if sampled is None:
             return self._fail(choice, "the model's logits are not numbers (NaN or infinite)")
         self._num_generated_tokens += 1

@@ -321,12 +321,17 @@ def test_logits_that_are_no_numbers_end_their_request_only(harness: Any, fault: 
     assert again.num_cached_tokens == 0, "keys of the failed request were reused"
 
 
-def test_a_failing_forward_ends_its_requests_and_the_engine_goes_on(harness: Any) -> None:
+def test_a_failing_forward_ends_the_request_that_causes_it_and_no_other(harness: Any) -> None:
     engine = harness.pretended(runner=Faulty(harness.PretendedRunner(64, 4), "raise"))
-    outcome = harness.run_one(engine, harness.request([255]))
-    assert outcome.finish_reason == "error"
-    assert outcome.error == "the forward failed: broken kernel"
-    assert harness.run_one(engine, harness.request([1, 2])).tokens == harness.continuation([1, 2], 8)
+    outcomes = harness.run(
+        engine, harness.request([1, 2], "before"), harness.request([255], "bad"), harness.request([3], "after")
+    )
+    assert (outcomes["bad", 0].finish_reason, outcomes["bad", 0].error) == (
+        "error",
+        "the forward failed: broken kernel",
+    )
+    assert outcomes["before", 0].tokens == harness.continuation([1, 2], 8)
+    assert outcomes["after", 0].tokens == harness.continuation([3], 8)
 
 
 def test_seeded_requests_repeat_through_preemption_and_company(harness: Any) -> None:
