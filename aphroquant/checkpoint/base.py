@@ -82,6 +82,11 @@ class Checkpoint(ABC):
     @cached_property
     def spec(self) -> DecoderSpec:
         """The decoder that `config` describes. InputError for a family that is not known."""
+        layers = self.config.get("num_hidden_layers")
+        if isinstance(layers, int) and layers > len(self.tensors):  # before anything of that length is made
+            raise InputError(
+                f"{self.path}: the config claims {layers} layers, and there are {len(self.tensors)} tensors"
+            )
         with naming(self.path):
             return decoder_spec(self.config)
 

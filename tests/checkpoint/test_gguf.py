@@ -97,6 +97,34 @@ def test_the_sample_model_is_read_bit_for_bit(sample_model: Path) -> None:
         assert torch.equal(checkpoint.weight(ours).dequantize(), torch.from_numpy(expected))
 
 
+@pytest.mark.parametrize(("kind", "block_bytes"), [("Q4_K", 144), ("Q6_K", 210)])
+def test_super_blocks_of_a_file_are_gguf_pys_bits_in_hugging_face_order(
+    kind: str, block_bytes: int, tmp_path: Path
+) -> None:
+    ggml_type = gguf.GGMLQuantizationType[kind]
+    data = np.random.randint(0, 60, (128, 2 * block_bytes), dtype=np.uint8)  # small bytes: every fp16 is finite
+    writer = gguf.GGUFWriter(tmp_path / "a.gguf", "llama")
+    keys = {"block_count": 1, "context_length": 9, "embedding_length": 512, "feed_forward_length": 8}
+    for key, value in keys.items():
+        writer.add_uint32(f"llama.{key}", value)
+    writer.add_uint32("llama.attention.head_count", 2)
+    writer.add_uint32("llama.attention.key_length", 64)
+    writer.add_uint32("llama.attention.value_length", 64)
+    writer.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-6)
+    writer.add_tensor("token_embd.weight", np.ones((4, 512), np.float32))
+    writer.add_tensor("blk.0.attn_q.weight", data, raw_dtype=ggml_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    stored = gguf.quants.dequantize(data, ggml_type)  # [head, channel, half, K] in llama.cpp's order
+    expected = stored.reshape(2, 32, 2, 512).swapaxes(1, 2).reshape(128, 512)
+    checkpoint = open_checkpoint(tmp_path / "a.gguf")
+    weight = checkpoint.weight("model.layers.0.self_attn.q_proj")
+    assert str(weight.scheme) == kind
+    assert torch.equal(weight.dequantize(), torch.from_numpy(expected))
+
+
 def llama3_factors(**changes: float) -> tuple[np.ndarray, RopeSpec]:
     parameters = {
         "factor": 8.0,
@@ -201,6 +229,12 @@ def test_metadata_that_is_missing_or_odd_is_named(changes: dict[str, Any], messa
     with pytest.raises(InputError, match=message) as caught:
         open_checkpoint(minimal_gguf(tmp_path / "a.gguf", changes))
     assert "a.gguf" in caught.value.message
+
+
+def test_a_number_of_layers_beyond_the_tensors_is_refused_before_anything_is_made_of_it(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(minimal_gguf(tmp_path / "a.gguf", {"block_count": 2**32 - 1}))
+    with pytest.raises(InputError, match="claims 4294967295 layers, and there are 1 tensors"):
+        _ = checkpoint.spec
 
 
 def test_an_unknown_architecture_lists_the_known_ones(tmp_path: Path) -> None:
