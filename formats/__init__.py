@@ -27,6 +27,7 @@ def _lazy(module: str, name: str) -> Callable[[], type[Format]]:
 
 FORMATS: Mapping[str, Callable[[], type[Format]]] = {
     "awq": _lazy("awq", "Awq"),
+    "bitsandbytes": _lazy("bitsandbytes", "BitsAndBytes"),
     "compressed-tensors": _lazy("compressed_tensors", "CompressedTensors"),
     "fp8": _lazy("fp8", "Fp8"),
     "gptq": _lazy("gptq", "Gptq"),

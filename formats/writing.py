@@ -64,11 +64,14 @@ def checked(module: str, weight: QuantizedWeight, expected: Scheme) -> None:
     if weight.scheme != expected:
         raise UsageError(f"{module}: the weight is {weight.scheme}, but {expected} was announced for it")
     weight.check(module)
-    if isinstance(weight.scheme, IntegerScheme):
-        limit = 2**weight.scheme.bits
-        for name in ("codes", "zeros"):
-            if name in weight.tensors and weight[name].numel() and int(weight[name].max()) >= limit:
-                raise UsageError(f"{module}: {name} has the value {int(weight[name].max())}, the limit is {limit - 1}")
+    for name, tensor in weight.tensors.items():
+        bits = weight.scheme.storage_bits(name)
+        if bits is None or tensor.is_floating_point() or not tensor.numel():
+            continue
+        lowest, highest = int(tensor.min()), int(tensor.max())
+        if lowest < 0 or highest >= 2**bits:
+            value = lowest if lowest < 0 else highest
+            raise UsageError(f"{module}: {name} has the value {value}, the limit is {2**bits - 1}")
 
 
 def require_multiple(target: str, module: str, what: str, size: int, divisor: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -51,6 +50,11 @@ _SCALE_DTYPES: Mapping[ScaleKind, torch.dtype] = {
 }
 
 
+def num_blocks(count: int, block_size: int) -> int:
+    """How many blocks cover `count` elements, exactly whatever the sizes."""
+    return -(-count // block_size)
+
+
 @dataclass(frozen=True)
 class LookupScheme(BaseScheme):
     """W = table[codes] * (block scale * global scale), the table being rounded to float32.
@@ -96,14 +100,14 @@ class LookupScheme(BaseScheme):
         return f"{self.table} g{self.block_size}{scales}{flattened}{inputs}"
 
     def shapes(self, out_features: int, in_features: int) -> dict[str, tuple[int, ...]]:
-        per_row = (out_features, math.ceil(in_features / self.block_size))
-        blocks = math.ceil(out_features * in_features / self.block_size)
+        per_row = (out_features, num_blocks(in_features, self.block_size))
+        blocks = num_blocks(out_features * in_features, self.block_size)
         shapes: dict[str, tuple[int, ...]] = {
             "codes": (out_features, in_features),
             "scales": (blocks,) if self.flattened else per_row,
         }
         if self.scales == "nested":
-            groups = math.ceil(blocks / NESTED_BLOCK_SIZE)
+            groups = num_blocks(blocks, NESTED_BLOCK_SIZE)
             shapes |= {"nested_table": (256,), "nested_scales": (groups,), "nested_offset": ()}
         if self.scales == "e4m3":
             shapes["global_scale"] = ()
