@@ -2,8 +2,9 @@
 
 For linears that share an input x, W diag(s) and x / s give the same product; 1 / s is folded into whatever makes x: the
 gain of the norm before them, or the rows of the linear before them. Channels with large activations get a large s, so
-that their weights are rounded relatively finer. Candidates are s = a^r, and a^r / w^(1 - r) ("duo"), with a = E|x| and
-w = the mean size of a channel's weights relative to their groups; the one that changes the parent's output least wins.
+that their weights are rounded relatively finer. Candidates are s = a^r / w^(1 - r), with a = E|x| and w = the mean size
+of a channel's weights relative to their groups ("duo scaling"); the one that changes the parent's output least wins.
+Candidates without w were tried as well: not one of them won in any layer of SmolLM2-135M.
 """
 
 from __future__ import annotations
@@ -22,13 +23,12 @@ Loss = Callable[[Sequence[Tensor]], float]  # the weights in place of the origin
 
 
 class ChannelScales(NamedTuple):
-    """`scales` float32 [K], the loss with them and without any, and how they came about."""
+    """`scales` float32 [K], the loss with them and without any, and their ratio r (None if no scaling is best)."""
 
     scales: Tensor
     loss: float
     unscaled_loss: float
-    ratio: float
-    duo: bool
+    ratio: float | None
 
 
 def search_scales(
@@ -49,16 +49,13 @@ def search_scales(
     magnitudes = tie(weight_magnitudes(weights, group_size))
     ones = torch.ones_like(activations)
     unscaled = loss([rounding(weight) for weight in weights])
-    best = ChannelScales(ones, unscaled, unscaled, 0.0, False)
+    best = ChannelScales(ones, unscaled, unscaled, None)
     for step in range(num_ratios):
         ratio = step / num_ratios
-        for duo in (False, True):
-            if step == 0 and not duo:
-                continue  # all ones
-            scales = _candidate(activations, magnitudes, ratio, duo)
-            error = loss([rounding(weight * scales) / scales for weight in weights])
-            if error < best.loss:
-                best = ChannelScales(scales, error, unscaled, ratio, duo)
+        scales = _candidate(activations, magnitudes, ratio)
+        error = loss([rounding(weight * scales) / scales for weight in weights])
+        if error < best.loss:
+            best = ChannelScales(scales, error, unscaled, ratio)
     return best
 
 
@@ -72,9 +69,7 @@ def weight_magnitudes(weights: Sequence[Tensor], group_size: int | None) -> Tens
     return relative.reshape(stacked.shape[0], -1)[:, :width].mean(0)
 
 
-def _candidate(activations: Tensor, magnitudes: Tensor, ratio: float, duo: bool) -> Tensor:
-    scales = activations**ratio
-    if duo:
-        scales = scales / (magnitudes ** (1 - ratio) + _SMALLEST)
+def _candidate(activations: Tensor, magnitudes: Tensor, ratio: float) -> Tensor:
+    scales = activations**ratio / (magnitudes ** (1 - ratio) + _SMALLEST)
     scales = scales.clamp(min=_SMALLEST)
     return scales / (scales.max() * scales.min()).sqrt()

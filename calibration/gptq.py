@@ -5,22 +5,33 @@ U = the upper Cholesky factor of H^-1, rounding column i with error e_i costs (e
 columns j move by -e_i U_ij / U_ii. Columns are rounded in the order of falling E[x**2], while there are many left to
 compensate; scales belong to the original contiguous groups and are fixed beforehand ("static" activation order), so the
 result needs no g_idx. Updates inside a block of columns are immediate, those to later blocks one matrix product.
+
+Measured on SmolLM2-135M with function-preserving transformations that take it off its original grid (4 bits, groups of
+64 with zero points; calibration 128 x 512 tokens of speeches; mean KL divergence on 8 x 1024 tokens of Wikipedia):
+grids that cover each group's range 0.304; grids searched with weights E[x**2] 0.212; with the conditional variances
+1 / U_ii**2, which lower the proxy loss most, 0.236. After AWQ's scaling the damping decides how much of the calibration
+text's peculiarities is learnt: 0.150 with 0.01, 0.132 with 0.1; without the scaling the two are equal (0.212).
+Repeated sweeps over all codes with refitted scales lower the proxy loss by 5 % more, and the divergence not at all.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from aphroquant.calibration.integer_grid import IntegerGrid, expand
+from aphroquant.calibration import rtn
+from aphroquant.calibration.integer_grid import IntegerGrid, dequantize, expand, search_grid, to_quantized_weight
 from aphroquant.calibration.matmul import linear
-from aphroquant.schemes import IntegerScheme
+from aphroquant.calibration.solution import Solution, relative_error
+from aphroquant.calibration.statistics import InputStatistics
+from aphroquant.schemes import IntegerScheme, Scheme
 
-DAMPING = 0.01  # of the mean diagonal, added to the diagonal
+DAMPING = 0.1  # of the mean diagonal, added to the diagonal
 DAMPING_GROWTH = 10.0
-MAX_DAMPING_RETRIES = 4
+MAX_DAMPING_RETRIES = 3
 BLOCK_SIZE = 64
 
 
@@ -43,6 +54,31 @@ class RoundedWeight(NamedTuple):
 
     codes: Tensor
     loss: Tensor
+
+
+def solve(
+    weights: Sequence[Tensor], statistics: InputStatistics | None, scheme: Scheme, scale_dtype: torch.dtype
+) -> list[Solution]:
+    """Weights [N, K] that share an input, rounded with error feedback; to nearest if the Hessian cannot be used."""
+    assert isinstance(scheme, IntegerScheme)
+    assert statistics is not None
+    assert statistics.second_moment is not None
+    factor = factorize(statistics.second_moment)
+    if factor is None:
+        return [_without_feedback(solution) for solution in rtn.solve(weights, statistics, scheme, scale_dtype)]
+    stacked = torch.cat([weight.float() for weight in weights])
+    grid = search_grid(stacked, statistics.mean_square, scheme, scale_dtype)
+    codes, loss = round_weight(stacked, grid, scheme, factor)
+    solutions, first = [], 0
+    for weight in weights:
+        rows = slice(first, first + weight.shape[0])
+        own_grid = IntegerGrid(grid.scales[rows], grid.zeros[rows])
+        error = relative_error(weight, dequantize(codes[rows], own_grid, scheme), statistics)
+        details = _details(factor) | {"proxy_loss": float(loss[rows].sum())}
+        quantized = to_quantized_weight(codes[rows], own_grid, scheme, scale_dtype)
+        solutions.append(Solution(quantized, error, details, _warnings(factor)))
+        first = rows.stop
+    return solutions
 
 
 def factorize(second_moment: Tensor, *, damping: float = DAMPING) -> HessianFactor | None:
@@ -104,3 +140,24 @@ def _inverse_factor(matrix: Tensor) -> Tensor | None:
     identity = torch.eye(matrix.shape[0], dtype=matrix.dtype, device=matrix.device)
     upper = torch.linalg.solve_triangular(reverse, identity, upper=True)
     return upper if torch.isfinite(upper).all() else None
+
+
+def _details(factor: HessianFactor) -> dict[str, object]:
+    return {
+        "rounding": "gptq",
+        "damping": factor.damping,
+        "damping_retries": factor.retries,
+        "dead_inputs": factor.dead,
+    }
+
+
+def _warnings(factor: HessianFactor) -> tuple[str, ...]:
+    if not factor.retries:
+        return ()
+    return (f"the Hessian is nearly singular: damping raised {factor.retries} times, to {factor.damping:g}",)
+
+
+def _without_feedback(solution: Solution) -> Solution:
+    """What becomes of a layer whose Hessian is zero, not finite, or singular whatever is added to it."""
+    warning = "the Hessian is zero or not usable: rounded to nearest, without error feedback"
+    return Solution(solution.weight, solution.relative_error, solution.details | {"fallback": warning}, (warning,))

@@ -15,7 +15,8 @@ _GRAM_BLOCKS = 4  # the triangle above the diagonal then costs 10 of 16 products
 
 
 def _has_onednn() -> bool:
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    available: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return available and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 _ONEDNN = _has_onednn()

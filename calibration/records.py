@@ -72,10 +72,9 @@ def _render(messages: Any, where: str, tokenizer: PreTrainedTokenizerBase) -> st
     if tokenizer.chat_template is None:
         return "\n\n".join(str(message["content"]) for message in messages)
     try:
-        text: str = tokenizer.apply_chat_template(messages, tokenize=False)
-    except Exception as error:  # noqa: BLE001 - templates are programs, and fail in any way they like
+        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+    except Exception as error:  # templates are programs, and fail in any way they like
         raise InputError(f"{where}: the model's chat template refuses the messages: {error}") from error
-    return text
 
 
 def _is_message(message: Any) -> bool:

@@ -1,0 +1,190 @@
+"""aphroquant convert: quantize a checkpoint, or repack one that is quantized already."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+
+from aphroquant.conversion.progress import Progress
+from aphroquant.errors import UsageError
+
+if TYPE_CHECKING:
+    from aphroquant.conversion import ConversionResult
+
+TARGETS = ("awq", "gptq", "fp8", "compressed-tensors")
+
+
+@click.command()
+@click.argument("source")
+@click.option("--to", required=True, metavar="|".join(TARGETS), help="Format of the output.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), metavar="DIR", help="Directory to make.")
+@click.option("--bits", type=int, help="Bits of a weight. Default: 4.")
+@click.option(
+    "--group-size", type=int, help="Weights that share a scale; -1: a whole row. Default: 128, 64 or 32, what fits."
+)
+@click.option("--symmetric", is_flag=True, default=None, help="No zero points.")
+@click.option("--scheme", metavar="NAME", help="w4a16, w8a16, w8a8-int8, fp8-dynamic, fp8-static or fp8-block.")
+@click.option("--solver", metavar="rtn|gptq|awq|awq-gptq", help="How to choose the numbers. Default: awq-gptq.")
+@click.option(
+    "--calibration",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Text, or JSONL with messages, text, or prompt and response; repeatable. Default: bundled texts.",
+)
+@click.option("--samples", default=128, show_default=True, help="Windows of calibration text; 0: none (rtn only).")
+@click.option("--seq-len", default=512, show_default=True, help="Tokens in a window.")
+@click.option("--seed", default=0, show_default=True, help="Chooses the windows.")
+@click.option("--ignore", multiple=True, metavar="PATTERN", help="Modules that stay as they are; repeatable.")
+@click.option("--threads", type=click.IntRange(min=1), help="Processor threads to use. Default: all.")
+@click.option("--dry-run", is_flag=True, help="Say what would be written, and stop.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), metavar="FILE", help="Write the report here too.")
+@click.option("--overwrite", is_flag=True, help="Replace the checkpoint in DIR.")
+def command(
+    source: str,
+    to: str,
+    out: Path,
+    bits: int | None,
+    group_size: int | None,
+    symmetric: bool | None,
+    scheme: str | None,
+    solver: str | None,
+    calibration: tuple[Path, ...],
+    samples: int,
+    seq_len: int,
+    seed: int,
+    ignore: tuple[str, ...],
+    threads: int | None,
+    dry_run: bool,
+    json_file: Path | None,
+    overwrite: bool,
+) -> None:
+    """Quantize SOURCE (a directory, a .gguf file or a Hub id) into DIR.
+
+    A SOURCE that is quantized already, in numbers that the target format can hold, is repacked bit for bit unless
+    options ask for other numbers. DIR appears only when it is complete.
+    """
+    _check_writable(json_file)
+    from aphroquant.conversion import convert
+
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+    with _progress() as progress:
+        result = convert(
+            source,
+            to=to,
+            out=out,
+            scheme=scheme,
+            bits=bits,
+            group_size=group_size,
+            symmetric=symmetric or None,
+            solver=solver,
+            calibration=calibration,
+            samples=samples,
+            seq_len=seq_len,
+            seed=seed,
+            ignore=ignore,
+            overwrite=overwrite,
+            dry_run=dry_run,
+            progress=progress,
+        )
+    click.echo(_summary(result))
+    if json_file is not None:
+        json_file.write_text(json.dumps(result.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+
+def _check_writable(json_file: Path | None) -> None:
+    if json_file is None:
+        return
+    if json_file.is_dir():
+        raise UsageError(f"--json {json_file} is a directory; give a file name")
+    if not json_file.parent.is_dir():
+        raise UsageError(f"--json {json_file}: there is no directory {json_file.parent}")
+
+
+def _summary(result: ConversionResult) -> str:
+    """The result in words, one fact a line."""
+    share = result.num_bytes / result.source_bytes if result.source_bytes else 0.0
+    facts = {
+        "would write" if result.dry_run else "wrote": result.out,
+        "format": f"{result.to}, {result.scheme}",
+        "solver": result.solver or ("none: repacked bit for bit" if result.mode == "repack" else "none needed"),
+        "modules": f"{result.num_modules} quantized, {result.bits_per_weight:.3f} bits per weight",
+        "tensors": f"{result.num_bytes:,} bytes ({share:.1%} of the source's {result.source_bytes:,})",
+    }
+    if result.mean_relative_error is not None:
+        facts["output error"] = f"{result.mean_relative_error:.2e} of a layer's output, mean over modules, squared"
+    if not result.dry_run:
+        facts["time"] = f"{result.seconds:.1f} s"
+        facts["peak memory"] = f"{result.peak_memory_bytes / 2**20:,.0f} MiB"
+    if result.warnings:
+        facts["warnings"] = str(len(result.warnings))
+    width = max(map(len, facts))
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in facts.items())
+
+
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    """Bars on a terminal, plain lines elsewhere; always on stderr."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _PlainProgress()
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Bars(*columns, TimeRemainingColumn(), console=console) as bars:
+        yield _BarProgress(bars)
+
+
+class _PlainProgress(Progress):
+    """One line a stage and a block."""
+
+    def __init__(self) -> None:
+        self._started = self._last = time.monotonic()
+
+    def stage(self, text: str) -> None:
+        self._started = self._last = time.monotonic()
+        click.echo(text, err=True)
+
+    def block(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if done:
+            remaining = (now - self._started) / done * (total - done)
+            click.echo(f"{done}/{total}  {now - self._last:.1f} s  {remaining:.0f} s left", err=True)
+        self._last = now
+
+    def note(self, text: str) -> None:
+        click.echo(f"note: {text}", err=True)
+
+    def warn(self, text: str) -> None:
+        click.echo(f"warning: {text}", err=True)
+
+
+class _BarProgress(Progress):
+    """One bar, whose label is the stage."""
+
+    def __init__(self, bars: Bars) -> None:
+        self._bars = bars
+        self._task = bars.add_task("planning", total=None)
+
+    def stage(self, text: str) -> None:
+        self._bars.update(self._task, description=text)
+
+    def block(self, done: int, total: int) -> None:
+        self._bars.update(self._task, completed=done, total=total)
+
+    def note(self, text: str) -> None:
+        self._bars.console.print(f"note: {text}", markup=False, highlight=False)
+
+    def warn(self, text: str) -> None:
+        self._bars.console.print(f"warning: {text}", markup=False, highlight=False)

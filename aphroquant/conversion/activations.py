@@ -1,0 +1,53 @@
+"""Activations of all calibration windows: in memory, or past a limit in an unnamed file that the kernel pages."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from aphroquant.errors import ResourceError
+
+CHUNK_TOKENS = 4096  # at once through a block; larger temporaries are returned to the kernel and cost page faults
+DEFAULT_MEMORY_LIMIT = 8 * 2**30
+
+
+class Activations:
+    """Rows [T, width] float32 of whole windows. Slices of `rows` are views: writing to them changes the store."""
+
+    def __init__(self, num_tokens: int, width: int, *, memory_limit: int = DEFAULT_MEMORY_LIMIT) -> None:
+        self.spilled = num_tokens * width * 4 > memory_limit
+        self.rows = _mapped(num_tokens, width) if self.spilled else torch.empty(num_tokens, width)
+
+    def __len__(self) -> int:
+        return self.rows.shape[0]
+
+
+def chunks(num_tokens: int, window_len: int) -> Iterator[slice]:
+    """Slices of whole windows, about CHUNK_TOKENS rows each."""
+    step = max(1, CHUNK_TOKENS // window_len) * window_len
+    return (slice(start, min(start + step, num_tokens)) for start in range(0, num_tokens, step))
+
+
+def _mapped(num_tokens: int, width: int) -> Tensor:
+    """A shared mapping of a deleted temporary file: it is gone with the process, however that ends."""
+    descriptor, name = tempfile.mkstemp(prefix="aphroquant-activations-")
+    path = Path(name)
+    try:
+        with os.fdopen(descriptor, "r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, max(num_tokens * width * 4, 1))
+            mapped = np.memmap(file, dtype=np.float32, mode="r+", shape=(num_tokens, width))
+    except OSError as error:
+        needed = num_tokens * width * 4 / 1e9
+        raise ResourceError(
+            f"{path.parent}: no room for {needed:.1f} GB of activations: {error.strerror or error}",
+            hint="fewer --samples, or a TMPDIR on a larger disk",
+        ) from error
+    finally:
+        path.unlink()
+    return torch.from_numpy(mapped)

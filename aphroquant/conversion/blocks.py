@@ -1,0 +1,176 @@
+"""Quantizing a model block by block, each layer on the activations of the already quantized ones before it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aphroquant.calibration.solution import Solution
+from aphroquant.calibration.solvers import FP8_ROUNDING
+from aphroquant.calibration.statistics import InputStatistics, StatisticsCollector
+from aphroquant.conversion.activations import DEFAULT_MEMORY_LIMIT, Activations, chunks
+from aphroquant.conversion.calibration_block import CalibrationBlock, load_calibration_block
+from aphroquant.conversion.plan import ConversionPlan
+from aphroquant.conversion.scaling import SAMPLE_TOKENS, BlockScaler
+from aphroquant.errors import InputError
+from aphroquant.models.loader import load_embedding
+from aphroquant.models.spec import DOWN, GATE, INPUT_NORM, POST_ATTENTION_NORM, UP, K, O, Q, V
+from aphroquant.schemes import IntegerScheme
+
+
+@dataclass
+class SolvedBlock:
+    """The solutions of one block by module name, the tensors that scaling changed, and the report on scaling."""
+
+    layer: int
+    solutions: dict[str, Solution]
+    changed: dict[str, Tensor] = field(default_factory=dict)
+    scaling: dict[str, Any] = field(default_factory=dict)
+
+
+def solve_without_data(plan: ConversionPlan) -> Iterator[SolvedBlock]:
+    """All blocks from the weights alone."""
+    rounding = FP8_ROUNDING() if not isinstance(plan.scheme, IntegerScheme) else plan.solver.load()
+    for layer in range(plan.spec.num_layers):
+        prefix = f"{plan.spec.block_prefix(layer)}."
+        solutions = {}
+        for module in plan.modules:
+            if module.startswith(prefix):
+                weight = plan.checkpoint.weight(module).dequantize()
+                _check_finite(module, weight)
+                solutions[module] = rounding([weight], None, plan.scheme, plan.scale_dtype)[0]
+        yield SolvedBlock(layer, solutions)
+
+
+class CalibratedSolver:
+    """Solves blocks in order. Between them it holds the hidden states of all windows, as the quantized model has them.
+
+    Within a block: q, k, v; then o; then gate, up; then down, each on inputs that those before it made.
+    """
+
+    def __init__(self, plan: ConversionPlan, windows: Tensor, *, memory_limit: int = DEFAULT_MEMORY_LIMIT) -> None:
+        self._plan = plan
+        self._window_len = windows.shape[1]
+        self._memory_limit = memory_limit
+        self._rounding = FP8_ROUNDING() if not isinstance(plan.scheme, IntegerScheme) else plan.solver.load()
+        self._scaler = self._make_scaler()
+        self._hidden = self._embed(windows)
+
+    @property
+    def spilled(self) -> bool:
+        """Whether hidden states went to a temporary file."""
+        return self._hidden.spilled
+
+    def solve(self) -> Iterator[SolvedBlock]:
+        """All blocks, one at a time."""
+        for layer in range(self._plan.spec.num_layers):
+            yield self._solve_block(load_calibration_block(self._plan.checkpoint, layer, self._window_len))
+
+    @torch.no_grad()
+    def _solve_block(self, block: CalibrationBlock) -> SolvedBlock:
+        solved = SolvedBlock(block.block.layer, {}, block.changed)
+        self._check_weights(block)
+        self._half(block, solved, INPUT_NORM, (Q, K, V), O)
+        self._half(block, solved, POST_ATTENTION_NORM, (GATE, UP), DOWN)
+        return solved
+
+    def _half(self, block: CalibrationBlock, solved: SolvedBlock, norm: str, first: tuple[str, ...], last: str) -> None:
+        """The attention or the MLP: layers that read the norm, the one that writes to the residual stream."""
+        is_attention = norm == INPUT_NORM
+        if self._scaler is not None:
+            sample = block.block.norm(norm, self._hidden.rows[self._sample_rows()])
+            scale = self._scaler.scale_attention if is_attention else self._scaler.scale_mlp
+            solved.scaling |= scale(block, sample)
+        statistics = self._gather(block, first, lambda rows: block.block.norm(norm, self._hidden.rows[rows]))
+        self._round(block, solved, first, statistics)
+        inner = self._inner(block, norm, block.attention_mix if is_attention else block.mlp_inner)
+        statistics = self._gather(block, (last,), lambda rows: inner.rows[rows])
+        self._round(block, solved, (last,), statistics)
+        for rows in self._chunks():
+            self._hidden.rows[rows] += block.linears[last](inner.rows[rows])
+
+    def _inner(self, block: CalibrationBlock, norm: str, forward: Callable[[Tensor], Tensor]) -> Activations:
+        """The input of the last layer of a half, for all windows."""
+        inner: Activations | None = None
+        for rows in self._chunks():
+            part = forward(block.block.norm(norm, self._hidden.rows[rows]))
+            inner = inner or Activations(len(self._hidden), part.shape[1], memory_limit=self._memory_limit)
+            inner.rows[rows] = part
+        assert inner is not None
+        return inner
+
+    def _gather(
+        self, block: CalibrationBlock, names: Sequence[str], inputs: Callable[[slice], Tensor]
+    ) -> InputStatistics | None:
+        """Statistics of the input that `names` share; None if none of them is to be quantized."""
+        modules = [f"{block.prefix}.{name}" for name in names]
+        if not any(module in self._plan.modules for module in modules):
+            return None
+        width = block.linears[names[0]].weight.shape[1]
+        second_moment = self._plan.solver.needs_second_moment
+        collector = StatisticsCollector(modules[0], width, self._window_len, second_moment=second_moment)
+        for rows in self._chunks():
+            collector.update(inputs(rows))
+        return collector.finish()
+
+    def _round(
+        self,
+        block: CalibrationBlock,
+        solved: SolvedBlock,
+        names: Sequence[str],
+        statistics: InputStatistics | None,
+    ) -> None:
+        """Solve those of `names` that are to be quantized, and go on with what they have become."""
+        chosen = [name for name in names if f"{block.prefix}.{name}" in self._plan.modules]
+        if not chosen:
+            return
+        weights = [block.linears[name].weight for name in chosen]
+        solutions = self._rounding(weights, statistics, self._plan.scheme, self._plan.scale_dtype)
+        for name, solution in zip(chosen, solutions, strict=True):
+            solved.solutions[f"{block.prefix}.{name}"] = solution
+            block.linears[name].weight = solution.weight.dequantize()
+
+    def _make_scaler(self) -> BlockScaler | None:
+        if not self._plan.solver.scales_channels:
+            return None
+        assert isinstance(self._plan.scheme, IntegerScheme)
+        checkpoint = self._plan.checkpoint
+        return BlockScaler(
+            self._plan.scheme, self._plan.modules.__contains__, lambda name: checkpoint.tensors[name].dtype
+        )
+
+    def _embed(self, windows: Tensor) -> Activations:
+        ids = windows.reshape(-1)
+        spec = self._plan.spec
+        if ids.numel() and int(ids.max()) >= spec.vocab_size:
+            raise InputError(
+                f"the tokenizer gives token id {int(ids.max())}, but the model's vocabulary ends at {spec.vocab_size}"
+            )
+        hidden = Activations(ids.numel(), spec.hidden_size, memory_limit=self._memory_limit)
+        embedding = load_embedding(self._plan.checkpoint)
+        for rows in chunks(ids.numel(), self._window_len):
+            hidden.rows[rows] = embedding[ids[rows]]
+        return hidden
+
+    def _chunks(self) -> Iterator[slice]:
+        return chunks(len(self._hidden), self._window_len)
+
+    def _sample_rows(self) -> Tensor:
+        """Rows of a few whole windows, evenly spread."""
+        num_windows = len(self._hidden) // self._window_len
+        count = min(num_windows, max(1, SAMPLE_TOKENS // self._window_len))
+        starts = torch.arange(count) * num_windows // count * self._window_len
+        return (starts[:, None] + torch.arange(self._window_len)).reshape(-1)
+
+    def _check_weights(self, block: CalibrationBlock) -> None:
+        for name, linear in block.linears.items():
+            _check_finite(f"{block.prefix}.{name}", linear.weight)
+
+
+def _check_finite(module: str, weight: Tensor) -> None:
+    if not torch.isfinite(weight).all():
+        raise InputError(f"{module}.weight holds NaN or infinite values and cannot be quantized")

@@ -1,0 +1,89 @@
+"""A decoder block whose weights can be looked at, scaled and replaced."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from aphroquant.calibration.matmul import linear
+from aphroquant.checkpoint import Checkpoint
+from aphroquant.models.decoder import CosSin, DecoderBlock, causal_attention
+from aphroquant.models.loader import load_block
+from aphroquant.models.rope import cos_sin
+from aphroquant.models.spec import DOWN, O
+from aphroquant.schemes import QuantizedWeight
+
+
+@dataclass
+class BlockLinear:
+    """x @ weight.T + bias, in float32."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+@dataclass
+class CalibrationBlock:
+    """Block `layer` in float32. `linears` and `norms` are those of `block`, to be changed in place.
+
+    `changed` holds the tensors that are no longer what the source says, by their full names, in the stored dtype.
+    """
+
+    block: DecoderBlock
+    linears: dict[str, BlockLinear]
+    window_len: int
+    changed: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def norms(self) -> dict[str, Tensor]:
+        return self.block.norms
+
+    @property
+    def prefix(self) -> str:
+        return self.block.spec.block_prefix(self.block.layer)
+
+    def attention_mix(self, x: Tensor) -> Tensor:
+        """The input of o_proj [T, heads * d] for the normed input x [T, H] of the block."""
+        return self._without(O).attention(x, self._rope(x), causal_attention(self.block.spec, self.window_len))
+
+    def attention(self, x: Tensor) -> Tensor:
+        """The attention's output [T, H] for the same."""
+        return self.block.attention(x, self._rope(x), causal_attention(self.block.spec, self.window_len))
+
+    def mlp_inner(self, x: Tensor) -> Tensor:
+        """The input of down_proj [T, I] for the normed input x [T, H] of the MLP."""
+        return self._without(DOWN).mlp(x)
+
+    def replaced(self, weights: dict[str, Tensor]) -> CalibrationBlock:
+        """The same block with other weights; this one is not modified."""
+        linears = self.linears | {name: BlockLinear(w, self.linears[name].bias) for name, w in weights.items()}
+        block = DecoderBlock(self.block.spec, self.block.layer, dict(linears), self.block.norms)
+        return CalibrationBlock(block, linears, self.window_len)
+
+    def _without(self, name: str) -> DecoderBlock:
+        linears = {**self.block.linears, name: lambda x: x}
+        return DecoderBlock(self.block.spec, self.block.layer, linears, self.block.norms)
+
+    def _rope(self, x: Tensor) -> CosSin:
+        spec = self.block.spec
+        positions = torch.arange(self.window_len).repeat(x.shape[0] // self.window_len)
+        return cos_sin(spec.rope, spec.head_dim, positions)
+
+
+def load_calibration_block(checkpoint: Checkpoint, layer: int, window_len: int) -> CalibrationBlock:
+    """Read and dequantize one block."""
+    linears: dict[str, BlockLinear] = {}
+    prefix = f"{checkpoint.spec.block_prefix(layer)}."
+
+    def make(module: str, weight: QuantizedWeight, bias: Tensor | None) -> BlockLinear:
+        made = BlockLinear(weight.dequantize(), None if bias is None else bias.float())
+        linears[module.removeprefix(prefix)] = made
+        return made
+
+    block = load_block(checkpoint, layer, torch.float32, make)
+    return CalibrationBlock(block, linears, window_len)

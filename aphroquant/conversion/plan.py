@@ -1,0 +1,198 @@
+"""The plan of a conversion: everything that can be found out, and found wrong, before any work."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from aphroquant.calibration.solvers import Solver
+from aphroquant.checkpoint import Checkpoint
+from aphroquant.conversion.request import ConversionRequest
+from aphroquant.conversion.sizes import module_bytes
+from aphroquant.conversion.targets import needs_calibration, resolve_scheme, resolve_solver
+from aphroquant.errors import ResourceError, UsageError
+from aphroquant.formats import format_class
+from aphroquant.formats.base import Format
+from aphroquant.models.spec import EMBEDDING, LM_HEAD, DecoderSpec
+from aphroquant.schemes import DenseScheme, FloatScheme, IntegerScheme, Scheme
+
+DEQUANTIZED_DTYPE = torch.float16  # of quantized embeddings and heads, which the targets keep dense
+_SPOOL_SHARE = 1.05  # free disk beyond the output: headers and rounding up
+
+
+@dataclass(frozen=True)
+class ConversionPlan:
+    """What will be done. `modules` maps those to be quantized to (out_features, in_features), in order of execution."""
+
+    request: ConversionRequest
+    checkpoint: Checkpoint
+    scheme: IntegerScheme | FloatScheme
+    solver: Solver
+    format: Format
+    modules: dict[str, tuple[int, int]]
+    scale_dtype: torch.dtype
+    calibrates: bool
+
+    @cached_property
+    def module_bytes(self) -> dict[str, int]:
+        return module_bytes(self.format, self.modules, self.scheme, self.scale_dtype)
+
+    @cached_property
+    def dense_bytes(self) -> dict[str, int]:
+        """Bytes of each tensor that stays dense."""
+        return {name: carried_bytes(self.checkpoint, name) for name in self.dense_names}
+
+    @cached_property
+    def dense_names(self) -> list[str]:
+        """Tensors that are carried over: all that is not the weight of a module to be quantized."""
+        return carried_tensors(self.checkpoint, set(self.modules))
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all tensors of the output."""
+        return sum(self.module_bytes.values()) + sum(self.dense_bytes.values())
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Of the quantized modules, scales and zero points included."""
+        weights = sum(rows * columns for rows, columns in self.modules.values())
+        return 8 * sum(self.module_bytes.values()) / weights
+
+    @property
+    def spec(self) -> DecoderSpec:
+        return self.checkpoint.spec
+
+    @property
+    def peak_bytes(self) -> int:
+        """Estimate of the memory for weights and activations at the busiest moment."""
+        spec = self.spec
+        block = sum(rows * columns for rows, columns in map(spec.linear_shape, _block_linears(spec))) * 4
+        if not self.calibrates:
+            return 3 * block
+        tokens = self.request.samples * self.request.seq_len
+        activations = tokens * (spec.hidden_size + spec.intermediate_size) * 4
+        moments = 3 * spec.intermediate_size**2 * 8 if self.solver.needs_second_moment else 0
+        embedding = spec.vocab_size * spec.hidden_size * 4
+        return max(3 * block + activations + moments, embedding + tokens * spec.hidden_size * 4)
+
+
+def make_plan(checkpoint: Checkpoint, request: ConversionRequest) -> ConversionPlan:
+    """Check a request against a model. UsageError, InputError or ResourceError for what cannot be done."""
+    format_type = format_class(request.to)
+    spec = checkpoint.spec
+    chosen, kept = _split_modules(checkpoint, request)
+    shapes = {module: spec.linear_shape(module.split(".", 3)[3]) for module in chosen}
+    scheme = resolve_scheme(request, {module: shape[1] for module, shape in shapes.items()})
+    solver = resolve_solver(request, scheme)
+    calibrates = needs_calibration(scheme, solver, request.samples)
+    if calibrates and request.samples == 0:
+        raise UsageError(f"static input scales ({scheme}) need calibration, but samples = 0")
+    if calibrates and request.seq_len > spec.max_position_embeddings:
+        raise UsageError(
+            f"seq_len = {request.seq_len} is longer than the model's context of {spec.max_position_embeddings} tokens"
+        )
+    dense = list(dict.fromkeys([*kept, *_other_matrices(checkpoint), LM_HEAD]))
+    target = format_type.for_schemes(dict.fromkeys(chosen, scheme), dense)
+    dtype = _scale_dtype(checkpoint, request.to)
+    plan = ConversionPlan(request, checkpoint, scheme, solver, target, shapes, dtype, calibrates)
+    check_disk(request.out, plan.num_bytes)
+    return plan
+
+
+def carried_tensors(checkpoint: Checkpoint, quantized: set[str]) -> list[str]:
+    """Names of the stored tensors to carry over if these modules' weights are written anew."""
+    names = checkpoint.dense_names()
+    kept = [name for name in names if not (name.endswith(".weight") and name.removesuffix(".weight") in quantized)]
+    # Quantized in the source, dense in the target (a GGUF file's embedding): written under their plain names.
+    others = [
+        f"{module}.weight"
+        for module, scheme in checkpoint.schemes().items()
+        if not isinstance(scheme, DenseScheme) and module not in quantized
+    ]
+    return [*kept, *(name for name in others if name not in set(kept))]
+
+
+def read_carried(checkpoint: Checkpoint, name: str) -> Tensor:
+    """A carried tensor as it will be stored: byte for byte, or dequantized if only the source quantizes it."""
+    module = name.removesuffix(".weight")
+    if _is_dequantized(checkpoint, name):
+        return checkpoint.weight(module).dequantize(DEQUANTIZED_DTYPE)
+    return checkpoint.read(name)
+
+
+def carried_bytes(checkpoint: Checkpoint, name: str) -> int:
+    """Bytes of a carried tensor in the output."""
+    if not _is_dequantized(checkpoint, name):
+        return checkpoint.tensors[name].nbytes
+    return math.prod(_matrix_shape(checkpoint, name.removesuffix(".weight"))) * DEQUANTIZED_DTYPE.itemsize
+
+
+def check_disk(out: Path, num_bytes: int) -> None:
+    """ResourceError unless the disk of `out` has room for that many bytes."""
+    place = out.expanduser().resolve()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < num_bytes * _SPOOL_SHARE:
+        raise ResourceError(
+            f"{out}: the output needs {num_bytes / 1e9:.2f} GB, but the disk has {free / 1e9:.2f} GB free",
+            hint="free some space or give another --out",
+        )
+
+
+def _split_modules(checkpoint: Checkpoint, request: ConversionRequest) -> tuple[list[str], list[str]]:
+    """(to be quantized, to be left dense) among the block linears."""
+    schemes: dict[str, Scheme] = dict(checkpoint.schemes())
+    modules = [module for module in checkpoint.spec.modules() if module in schemes]
+    kept = [module for module in modules if any(_matches(module, pattern) for pattern in request.ignore)]
+    for pattern in request.ignore:
+        known = [*modules, *schemes, LM_HEAD, EMBEDDING]
+        if not any(_matches(module, pattern) for module in known):
+            raise UsageError(f"--ignore {pattern} matches no module; a name is {modules[0] if modules else 'unknown'}")
+    chosen = [module for module in modules if module not in set(kept)]
+    if not chosen:
+        raise UsageError("nothing is left to quantize", hint="give fewer --ignore patterns")
+    return chosen, kept
+
+
+def _is_dequantized(checkpoint: Checkpoint, name: str) -> bool:
+    scheme = checkpoint.schemes().get(name.removesuffix(".weight"))
+    return name.endswith(".weight") and scheme is not None and not isinstance(scheme, DenseScheme)
+
+
+def _matrix_shape(checkpoint: Checkpoint, module: str) -> tuple[int, ...]:
+    spec = checkpoint.spec
+    if checkpoint.has(f"{module}.weight"):
+        return checkpoint.tensors[f"{module}.weight"].shape
+    if module in spec.modules():
+        return spec.linear_shape(module.split(".", 3)[3])
+    return spec.vocab_size, spec.hidden_size
+
+
+def _matches(module: str, pattern: str) -> bool:
+    """Whether a pattern matches the name, or its end from some dot on."""
+    return fnmatchcase(module, pattern) or fnmatchcase(module, f"*.{pattern}")
+
+
+def _other_matrices(checkpoint: Checkpoint) -> list[str]:
+    """Modules with a matrix that are no block linears: they stay as they are (the embedding is no linear layer)."""
+    known = {*checkpoint.spec.modules(), EMBEDDING}
+    return [module for module in checkpoint.schemes() if module not in known]
+
+
+def _scale_dtype(checkpoint: Checkpoint, target: str) -> torch.dtype:
+    """float16; bfloat16 in compressed-tensors of a bfloat16 model, whose readers compute in the model's dtype."""
+    schemes = checkpoint.schemes().values()
+    dtypes = {scheme.dtype for scheme in schemes if isinstance(scheme, DenseScheme)}
+    return torch.bfloat16 if target == "compressed-tensors" and dtypes == {torch.bfloat16} else torch.float16
+
+
+def _block_linears(spec: DecoderSpec) -> list[str]:
+    return [module.split(".", 3)[3] for module in spec.modules()[:7]]

@@ -1,0 +1,50 @@
+"""What a user asks a conversion for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from aphroquant.errors import UsageError
+
+PER_ROW = -1  # as a group size: one group for the whole row
+
+
+@dataclass(frozen=True)
+class ConversionRequest:
+    """The arguments of a conversion. None stands for "the best for this target and model".
+
+    `group_size` -1 means one group a row. `samples` 0 means no calibration. `ignore` are names of modules that stay
+    dense: whole names, or patterns with * and ?, matched from any dot on ("o_proj", "model.layers.0.*").
+    """
+
+    source: str
+    to: str
+    out: Path
+    scheme: str | None = None
+    bits: int | None = None
+    group_size: int | None = None
+    symmetric: bool | None = None
+    solver: str | None = None
+    calibration: tuple[Path, ...] = ()
+    samples: int = 128
+    seq_len: int = 512
+    seed: int = 0
+    ignore: tuple[str, ...] = ()
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        if self.bits is not None and not 1 <= self.bits <= 8:
+            raise UsageError(f"bits = {self.bits} must be between 1 and 8")
+        if self.group_size is not None and self.group_size < 1 and self.group_size != PER_ROW:
+            raise UsageError(f"group_size = {self.group_size} must be positive, or -1 for one group a row")
+        if self.samples < 0:
+            raise UsageError(f"samples = {self.samples} must not be negative")
+        if self.seq_len < 2:
+            raise UsageError(f"seq_len = {self.seq_len} must be at least 2")
+
+    @property
+    def leaves_numbers_open(self) -> bool:
+        """Whether nothing is said that would change the numbers of an already quantized source."""
+        asked = (self.scheme, self.bits, self.group_size, self.symmetric, self.solver)
+        return all(value is None for value in asked) and not self.ignore and not self.calibration

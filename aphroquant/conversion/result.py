@@ -1,0 +1,38 @@
+"""What a conversion made, or, of a dry run, would make."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class ConversionResult:
+    """Sizes are of tensor data; `bits_per_weight` is that of the quantized modules with scales and zero points.
+
+    `mode` is "quantize", or "repack" if the source's own numbers were kept bit for bit. `modules` maps each quantized
+    module to what its solver reported. `seconds` and `peak_memory_bytes` are measured (0 in a dry run).
+    """
+
+    source: str
+    out: str
+    to: str
+    mode: str
+    scheme: str
+    solver: str | None
+    num_modules: int
+    num_bytes: int
+    source_bytes: int
+    bits_per_weight: float
+    mean_relative_error: float | None = None
+    seconds: float = 0.0
+    peak_memory_bytes: int = 0
+    dry_run: bool = False
+    warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    modules: dict[str, dict[str, Any]] = field(default_factory=dict)
+    scaling: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, as JSON can hold them."""
+        return asdict(self)

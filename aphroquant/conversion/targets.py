@@ -1,0 +1,149 @@
+"""What can be asked of each target format: schemes by name, bit widths, group sizes, and the solvers that fit."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Mapping
+
+from aphroquant.calibration.solvers import SOLVERS, Solver, find_solver
+from aphroquant.conversion.request import PER_ROW, ConversionRequest
+from aphroquant.errors import UsageError
+from aphroquant.schemes import ActivationScheme, FloatScheme, IntegerScheme
+
+DEFAULT_BITS = 4
+# Marlin, the kernel that engines use for 4 and 8 bits, knows 32, 64 and 128 (and whole rows); the largest that fits.
+AUTOMATIC_GROUP_SIZES = (128, 64, 32)
+# Measured (README, calibration/gptq.py): the chain has the lowest divergence, at about the time of its parts.
+DEFAULT_SOLVER = "awq-gptq"
+DEFAULT_SOLVER_8_BITS = "rtn"
+DEFAULT_FP8 = "fp8-dynamic"
+
+_TOKEN_INPUTS = {"int": ActivationScheme("int"), "float": ActivationScheme("float")}
+_STATIC_INPUTS = ActivationScheme("float", dynamic=False, granularity="tensor")
+_BLOCK_INPUTS = ActivationScheme("float", granularity="group", group_size=128)
+_FP8_STATIC = FloatScheme("tensor", activations=_STATIC_INPUTS)
+_FP8_BLOCK = FloatScheme("block", (128, 128), _BLOCK_INPUTS)
+
+# Scheme names that fix everything, by target. Weight-only integers ("w4a16") leave group size and symmetry open.
+FIXED_SCHEMES: Mapping[str, Mapping[str, IntegerScheme | FloatScheme]] = {
+    "awq": {},
+    "gptq": {},
+    "fp8": {
+        "fp8-dynamic": FloatScheme("tensor", activations=_TOKEN_INPUTS["float"]),
+        "fp8-static": _FP8_STATIC,
+        "fp8-block": _FP8_BLOCK,
+    },
+    "compressed-tensors": {
+        "w8a8-int8": IntegerScheme(8, None, True, activations=_TOKEN_INPUTS["int"]),
+        "fp8-dynamic": FloatScheme("channel", activations=_TOKEN_INPUTS["float"]),
+        "fp8-static": _FP8_STATIC,
+        "fp8-block": _FP8_BLOCK,
+    },
+}
+WEIGHT_ONLY_BITS: Mapping[str, tuple[int, ...]] = {
+    "awq": (4,),
+    "gptq": (2, 3, 4, 8),
+    "fp8": (),
+    "compressed-tensors": (4, 8),
+}
+
+
+def scheme_names(target: str) -> list[str]:
+    """What --scheme takes for a target."""
+    return [f"w{bits}a16" for bits in WEIGHT_ONLY_BITS[target]] + list(FIXED_SCHEMES[target])
+
+
+def resolve_scheme(request: ConversionRequest, widths: Mapping[str, int]) -> IntegerScheme | FloatScheme:
+    """The scheme that a request means for modules with these in_features. UsageError naming what does not fit."""
+    target = request.to
+    name = request.scheme or (DEFAULT_FP8 if target == "fp8" else None)
+    if name is not None and name not in scheme_names(target):
+        raise UsageError(f"{target} has no scheme {name!r}", hint=_suggestion(name, scheme_names(target)))
+    if name is not None and name in FIXED_SCHEMES[target]:
+        _refuse_contradictions(request, name)
+        return FIXED_SCHEMES[target][name]
+    bits = _bits(request, name)
+    size = _group_size(request, widths)
+    return IntegerScheme(bits, size, bool(request.symmetric))
+
+
+def resolve_solver(request: ConversionRequest, scheme: IntegerScheme | FloatScheme) -> Solver:
+    """The solver for a scheme. UsageError if the one asked for cannot make it."""
+    if isinstance(scheme, FloatScheme):
+        if request.solver not in (None, "rtn"):
+            find_solver(request.solver or "")
+            raise UsageError(f"solver {request.solver} makes integer codes, not FP8", hint="leave --solver out")
+        return SOLVERS["rtn"]
+    default = DEFAULT_SOLVER_8_BITS if scheme.bits == 8 else DEFAULT_SOLVER
+    if request.samples == 0 and request.solver is None:
+        default = "rtn"
+    solver = find_solver(request.solver or default)
+    if request.samples == 0 and solver.name != "rtn":
+        raise UsageError(
+            f"solver {solver.name} needs calibration, but samples = 0", hint="only rtn works without calibration data"
+        )
+    return solver
+
+
+def needs_calibration(scheme: IntegerScheme | FloatScheme, solver: Solver, samples: int) -> bool:
+    """Whether activations have to be seen. At 8 bits rtn takes each range as it is."""
+    if isinstance(scheme, FloatScheme):
+        return scheme.activations is not None and not scheme.activations.dynamic
+    return samples > 0 and not (solver.name == "rtn" and scheme.bits == 8)
+
+
+def _bits(request: ConversionRequest, name: str | None) -> int:
+    allowed = WEIGHT_ONLY_BITS[request.to]
+    named = int(name[1 : name.index("a")]) if name else None
+    bits = named or request.bits or (DEFAULT_BITS if DEFAULT_BITS in allowed else allowed[0])
+    if request.bits not in (None, bits):
+        raise UsageError(f"--scheme {name} has {bits} bits, but --bits {request.bits} was given")
+    if bits not in allowed:
+        able = [target for target, widths in WEIGHT_ONLY_BITS.items() if bits in widths]
+        hint = f"{' and '.join(able)} can hold {bits} bits" if able else None
+        raise UsageError(f"{request.to} holds {' or '.join(map(str, allowed))} bits, not {bits}", hint=hint)
+    return bits
+
+
+def _group_size(request: ConversionRequest, widths: Mapping[str, int]) -> int | None:
+    if request.group_size == PER_ROW:
+        return None
+    if request.group_size is None:
+        return next((size for size in AUTOMATIC_GROUP_SIZES if _misfit(size, widths) is None), None)
+    module = _misfit(request.group_size, widths)
+    if module is not None:
+        raise UsageError(
+            f"{module}: in_features = {widths[module]} must be divisible by group_size = {request.group_size}",
+            hint=f"--group-size {_choices(widths)} fit all layers, and -1 (one group a row)",
+        )
+    return request.group_size
+
+
+def _misfit(size: int, widths: Mapping[str, int]) -> str | None:
+    """The first module that a group size does not divide."""
+    return next((module for module, width in widths.items() if width % size), None)
+
+
+def _choices(widths: Mapping[str, int]) -> str:
+    """The group sizes that divide all widths: multiples of 32 if there are any."""
+    common = math.gcd(*widths.values())
+    divisors = [size for size in range(8, common + 1) if common % size == 0 and size % 8 == 0]
+    usual = [size for size in divisors if size % 32 == 0]
+    return ", ".join(map(str, usual or divisors or [common]))
+
+
+def _refuse_contradictions(request: ConversionRequest, name: str) -> None:
+    checks: dict[str, Callable[[], bool]] = {
+        "--bits": lambda: request.bits not in (None, 8),
+        "--group-size": lambda: request.group_size not in (None, PER_ROW),
+    }
+    for option, contradicts in checks.items():
+        if contradicts():
+            raise UsageError(f"{option} does not go with the scheme {name} of {request.to}, which fixes it")
+
+
+def _suggestion(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    listed = f"its schemes are {', '.join(known)}"
+    return f"Did you mean {near[0]!r}? {listed}" if near else listed

@@ -1,0 +1,63 @@
+"""FP8 (e4m3) weights: scales from the largest magnitude per tensor, channel or block; static input scales from maxima.
+
+The format's relative precision does not depend on the scale, so that nothing is gained by searching one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from aphroquant.calibration.solution import Solution, relative_error
+from aphroquant.calibration.statistics import InputStatistics
+from aphroquant.errors import InputError
+from aphroquant.schemes import FloatScheme, QuantizedWeight, Scheme
+
+E4M3_MAX = 448.0
+
+
+def solve(
+    weights: Sequence[Tensor], statistics: InputStatistics | None, scheme: Scheme, scale_dtype: torch.dtype
+) -> list[Solution]:
+    """Each weight [N, K] rounded to FP8; with static inputs all get one scale from the greatest |x|."""
+    assert isinstance(scheme, FloatScheme)
+    extra = {}
+    if scheme.activations is not None and not scheme.activations.dynamic:
+        assert statistics is not None
+        extra["input_scale"] = _scale_of(statistics.max_abs.max())
+    solutions = []
+    for weight in weights:
+        quantized = quantize_fp8(weight, scheme)
+        solution = QuantizedWeight(scheme, {**quantized.tensors, **extra}, quantized.shape)
+        error = relative_error(weight.float(), solution.dequantize(), statistics)
+        details = {"rounding": "nearest"} | {name: float(value) for name, value in extra.items()}
+        solutions.append(Solution(solution, error, details))
+    return solutions
+
+
+def quantize_fp8(weight: Tensor, scheme: FloatScheme) -> QuantizedWeight:
+    """Weight [N, K] with scale = greatest magnitude / 448 of its tensor, row or block, float32."""
+    weight = weight.float()
+    if not torch.isfinite(weight).all():
+        raise InputError("a weight is not finite and cannot be quantized")
+    num_rows, width = weight.shape
+    if scheme.block_shape is not None:
+        rows, columns = scheme.block_shape
+        padded = torch.nn.functional.pad(weight, (0, -width % columns, 0, -num_rows % rows))
+        blocks = padded.view(padded.shape[0] // rows, rows, padded.shape[1] // columns, columns)
+        scales = _scale_of(blocks.abs().amax((1, 3)))  # [N / rows, K / columns]
+        per_weight = scales.repeat_interleave(rows, 0).repeat_interleave(columns, 1)[:num_rows, :width]
+    elif scheme.granularity == "channel":
+        scales = per_weight = _scale_of(weight.abs().amax(1, keepdim=True))
+    else:
+        scales = per_weight = _scale_of(weight.abs().amax() if weight.numel() else torch.zeros(()))
+    codes = (weight / per_weight).clamp_(-E4M3_MAX, E4M3_MAX).to(scheme.dtype)
+    return QuantizedWeight(scheme, {"codes": codes, "scales": scales}, (num_rows, width))
+
+
+def _scale_of(magnitude: Tensor) -> Tensor:
+    """The scale under which `magnitude` is the largest code; 1 where it is zero."""
+    scale = magnitude.float() / E4M3_MAX
+    return torch.where(scale < torch.finfo(torch.float32).tiny, torch.ones_like(scale), scale)

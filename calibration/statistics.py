@@ -1,0 +1,72 @@
+"""Statistics of the inputs of linear layers, gathered chunk by chunk."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from aphroquant.calibration.matmul import gram
+from aphroquant.errors import InputError
+
+
+class InputStatistics(NamedTuple):
+    """What is known of an input x of width K over `num_tokens` tokens.
+
+    `second_moment` is E[x x^T] float32 [K, K] (None if it was not asked for), `mean_square` its diagonal, E[x**2];
+    `mean_abs` E|x| and `max_abs` the greatest |x|, both [K].
+    """
+
+    num_tokens: int
+    mean_square: Tensor
+    mean_abs: Tensor
+    max_abs: Tensor
+    second_moment: Tensor | None = None
+
+    @property
+    def dead_channels(self) -> int:
+        """Channels that were zero for every token."""
+        return int((self.max_abs == 0).sum())
+
+
+class StatisticsCollector:
+    """Sums over chunks of one layer's input. `module` is what errors name; `window_len` turns rows into samples."""
+
+    def __init__(self, module: str, width: int, window_len: int, *, second_moment: bool) -> None:
+        self._module = module
+        self._window_len = window_len
+        self._num_tokens = 0
+        self._abs_sum = torch.zeros(width)
+        self._square_sum = torch.zeros(width)
+        self._max_abs = torch.zeros(width)
+        self._moment_sum = torch.zeros(width, width) if second_moment else None
+
+    def update(self, x: Tensor) -> None:
+        """Add the rows of x [T, K]. InputError naming module and sample if one is not finite."""
+        magnitudes = x.float().abs()
+        abs_sum = magnitudes.sum(0)
+        if not torch.isfinite(abs_sum).all():
+            self._report_bad_row(x)
+        self._abs_sum += abs_sum
+        self._max_abs = torch.maximum(self._max_abs, magnitudes.amax(0))
+        if self._moment_sum is not None:
+            self._moment_sum += gram(x.float())
+        else:
+            self._square_sum += magnitudes.square_().sum(0)
+        self._num_tokens += x.shape[0]
+
+    def finish(self) -> InputStatistics:
+        """The statistics of everything seen."""
+        tokens = max(self._num_tokens, 1)
+        moment = None if self._moment_sum is None else self._moment_sum / tokens
+        square = self._square_sum / tokens if moment is None else moment.diagonal().clone()
+        return InputStatistics(self._num_tokens, square, self._abs_sum / tokens, self._max_abs, moment)
+
+    def _report_bad_row(self, x: Tensor) -> None:
+        bad = int((~torch.isfinite(x)).any(1).nonzero()[0]) + self._num_tokens
+        sample, position = divmod(bad, self._window_len)
+        raise InputError(
+            f"{self._module}: its input is not finite in calibration sample {sample}, position {position}",
+            hint="the source weights may be damaged: look for NaN or infinite values with aphroquant inspect",
+        )
