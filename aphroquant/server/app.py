@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI
+from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -72,7 +73,7 @@ class _Api:
         return JSONResponse({"status": "engine failed" if failed else "ok"}, status_code=503 if failed else 200)
 
     async def metrics(self) -> Response:
-        return Response(self._service.metrics.page(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(self._service.metrics.page(), media_type=CONTENT_TYPE_LATEST)
 
     async def models(self) -> Response:
         return _json(ModelList(data=[self._card]))

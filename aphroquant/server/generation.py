@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
@@ -15,6 +16,8 @@ from aphroquant.server.engine_client import EngineClient
 from aphroquant.server.metrics import Metrics
 from aphroquant.server.prompts import Prompts
 from aphroquant.server.responses import ChoiceFinish, PromptTokensDetails, Usage
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -113,18 +116,23 @@ class Generation:
                     yield self._news(delta)
             outcome = "ok"
         except RequestError:
-            outcome = ""  # counted by whoever turns it into an answer
+            outcome = "failed"  # counted by whoever turns it into an answer
             raise
         finally:
-            if outcome == "ok":
-                self._service.metrics.request_ended(outcome, time.perf_counter() - self._arrival)
-            elif outcome:
-                self._service.metrics.request_ended(outcome)
+            self._ended(outcome)
+
+    def _ended(self, outcome: str) -> None:
+        seconds = time.perf_counter() - self._arrival
+        if outcome != "failed":
+            self._service.metrics.request_ended(outcome, seconds if outcome == "ok" else None)
+        num_prompt, num_generated = sum(self._prompt_lens), self._num_generated
+        logger.info("%s: %s, %d + %d tokens, %.2f s", self.id, outcome, num_prompt, num_generated, seconds)
 
     def _news(self, delta: Delta) -> ChoiceDelta:
         finish = delta.finish_reason
         if finish == "abort" or finish == "error":
-            raise RequestError(delta.error or "the request was aborted", status=500)
+            logger.error("%s: the engine ended it with %s: %s", self.id, finish, delta.error)
+            raise RequestError("the model failed on this request; the server's log says why", status=500)
         number = self._numbers[delta.request_id]
         choice = number * self._sampling.n + delta.index
         if delta.token_ids:

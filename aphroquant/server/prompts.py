@@ -18,6 +18,8 @@ from aphroquant.errors import RequestError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+MAX_WAITING = 256  # prompts, each of up to a whole request body
+
 Result = TypeVar("Result")
 
 logger = logging.getLogger(__name__)
@@ -29,6 +31,7 @@ class Prompts:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_model_len: int) -> None:
         self._tokenizer = tokenizer
         self._max_model_len = max_model_len
+        self._num_waiting = 0
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenizer")
 
     def close(self) -> None:
@@ -50,7 +53,13 @@ class Prompts:
         return await self._in_thread(lambda: self._decode(token_ids))
 
     async def _in_thread(self, work: Callable[[], Result]) -> Result:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+        if self._num_waiting >= MAX_WAITING:
+            raise RequestError("too many prompts wait for tokenization; try again later", status=503, code="queue_full")
+        self._num_waiting += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+        finally:
+            self._num_waiting -= 1
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
         token_ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens, verbose=False)

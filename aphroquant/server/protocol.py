@@ -192,7 +192,7 @@ class ChatCompletionRequest(SamplingFields):
     modalities: Annotated[Any, AfterValidator(Neutral(["text"]))] = None
     audio: Unsupported = None
     prediction: Unsupported = None
-    reasoning_effort: Unsupported = None
+    reasoning_effort: Annotated[Any, AfterValidator(Neutral("none"))] = None
     verbosity: Unsupported = None
     web_search_options: Unsupported = None
 

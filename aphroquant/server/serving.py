@@ -156,7 +156,9 @@ def _bound_socket(host: str, port: int) -> Iterator[socket.socket]:
     """A socket that is bound before the model is loaded, so that a taken port is found at once."""
     with contextlib.ExitStack() as exits:
         try:
-            family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+            addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            # of several addresses of a name, such as localhost, the one that every client tries
+            family, kind, protocol, _, address = min(addresses, key=lambda found: found[0] != socket.AF_INET)
             listener = exits.enter_context(socket.socket(family, kind, protocol))
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(address)

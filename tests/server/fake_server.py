@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from aphroquant.engine.types import EngineConfig
 from aphroquant.errors import AphroquantError
+from aphroquant.server.logs import set_up_logging
 from aphroquant.server.serving import serve
 from aphroquant.server.settings import ServerSettings
 
@@ -40,6 +41,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 def main() -> None:
     settings = ServerSettings(**{"port": 0, "served_model_name": "fake", **json.loads(sys.argv[1])})
+    set_up_logging(settings.log_level)
     command = (sys.executable, str(Path(__file__).with_name("fake_engine.py")))
     try:
         serve(

@@ -36,22 +36,44 @@ def test_greedy_text_is_that_of_transformers(client: openai.OpenAI, tiny_checkpo
     assert answer.choices[0].text == tokenizer.decode(expected, skip_special_tokens=True)
 
 
-def test_32_concurrent_streams_each_get_their_own_answer(tiny_server: Any) -> None:
-    questions = [f"Question {number}: what is {number} + {3 * number}?" for number in range(32)]
+def ask_alone_and_together(server: Any, questions: list[str], max_tokens: int) -> tuple[list[str], list[str]]:
+    """Greedy streamed answers to chat questions, asked one after the other and then all at once."""
 
     async def ask(client: openai.AsyncOpenAI, question: str) -> str:
-        messages = [{"role": "user", "content": question}]
-        stream = await client.chat.completions.create(model="tiny", messages=messages, stream=True, **GREEDY)
+        stream = await client.chat.completions.create(
+            model="tiny",
+            messages=[{"role": "user", "content": question}],
+            stream=True,
+            temperature=0,
+            max_tokens=max_tokens,
+        )
         return "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
 
     async def ask_all() -> tuple[list[str], list[str]]:
-        async with openai.AsyncOpenAI(base_url=f"{tiny_server.url}/v1", api_key="none", max_retries=0) as client:
+        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
             alone = [await ask(client, question) for question in questions]
             return alone, await asyncio.gather(*[ask(client, question) for question in questions])
 
-    alone, together = asyncio.run(ask_all())
+    return asyncio.run(ask_all())
+
+
+def test_32_concurrent_streams_each_get_their_own_answer(tiny_server: Any) -> None:
+    questions = [f"Question {number}: what is {number} + {3 * number}?" for number in range(32)]
+    alone, together = ask_alone_and_together(tiny_server, questions, 24)
     assert together == alone
     assert len(set(alone)) > 24  # the tiny model does answer differently
+
+
+@pytest.mark.sample_model
+def test_32_concurrent_streams_of_a_real_model_each_get_their_own_answer(
+    start_real_server: Any, sample_model: Any
+) -> None:
+    limits = ("--max-model-len", "512", "--kv-cache-memory", "512MiB", "--no-prefix-caching")
+    server = start_real_server(sample_model, "--served-model-name", "tiny", *limits)
+    questions = [f"Tell me one fact about the number {number}." for number in range(32)]
+    alone, together = ask_alone_and_together(server, questions, 8)
+    assert together == alone
+    assert len(set(alone)) > 24
 
 
 def test_a_stream_and_a_whole_answer_agree(client: openai.OpenAI) -> None:

@@ -146,3 +146,17 @@ def test_an_ipv6_host_is_announced_in_brackets(start_server: Any) -> None:
 def test_the_ready_line_says_what_is_served(start_server: Any) -> None:
     line = start_server().ready_line
     assert line.endswith(" serves fake (KV cache 4096 tokens, backend fake: asked for)\n")
+
+
+def test_an_open_server_without_keys_is_warned_about(start_server: Any) -> None:
+    warning = "other machines can reach this server, and it has no API key"
+    assert warning in start_server({"host": "0.0.0.0"}).log.read_text()
+    assert warning not in start_server({"host": "0.0.0.0", "api_keys": ["key"]}).log.read_text()
+
+
+def test_each_request_leaves_a_line_in_the_log_and_nothing_of_its_text(start_server: Any) -> None:
+    server = start_server({"log_level": "info"})
+    server.post("/v1/completions", {"prompt": "private", "max_tokens": 3})
+    log = server.log.read_text()
+    assert ": ok, 7 + 3 tokens, 0." in log
+    assert "private" not in log
