@@ -21,12 +21,12 @@ def request(receive: Any) -> Request:
 
 def test_a_body_that_does_not_arrive_is_not_waited_for_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bodies, "BODY_TIMEOUT_S", 0.05)
-    chunks = iter([{"type": "http.request", "body": b'{"prompt"', "more_body": True}])
+    chunks = [{"type": "http.request", "body": b'{"prompt"', "more_body": True}]
 
     async def receive() -> Any:
-        for chunk in chunks:
-            return chunk
-        await asyncio.sleep(10)
+        if not chunks:
+            await asyncio.sleep(10)
+        return chunks.pop()
 
     with pytest.raises(RequestError, match=r"the body did not arrive within 0\.05 s") as caught:
         asyncio.run(read_json(request(receive), CompletionRequest))
