@@ -26,6 +26,7 @@ def _lazy(module: str, name: str) -> Callable[[], type[Format]]:
 
 
 FORMATS: Mapping[str, Callable[[], type[Format]]] = {
+    "aqlm": _lazy("aqlm", "Aqlm"),
     "awq": _lazy("awq", "Awq"),
     "bitsandbytes": _lazy("bitsandbytes", "BitsAndBytes"),
     "compressed-tensors": _lazy("compressed_tensors", "CompressedTensors"),
