@@ -23,7 +23,10 @@ from aphroquant.evaluation.size import stored_size
 from aphroquant.evaluation.summary import summarize
 from aphroquant.evaluation.texts import read_texts
 from aphroquant.evaluation.windows import check_same_tokens, encode, token_windows
+from aphroquant.kernels.reference.linear import ReferenceLinear
+from aphroquant.models.decoder import Linear
 from aphroquant.models.streamed import StreamedModel
+from aphroquant.schemes import QuantizedWeight
 
 LOGIT_ROWS = 256  # positions whose logits of both models exist at once
 OnProgress = Callable[[str, int, int], None]  # what is being done, steps done, steps in all
@@ -41,6 +44,7 @@ def evaluate(
 ) -> Evaluation:
     """Measure `model` against its base on the same `windows` of `window_len` tokens, in float32.
 
+    Weights count as they dequantize, and inputs of linears are rounded where a scheme quantizes activations.
     `texts` are paths of UTF-8 files; without them a bundled text is used that calibration never sees. Windows are
     evenly spaced over the text, or drawn with `seed`. Raises UsageError if the two do not share their tokens.
     """
@@ -82,7 +86,7 @@ def compare_models(
 ) -> Positions:
     """Positions of token windows [W, S], all but the last of each: W * (S - 1) entries."""
     progress = on_progress or (lambda what, done, total: None)
-    models = StreamedModel(base), StreamedModel(candidate)
+    models = [StreamedModel(checkpoint, make_linear=_reference_linear) for checkpoint in (base, candidate)]
     hidden = [
         model.hidden_states(batch, on_block=partial(progress, name))[:, :-1]
         for model, name in zip(models, ("base", "model"), strict=True)
@@ -100,6 +104,11 @@ def compare_models(
     if broken:
         raise InputError(f"{base.source}: the base's logits are not finite at {broken} of {len(targets)} positions")
     return positions
+
+
+def _reference_linear(name: str, weight: QuantizedWeight, bias: Tensor | None) -> Linear:
+    """Float32 arithmetic by definition of the scheme: inputs are rounded where it says that they are quantized."""
+    return ReferenceLinear(weight, bias)
 
 
 def _check_windows(windows: int, window_len: int) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from aphroquant.errors import UsageError
 from aphroquant.models.decoder import CosSin, causal_attention, rms_norm
-from aphroquant.models.loader import load_block, load_embedding, load_final_norm, load_head
+from aphroquant.models.loader import MakeLinear, load_block, load_embedding, load_final_norm, load_head
 from aphroquant.models.rope import cos_sin
 
 if TYPE_CHECKING:
@@ -26,12 +26,18 @@ OnBlock = Callable[[int, int], None]  # blocks done, blocks in all
 
 
 class StreamedModel:
-    """Teacher-forced forward of a checkpoint. Windows are independent sequences that begin at position 0."""
+    """Teacher-forced forward of a checkpoint. Windows are independent sequences that begin at position 0.
 
-    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> None:
+    `make_linear` chooses how the linears of the blocks compute (default: the dequantized weight, in `dtype`).
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32, make_linear: MakeLinear | None = None
+    ) -> None:
         self.checkpoint = checkpoint
         self.spec = checkpoint.spec
         self.dtype = dtype
+        self.make_linear = make_linear
 
     @torch.no_grad()
     def hidden_states(self, windows: Tensor, on_block: OnBlock | None = None) -> Tensor:
@@ -64,7 +70,7 @@ class StreamedModel:
 
     def _apply_block(self, hidden: Tensor, layer: int, window_len: int, rope: CosSin) -> None:
         """Replace all hidden states [B * S, H] by the block's output, in place."""
-        block = load_block(self.checkpoint, layer, self.dtype)
+        block = load_block(self.checkpoint, layer, self.dtype, self.make_linear)
         attend = causal_attention(self.spec, window_len)
         cos, sin = rope
         for part in _parts(hidden, len(cos)):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from aphroquant.checkpoint import open_checkpoint
 from aphroquant.errors import InputError, UsageError
@@ -176,3 +177,30 @@ def test_progress_passes_through_every_stage(tiny_checkpoint: TinyCheckpoint) ->
     assert seen == [
         ("base", 1, 2), ("base", 2, 2), ("model", 1, 2), ("model", 2, 2), ("logits", 256, 508), ("logits", 508, 508),
     ]  # fmt: skip
+
+
+def test_quantized_activations_count(tiny_checkpoint: TinyCheckpoint, text_file: Path, tmp_path: Path) -> None:
+    """The same FP8 weights with float inputs diverge less than with FP8 inputs."""
+    from aphroquant.conversion import convert
+
+    base = tiny_checkpoint("llama")
+    convert(base, to="fp8", out=tmp_path / "fp8")
+    quantized = open_checkpoint(tmp_path / "fp8")
+    weights_alone = tmp_path / "weights"
+    shutil.copytree(base, weights_alone)
+    tensors = load_file(base / "model.safetensors")
+    for module in quantized.spec.modules():
+        tensors[f"{module}.weight"] = quantized.weight(module).dequantize()
+    save_file(tensors, weights_alone / "model.safetensors", metadata={"format": "pt"})
+    klds = [
+        evaluate(path, against=base, texts=[text_file], **WINDOWS).mean_kld
+        for path in (weights_alone, tmp_path / "fp8")
+    ]
+    assert 0 < 1.2 * klds[0] < klds[1]
+
+
+def test_the_bundled_text_is_the_default(tiny_checkpoint: TinyCheckpoint) -> None:
+    path = tiny_checkpoint("llama")
+    protocol = evaluate(path, against=path, windows=2, window_len=128).protocol
+    assert protocol.texts[0].name == "default"
+    assert protocol.num_text_tokens > 8 * 1024
