@@ -32,6 +32,7 @@ FORMATS: Mapping[str, Callable[[], type[Format]]] = {
     "compressed-tensors": _lazy("compressed_tensors", "CompressedTensors"),
     "fp8": _lazy("fp8", "Fp8"),
     "gptq": _lazy("gptq", "Gptq"),
+    "hqq": _lazy("hqq", "Hqq"),
 }  # each name is also the format's quant_method
 
 
