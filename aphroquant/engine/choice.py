@@ -37,7 +37,9 @@ class Choice(Sequence):
         self.text = OutputText(
             detokenizers.make(request.prompt_token_ids), params.stop, include_stop=params.include_stop_str_in_output
         )
-        self._ending = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else ending_tokens)
+        # Special tokens have no text to search: a stop string that names one stops at the token.
+        stop_tokens = detokenizers.special_tokens(params.stop) | frozenset(params.stop_token_ids)
+        self._ending = stop_tokens if params.ignore_eos else stop_tokens | ending_tokens
         self._min_tokens, self._max_len = params.min_tokens, max_len
         self.sampler = RequestSampler(
             params, prompt=request.prompt_token_ids, ending=self._ending, index=index

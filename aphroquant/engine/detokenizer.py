@@ -10,7 +10,7 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Protocol
 
 from transformers import PreTrainedTokenizerBase
@@ -32,7 +32,7 @@ class DetokenizerFactory:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
-        self._special = _special_ids(tokenizer)
+        self._special = {token: str(added) for token, added in tokenizer.added_tokens_decoder.items() if added.special}
         self._is_byte_level = _is_byte_level(tokenizer)
         self._num_tokens = len(tokenizer)
         self._pieces: dict[int, str] = {}
@@ -42,6 +42,10 @@ class DetokenizerFactory:
     def make(self, prompt: Sequence[int]) -> Detokenizer:
         """A detokenizer for an output that follows `prompt`."""
         return ByteLevelDetokenizer(self) if self._is_byte_level else WindowDetokenizer(self, prompt)
+
+    def special_tokens(self, texts: Collection[str]) -> frozenset[int]:
+        """The special tokens that are written like one of `texts`."""
+        return frozenset(token for token, text in self._special.items() if text in texts)
 
     def has_text(self, token: int) -> bool:
         """False for special tokens and for ids that the tokenizer does not know (padding of the vocabulary)."""
@@ -126,11 +130,6 @@ class WindowDetokenizer:
         self._context_text = alone or text
         self._pending = []
         return fresh
-
-
-def _special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    added = tokenizer.added_tokens_decoder
-    return frozenset(token for token, content in added.items() if content.special)
 
 
 def _is_byte_level(tokenizer: PreTrainedTokenizerBase) -> bool:

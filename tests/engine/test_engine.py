@@ -234,6 +234,14 @@ def test_ignore_eos_and_stop_token_ids(harness: Any) -> None:
     assert stopped.tokens == answer[:6]
 
 
+def test_a_stop_string_that_names_a_special_token_stops_at_it(harness: Any) -> None:
+    engine = harness.pretended()
+    (end,) = engine.tokenizer.convert_tokens_to_ids(["<|end|>"])
+    engine._model.runner.forward = Typist("abc", harness.vocab_size, last=end).forward
+    outcome = harness.run_one(engine, harness.request([1], stop=("<|end|>",)))
+    assert (outcome.text, outcome.tokens[-1], outcome.finish_reason) == ("abc", end, "stop")
+
+
 def test_min_tokens_puts_off_the_end(harness: Any) -> None:
     answer = harness.continuation([1, 2], 4)
     engine = harness.pretended(ending_tokens=(answer[0],))
@@ -243,14 +251,14 @@ def test_min_tokens_puts_off_the_end(harness: Any) -> None:
 
 
 class Typist:
-    """A model that types a text, byte by byte, whatever it is asked."""
+    """A model that types a text, byte by byte, and `last` after it, whatever it is asked."""
 
-    def __init__(self, text: str, vocab_size: int) -> None:
-        self.text, self.vocab_size, self.position = text.encode(), vocab_size, 0
+    def __init__(self, text: str, vocab_size: int, last: int = 0) -> None:
+        self.tokens, self.vocab_size, self.position = [*text.encode(), last], vocab_size, 0
 
     def forward(self, batch: ForwardBatch) -> Tensor:
         logits = torch.zeros(len(batch.logits_rows), self.vocab_size)
-        logits[:, self.text[self.position % len(self.text)]] = 9.0
+        logits[:, self.tokens[self.position]] = 9.0
         self.position += 1
         return logits
 
