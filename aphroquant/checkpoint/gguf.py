@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -45,6 +46,7 @@ class GgufCheckpoint(Checkpoint):
         self._stored = {hugging_face_name(name): tensor for name, tensor in stored.items()}
         if len(self._stored) != len(stored):
             raise InputError(f"{path}: two tensors have the same Hugging Face name")
+        self._global_scales = self._take_global_scales()
         rope_factors = None if factors is None else self._decode(ROPE_FACTORS, factors).float()
         with naming(path):
             self.config = hugging_face_config(header.metadata, stored, rope_factors)
@@ -83,7 +85,8 @@ class GgufCheckpoint(Checkpoint):
         rows = self._row_order(name)
         if rows is None:
             return weight
-        return QuantizedWeight(weight.scheme, {key: t[rows] for key, t in weight.tensors.items()}, weight.shape)
+        ordered = {key: tensor[rows] if tensor.ndim else tensor for key, tensor in weight.tensors.items()}
+        return QuantizedWeight(weight.scheme, ordered, weight.shape)
 
     def carried_files(self) -> list[Path]:
         """What lies beside the file if a tokenizer does: a folder of nothing but GGUF files tells nothing."""
@@ -110,16 +113,32 @@ class GgufCheckpoint(Checkpoint):
     def _has_tokenizer_beside(self) -> bool:
         return (self.directory / "tokenizer.json").exists()
 
+    def _take_global_scales(self) -> dict[str, GgufTensor]:
+        """The scales of whole tensors, which NVFP4 needs and cannot hold, out of the stored tensors: by module."""
+        scales = {}
+        for module, tensor in [(name.removesuffix(".weight"), tensor) for name, tensor in self._stored.items()]:
+            if tensor.block_type.name == "NVFP4" and f"{module}.scale" in self._stored:
+                scales[module] = self._stored.pop(f"{module}.scale")
+        return scales
+
     def _tensor_info(self, name: str, tensor: GgufTensor) -> TensorInfo:
         scheme = tensor.block_type.scheme
         dtype = scheme.dtype if isinstance(scheme, DenseScheme) else torch.float32
-        return TensorInfo(name, dtype, tensor.shape, self.path, tensor.nbytes)
+        scale = self._global_scales.get(name.removesuffix(".weight"))
+        return TensorInfo(name, dtype, tensor.shape, self.path, tensor.nbytes + (scale.nbytes if scale else 0))
 
     def _weight(self, name: str, tensor: GgufTensor) -> QuantizedWeight:
         data = read_bytes(self.path, name, tensor.begin, tensor.nbytes)
         columns = tensor.shape[-1]
         rows = tensor.nbytes * tensor.block_type.block_size // (columns * tensor.block_type.block_bytes)
-        return decode(tensor.block_type, data, (rows, columns))
+        weight = decode(tensor.block_type, data, (rows, columns))
+        scale = self._global_scales.get(name.removesuffix(".weight"))
+        if scale is None:
+            return weight
+        number = self._decode(f"{name.removesuffix('.weight')}.scale", scale)
+        if number.numel() != 1:
+            raise InputError(f"{self.path}: {name} has {number.numel()} scales; only one for all of it is supported")
+        return replace(weight, tensors={**weight.tensors, "global_scale": number.double().reshape(())})
 
     def _decode(self, name: str, tensor: GgufTensor) -> Tensor:
         weight = self._weight(name, tensor)

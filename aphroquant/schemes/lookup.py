@@ -1,4 +1,4 @@
-"""Four-bit codes into a fixed table, with a scale for each small block: NF4, FP4, MXFP4, NVFP4."""
+"""Four-bit codes into a fixed table, with a scale for each small block: NF4, FP4, MXFP4, NVFP4, IQ4_NL."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ from aphroquant.errors import UsageError
 from aphroquant.schemes.activation import ActivationScheme
 from aphroquant.schemes.base import BaseScheme
 
-TableName = Literal["nf4", "fp4", "e2m1"]
+TableName = Literal["nf4", "fp4", "e2m1", "iq4_nl"]
 ScaleKind = Literal["float", "nested", "e8m0", "e4m3"]
 
 # The index is the code. nf4: quantiles of a normal distribution. fp4: bitsandbytes' own order of its own four-bit
-# floats. e2m1: sign, two bits of exponent, one of mantissa, as in the OCP microscaling formats.
+# floats. e2m1: sign, two bits of exponent, one of mantissa, as in the OCP microscaling formats. iq4_nl: GGUF's own
+# integers, denser around zero.
 _FP4 = (0.0, 0.0625 / 12, 8 / 12, 1.0, 4 / 12, 6 / 12, 2 / 12, 3 / 12)
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+_IQ4_NL = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 TABLES: Mapping[TableName, tuple[float, ...]] = {
     "nf4": (
         -1.0,
@@ -41,6 +43,7 @@ TABLES: Mapping[TableName, tuple[float, ...]] = {
     ),
     "fp4": (*_FP4, *(-value for value in _FP4)),
     "e2m1": (*_E2M1, *(-value for value in _E2M1)),
+    "iq4_nl": tuple(map(float, _IQ4_NL)),
 }
 NESTED_BLOCK_SIZE = 256  # block scales that share a scale, when they are themselves quantized
 _SCALE_DTYPES: Mapping[ScaleKind, torch.dtype] = {

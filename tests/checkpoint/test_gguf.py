@@ -44,7 +44,7 @@ def test_transformers_reads_the_same_tensors_from_the_same_file(family: str, tin
         assert torch.equal(checkpoint.read(name), tensor), name
 
 
-@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0", "F16", "BF16"])
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "MXFP4", "F16", "BF16"])
 def test_weights_are_the_files_numbers_in_hugging_face_order(kind: str, tiny_gguf: Tiny, tiny_checkpoint: Tiny) -> None:
     original = open_checkpoint(tiny_checkpoint("llama"))
     checkpoint = open_checkpoint(tiny_gguf("llama", kind))
@@ -97,13 +97,43 @@ def test_the_sample_model_is_read_bit_for_bit(sample_model: Path) -> None:
         assert torch.equal(checkpoint.weight(ours).dequantize(), torch.from_numpy(expected))
 
 
-@pytest.mark.parametrize(("kind", "block_bytes"), [("Q4_K", 144), ("Q6_K", 210)])
-def test_super_blocks_of_a_file_are_gguf_pys_bits_in_hugging_face_order(
-    kind: str, block_bytes: int, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("kind", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "NVFP4"])
+def test_blocks_that_gguf_py_only_reads_are_its_bits_in_hugging_face_order(kind: str, tmp_path: Path) -> None:
     ggml_type = gguf.GGMLQuantizationType[kind]
-    data = np.random.randint(0, 60, (128, 2 * block_bytes), dtype=np.uint8)  # small bytes: every fp16 is finite
-    writer = gguf.GGUFWriter(tmp_path / "a.gguf", "llama")
+    data = block_bytes(kind, 128, 512)
+    checkpoint = open_checkpoint(one_layer_gguf(tmp_path / "a.gguf", data, ggml_type))
+    weight = checkpoint.weight("model.layers.0.self_attn.q_proj")
+    weight.check("q_proj")
+    stored = gguf.quants.dequantize(data, ggml_type)  # [head, channel, half, K] in llama.cpp's order
+    expected = stored.reshape(2, 32, 2, 512).swapaxes(1, 2).reshape(128, 512)
+    assert weight.scheme == checkpoint.schemes()["model.layers.0.self_attn.q_proj"]
+    assert torch.equal(weight.dequantize(), torch.from_numpy(expected))
+
+
+def test_nvfp4_takes_the_scale_of_the_whole_tensor_from_the_tensor_beside_it(tmp_path: Path) -> None:
+    data, name = block_bytes("NVFP4", 128, 512), "model.layers.0.self_attn.q_proj"
+    ggml_type = gguf.GGMLQuantizationType.NVFP4
+    plain = open_checkpoint(one_layer_gguf(tmp_path / "a.gguf", data, ggml_type))
+    extra = {"blk.0.attn_q.scale": np.array([0.375], np.float32)}
+    scaled = open_checkpoint(one_layer_gguf(tmp_path / "b.gguf", data, ggml_type, extra))
+    assert torch.equal(scaled.weight(name).dequantize(), plain.weight(name).dequantize() * 0.375)
+    assert torch.equal(scaled.read(f"{name}.weight"), scaled.weight(name).dequantize())
+    assert f"{name}.scale" not in scaled.tensors
+    assert scaled.info(f"{name}.weight").nbytes == data.size + 4
+    several = {"blk.0.attn_q.scale": np.ones(3, np.float32)}
+    with pytest.raises(InputError, match="has 3 scales; only one for all of it is supported"):
+        open_checkpoint(one_layer_gguf(tmp_path / "c.gguf", data, ggml_type, several)).weight(name)
+
+
+def block_bytes(kind: str, rows: int, columns: int) -> np.ndarray:
+    """Random blocks of small bytes: every float16 in them is finite."""
+    block_size, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
+    return np.random.randint(0, 60, (rows, columns // block_size * size), dtype=np.uint8)
+
+
+def one_layer_gguf(path: Path, data: np.ndarray, kind: Any, extra: dict[str, np.ndarray] | None = None) -> Path:
+    """A file whose only matrix in a block is a q projection of two heads of 64 channels."""
+    writer = gguf.GGUFWriter(path, "llama")
     keys = {"block_count": 1, "context_length": 9, "embedding_length": 512, "feed_forward_length": 8}
     for key, value in keys.items():
         writer.add_uint32(f"llama.{key}", value)
@@ -112,17 +142,14 @@ def test_super_blocks_of_a_file_are_gguf_pys_bits_in_hugging_face_order(
     writer.add_uint32("llama.attention.value_length", 64)
     writer.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-6)
     writer.add_tensor("token_embd.weight", np.ones((4, 512), np.float32))
-    writer.add_tensor("blk.0.attn_q.weight", data, raw_dtype=ggml_type)
+    writer.add_tensor("blk.0.attn_q.weight", data, raw_dtype=kind)
+    for name, tensor in (extra or {}).items():
+        writer.add_tensor(name, tensor)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    stored = gguf.quants.dequantize(data, ggml_type)  # [head, channel, half, K] in llama.cpp's order
-    expected = stored.reshape(2, 32, 2, 512).swapaxes(1, 2).reshape(128, 512)
-    checkpoint = open_checkpoint(tmp_path / "a.gguf")
-    weight = checkpoint.weight("model.layers.0.self_attn.q_proj")
-    assert str(weight.scheme) == kind
-    assert torch.equal(weight.dequantize(), torch.from_numpy(expected))
+    return path
 
 
 def llama3_factors(**changes: float) -> tuple[np.ndarray, RopeSpec]:

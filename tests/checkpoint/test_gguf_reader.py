@@ -62,7 +62,7 @@ HOSTILE = {
     "0 rows": (header(b"", 0, tensor("t", [32, 0]), 1), "no multiple"),
     "partial block": (header(b"", 0, tensor("t", [33], 2), 1), r"no multiple of Q4_0's 32"),
     "overflow": (header(b"", 0, tensor("t", [2**32, 2**32, 2**32, 2**32]), 1), "t needs .* bytes at offset"),
-    "unknown type": (header(b"", 0, tensor("t", [32], 13), 1), "tensor type Q5_K, which is not supported"),
+    "unknown type": (header(b"", 0, tensor("t", [32], 16), 1), "tensor type IQ2_XXS, which is not supported"),
     "no such type": (header(b"", 0, tensor("t", [32], 777), 1), "tensor type id 777"),
     "outside": (pad(header(b"", 0, tensor("t", [8]), 1), bytes(31)), "t needs 32 bytes at offset"),
     "offset": (pad(header(b"", 0, tensor("t", [8], offset=HUGE), 1), bytes(32)), "t needs 32 bytes"),
