@@ -78,11 +78,12 @@ class Group:
 
     @classmethod
     def from_config(cls, name: str, config: Mapping[str, Any], default_format: str) -> Group | None:
-        """None for a group that leaves weights alone (attention, KV cache)."""
+        """None for a group that leaves weights alone (attention, KV cache).
+
+        `output_activations` say how older files cache keys and values; the layer itself does not depend on them.
+        """
         if config.get("weights") is None:
             return None
-        if config.get("output_activations") is not None:
-            raise InputError(f"quantization_config: {name}.output_activations are not readable; only inputs are")
         weights = Arguments.from_config(reading.read_mapping(config, "weights"), f"{name}.weights")
         inputs = None
         if config.get("input_activations") is not None:

@@ -259,6 +259,11 @@ def test_a_strategy_may_be_told_by_the_group_size() -> None:
         assert found.scheme(P, headers(weight_scale=scale)) == IntegerScheme(4, expected, symmetric=True)
 
 
+def test_output_activations_of_older_files_say_nothing_about_the_layer() -> None:
+    found = CompressedTensors.from_config(config({"output_activations": arguments(strategy="tensor", group_size=...)}))
+    assert found.scheme(P, headers(output_scale=TensorHeader(torch.float16, (1,)))) == W4
+
+
 def test_several_schemes_are_written_as_groups_with_their_own_formats(integer_weight: Fixture, reread: Fixture) -> None:
     schemes: dict[str, Scheme] = {
         P: W4,
@@ -369,7 +374,6 @@ def test_int8_codes_of_fewer_bits_must_fit() -> None:
         (config({"weights": arguments(strategy="channel")}), "strategy 'channel' contradicts group_size = 32"),
         (config({"weights": arguments(strategy="block", group_size=...)}), "'block' contradicts"),
         (config({"weights": arguments(dynamic=True)}), "dynamic = True"),
-        (config({"weights": arguments(), "output_activations": arguments()}), "output_activations are not readable"),
         (config({"input_activations": arguments(symmetric=False, dynamic=True)}), "symmetric = False"),
         (config({"input_activations": arguments(dynamic="local")}), "dynamic = 'local' is not readable"),
         (config(format="nvfp4-pack-quantized"), "stored as 'nvfp4-pack-quantized', which is not readable"),

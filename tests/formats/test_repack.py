@@ -37,7 +37,7 @@ def stored(
 
 
 @pytest.mark.parametrize(("source", "target"), PAIRS)
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_a_repacked_weight_is_bit_equal(
     source: str, target: str, data: st.DataObject, unpacked: Fixture, integer_weight: Fixture, reread: Fixture
