@@ -10,7 +10,11 @@ from aphroquant.engine.types import EngineConfig
 from aphroquant.errors import ResourceError, UsageError
 from aphroquant.models.spec import DecoderSpec
 
-KV_SHARE = 0.5  # of the memory that is left beside the weights, if nothing else is said
+# If nothing else is said: this share of the memory that is left beside the weights, but no more than this many bytes
+# unless one sequence of the full length needs more. Blocks of finished requests are kept for reuse, so that in time all
+# of it is used.
+KV_SHARE = 0.5
+KV_BYTES = 4 * 2**30
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -45,7 +49,8 @@ def _num_blocks(config: EngineConfig, block_bytes: int, max_model_len: int, weig
     if config.kv_cache_memory is not None:
         return config.kv_cache_memory // block_bytes
     affordable = int(KV_SHARE * (available_memory() - weight_bytes)) // block_bytes
-    useful = config.max_num_seqs * -(-max_model_len // config.block_size)
+    one_sequence = -(-max_model_len // config.block_size)
+    useful = min(config.max_num_seqs * one_sequence, max(KV_BYTES // block_bytes, one_sequence))
     return min(affordable, useful)
 
 

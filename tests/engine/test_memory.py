@@ -45,6 +45,10 @@ def test_a_share_of_free_memory_is_taken_but_no_more_than_can_be_used(monkeypatc
     assert plan_kv_blocks(EngineConfig("m"), spec(), SCHEME, 40 * BLOCK_BYTES) == (30, 480)
     monkeypatch.setattr(memory, "available_memory", lambda: 10**15)
     assert plan(max_num_seqs=3) == (3 * 63, 1000)
+    monkeypatch.setattr(memory, "KV_BYTES", 70 * BLOCK_BYTES)
+    assert plan(max_num_seqs=3) == (70, 1000)
+    monkeypatch.setattr(memory, "KV_BYTES", 10 * BLOCK_BYTES)
+    assert plan(max_num_seqs=3) == (63, 1000)  # one sequence of the full length
 
 
 @pytest.mark.parametrize("settings", [{"kv_cache_memory": 100}, {"num_kv_blocks": 5, "max_model_len": 81}])
