@@ -39,6 +39,7 @@ class Engine:
         model = model or load_model(config, tokenizer)
         self.config = config
         self.tokenizer = model.tokenizer
+        self.runner_choice = model.runner_choice
         self.max_model_len = model.max_model_len
         self.kv_capacity_tokens = model.num_kv_blocks * config.block_size
         self._model = model

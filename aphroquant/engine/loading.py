@@ -29,6 +29,7 @@ class LoadedModel:
     """What an engine drives. `ending_tokens` are those that end an answer (end of text, end of turn)."""
 
     runner: Runner
+    runner_choice: RunnerChoice
     tokenizer: PreTrainedTokenizerBase
     vocab_size: int
     num_kv_blocks: int
@@ -69,6 +70,7 @@ def load_model(config: EngineConfig, tokenizer: PreTrainedTokenizerBase | None =
     )  # fmt: skip
     return LoadedModel(
         runner=runner,
+        runner_choice=choice,
         tokenizer=tokenizer,
         vocab_size=spec.vocab_size,
         num_kv_blocks=num_blocks,

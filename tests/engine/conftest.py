@@ -17,7 +17,7 @@ from aphroquant.engine.batch import ForwardBatch
 from aphroquant.engine.engine import Engine
 from aphroquant.engine.kv_cache import KVCache, KVScheme
 from aphroquant.engine.loading import LoadedModel
-from aphroquant.engine.runner import ReferenceRunner
+from aphroquant.engine.runner import ReferenceRunner, RunnerChoice
 from aphroquant.engine.types import Delta, EngineConfig, GenerationRequest, SamplingParams
 from aphroquant.models.decoder import Linear
 from aphroquant.models.loader import dense_linear
@@ -126,6 +126,7 @@ class Harness:
         """An engine on the pretended model. `settings` are fields of EngineConfig."""
         model = LoadedModel(
             runner=runner or PretendedRunner(num_kv_blocks, block_size),
+            runner_choice=RunnerChoice("reference", "for tests"),
             tokenizer=self._byte_tokenizer,
             vocab_size=VOCAB_SIZE,
             num_kv_blocks=num_kv_blocks,
@@ -148,6 +149,7 @@ class Harness:
         cache = KVCache(checkpoint.spec, KVScheme.named(kv_cache_dtype), num_kv_blocks, block_size)
         model = LoadedModel(
             runner=ReferenceRunner(checkpoint, cache, DenseBackend()),
+            runner_choice=RunnerChoice("reference", "for tests"),
             tokenizer=checkpoint.tokenizer(),
             vocab_size=checkpoint.spec.vocab_size,
             num_kv_blocks=num_kv_blocks,

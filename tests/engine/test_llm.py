@@ -125,6 +125,7 @@ def test_every_kv_cache_dtype_serves(
     stored = "float32" if kv_cache_dtype == "auto" else kv_cache_dtype
     assert f"tokens in {stored}," in caplog.text
     assert "runner: reference (asked for)" in caplog.text
+    assert llm.engine.runner_choice.kind == "reference"
 
 
 def test_an_unknown_kv_cache_dtype_lists_the_known_ones(tiny_checkpoint: TinyCheckpoint) -> None:
