@@ -1,0 +1,19 @@
+// Compiled once per instruction set, with AQ_NAMESPACE naming it (kernels/CMakeLists.txt).
+#include "decoder.h"
+#include "dispatch.h"
+
+#define AQ_TEXT(name) #name
+#define AQ_NAME(name) AQ_TEXT(name)
+
+namespace AQ_NAMESPACE {
+
+extern const AqKernels kernels;
+const AqKernels kernels = {AQ_NAME(AQ_NAMESPACE),
+                           linear_workspace,
+                           linear,
+                           decoder_workspace,
+                           decoder_forward,
+                           attention,
+                           store_keys_and_values};
+
+}  // namespace AQ_NAMESPACE

@@ -1,0 +1,99 @@
+"""Which kernels run: the compiled CPU library where it can be used, else plain torch. A choice carries its reason."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from functools import cache
+from typing import Protocol
+
+from torch import Tensor
+
+from aphroquant.errors import UsageError
+from aphroquant.schemes import QuantizedWeight
+
+BACKENDS = ("auto", "reference", "cpu")
+
+
+class PreparedLinear(Protocol):
+    """A linear layer ready to run: [T, K] -> [T, N] in the input's dtype."""
+
+    in_features: int
+    out_features: int
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+
+class Backend(Protocol):
+    """Turns weights into layers that run. `reason` says why this one was chosen."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def reason(self) -> str: ...
+
+    def prepare(self, weight: QuantizedWeight, bias: Tensor | None) -> PreparedLinear: ...
+
+
+@dataclass(frozen=True)
+class ReferenceBackend:
+    """Plain torch."""
+
+    reason: str
+    name: str = "reference"
+
+    def prepare(self, weight: QuantizedWeight, bias: Tensor | None) -> PreparedLinear:
+        from aphroquant.kernels.reference.linear import ReferenceLinear
+
+        return ReferenceLinear(weight, bias)
+
+
+@dataclass(frozen=True)
+class CpuBackend:
+    """The compiled library. Layers that it cannot compute run on the reference."""
+
+    reason: str
+    activations: str
+    name: str = "cpu"
+
+    def prepare(self, weight: QuantizedWeight, bias: Tensor | None) -> PreparedLinear:
+        from aphroquant.kernels.cpu.inputs import unsupported
+        from aphroquant.kernels.cpu.linear import CpuLinear
+        from aphroquant.kernels.reference.linear import ReferenceLinear
+
+        if unsupported(weight.scheme):
+            return ReferenceLinear(weight, bias)
+        return CpuLinear(weight, bias, activations=self.activations)
+
+
+def select_backend(name: str = "auto", *, activations: str = "int8") -> Backend:
+    """The backend called `name`. "auto" falls back to the reference with one warning a process.
+
+    `activations`: the input of weight-only integer layers on the CPU, "int8" (fast) or "float" (exact).
+    """
+    from aphroquant.kernels.cpu.library import instruction_sets, obstacle
+
+    if name not in BACKENDS:
+        raise UsageError(f"backend = {name!r} must be one of {', '.join(BACKENDS)}")
+    if activations not in ("int8", "float"):
+        raise UsageError(f"activations = {activations!r} must be int8 or float")
+    if name == "reference":
+        return ReferenceBackend("asked for")
+    reason = obstacle()
+    if reason is None:
+        return CpuBackend(f"compiled for this processor ({instruction_sets()[0]})", activations)
+    if name == "cpu":
+        raise UsageError(
+            f"backend cpu cannot be used: {reason}", hint="install a C++ compiler and reinstall the package"
+        )
+    warn_fallback()
+    return ReferenceBackend(reason)
+
+
+@cache
+def warn_fallback() -> None:
+    """Say once that everything will be slow, and why."""
+    from aphroquant.kernels.cpu.library import obstacle
+
+    warnings.warn(f"the reference kernels run, which are slow: {obstacle()}", RuntimeWarning, stacklevel=3)
