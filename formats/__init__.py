@@ -33,6 +33,7 @@ FORMATS: Mapping[str, Callable[[], type[Format]]] = {
     "fp8": _lazy("fp8", "Fp8"),
     "gptq": _lazy("gptq", "Gptq"),
     "hqq": _lazy("hqq", "Hqq"),
+    "modelopt": _lazy("modelopt", "ModelOpt"),
     "mxfp4": _lazy("mxfp4", "Mxfp4"),
 }  # each name is also the format's quant_method
 

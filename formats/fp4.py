@@ -13,8 +13,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from aphroquant.errors import InputError
-from aphroquant.formats import reading
+from aphroquant.errors import InputError, UsageError
+from aphroquant.formats import reading, writing
 from aphroquant.formats.base import TensorHeader
 
 EXPONENTS = (torch.uint8, torch.float8_e8m0fnu)
@@ -81,6 +81,21 @@ def factor_of_divisor(module: str, name: str, stored: Tensor) -> Tensor:
     return 1 / value
 
 
-def divisor_of_factor(scale: Tensor) -> Tensor:
-    """float32 []: exactly the divisor that `factor_of_divisor` read, else the nearest to the reciprocal."""
-    return (1 / scale.double()).float().reshape(())
+def stored_factor(target: str, module: str, name: str, scale: Tensor) -> Tensor:
+    """float32 []: exactly the factor that `factor` read, else the nearest. Inverse of `factor`."""
+    return _nearest(target, module, name, scale.double().reshape(()))
+
+
+def stored_divisor(target: str, module: str, name: str, scale: Tensor) -> Tensor:
+    """float32 []: exactly the divisor that `factor_of_divisor` read, else the nearest. Inverse of it."""
+    return _nearest(target, module, name, 1 / scale.double().reshape(()))
+
+
+def _nearest(target: str, module: str, name: str, value: Tensor) -> Tensor:
+    """float32, unless that is no close approximation (beyond its range, or below its full precision)."""
+    nearest = value.float()
+    if nearest.double() != value and not abs(float(nearest.double() / value) - 1) <= 2**-24:
+        raise UsageError(
+            f"{module}: {name} = {float(value)!r} is beyond the float32 that {target} needs", hint=writing.REQUANTIZE
+        )
+    return nearest

@@ -27,7 +27,7 @@ _INDEX_SUFFIX = ".safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _SHARD_NAME = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.safetensors")
 # Where older tools put the quantization_config, and the method that such a file means when it names none.
-_CONFIG_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
+_CONFIG_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
 
 
 class SafetensorsCheckpoint(Checkpoint):

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from aphroquant.errors import InputError
+from aphroquant.errors import InputError, UsageError
 from aphroquant.formats import fp4
 
 
@@ -38,13 +38,35 @@ def test_a_divisor_comes_back_to_the_last_bit(value: float) -> None:
     stored = torch.tensor([value])
     scale = fp4.factor_of_divisor("layer", "global", stored)
     assert scale.dtype == torch.float64
-    assert torch.equal(fp4.divisor_of_factor(scale).reshape(1), stored)
+    assert torch.equal(fp4.stored_divisor("x", "layer", "global", scale).reshape(1), stored)
+
+
+@pytest.mark.parametrize("value", [1.0, 3.0, 0.037 / 2688, 0.0, 1.1754944e-38, 1e-45])
+def test_a_factor_comes_back_to_the_last_bit(value: float) -> None:
+    stored = torch.tensor([value])
+    scale = fp4.factor("layer", "global", stored)
+    assert torch.equal(fp4.stored_factor("x", "layer", "global", scale).reshape(1), stored)
+
+
+@pytest.mark.parametrize("divisor", [3.0, 2688 / 0.037, 0.7, 1e30])
+def test_a_divisor_as_a_factor_is_rounded_once(divisor: float) -> None:
+    scale = fp4.factor_of_divisor("layer", "global", torch.tensor(divisor))
+    stored = fp4.stored_factor("x", "layer", "global", scale)
+    assert float(stored) == pytest.approx(float(scale), rel=2**-24)
+    assert float(stored) == float(scale.float())
+
+
+@pytest.mark.parametrize("divisor", [3e38, math.pi * 1e-40])
+def test_a_divisor_without_a_factor_in_range_is_refused(divisor: float) -> None:
+    scale = fp4.factor_of_divisor("layer", "global", torch.tensor(divisor))
+    with pytest.raises(UsageError, match=r"layer: global = .* is beyond the float32 that x needs"):
+        fp4.stored_factor("x", "layer", "global", scale)
 
 
 def test_an_infinite_divisor_makes_zeros() -> None:
     scale = fp4.factor_of_divisor("layer", "global", torch.tensor(math.inf))
     assert float(scale) == 0
-    assert float(fp4.divisor_of_factor(scale)) == math.inf
+    assert float(fp4.stored_divisor("x", "layer", "global", scale)) == math.inf
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, math.nan])
