@@ -10,12 +10,14 @@ Candidates without w were tried as well: not one of them won in any layer of Smo
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import reduce
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-NUM_RATIOS = 20
+COARSE_RATIOS = tuple(step / 10 for step in range(10))
+FINE_STEP = 0.05  # to both sides of the best coarse one: the usual grid of 20 ratios at 12 evaluations
 _SMALLEST = 1e-4
 
 Rounding = Callable[[Tensor], Tensor]  # weight [N, K] -> the values that it is rounded to
@@ -38,7 +40,6 @@ def search_scales(
     rounding: Rounding,
     *,
     group_size: int | None,
-    num_ratios: int = NUM_RATIOS,
     tie: Callable[[Tensor], Tensor] = lambda channels: channels,
 ) -> ChannelScales:
     """The best scales for the input channels of `weights` (each [N, K]) of all candidates, "none" among them.
@@ -50,12 +51,15 @@ def search_scales(
     ones = torch.ones_like(activations)
     unscaled = loss([rounding(weight) for weight in weights])
     best = ChannelScales(ones, unscaled, unscaled, None)
-    for step in range(num_ratios):
-        ratio = step / num_ratios
+
+    def tried(best: ChannelScales, ratio: float) -> ChannelScales:
         scales = _candidate(activations, magnitudes, ratio)
         error = loss([rounding(weight * scales) / scales for weight in weights])
-        if error < best.loss:
-            best = ChannelScales(scales, error, unscaled, ratio)
+        return ChannelScales(scales, error, unscaled, ratio) if error < best.loss else best
+
+    best = reduce(tried, COARSE_RATIOS, best)
+    if best.ratio is not None:
+        best = reduce(tried, (max(best.ratio - FINE_STEP, 0.0), best.ratio + FINE_STEP), best)
     return best
 
 

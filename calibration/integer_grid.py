@@ -63,14 +63,14 @@ def search_grid(
 
 def quantize(weight: Tensor, grid: IntegerGrid, scheme: IntegerScheme) -> Tensor:
     """The nearest codes, uint8 [N, K]."""
-    scales, zeros = expand(grid, scheme, weight.shape[1])
-    return (weight / scales + zeros).round_().clamp_(0, 2**scheme.bits - 1).to(torch.uint8)
+    codes = (_split(weight, scheme) / grid.scales[..., None]).add_(grid.zeros[..., None])  # [N, G, g]
+    return _join(codes.round_().clamp_(0, 2**scheme.bits - 1).to(torch.uint8), weight.shape[1])
 
 
 def dequantize(codes: Tensor, grid: IntegerGrid, scheme: IntegerScheme) -> Tensor:
     """The weight [N, K] in float32 that codes stand for."""
-    scales, zeros = expand(grid, scheme, codes.shape[1])
-    return (codes.float() - zeros) * scales
+    values = (_split(codes, scheme) - grid.zeros[..., None]).mul_(grid.scales[..., None])
+    return _join(values, codes.shape[1])
 
 
 def expand(grid: IntegerGrid, scheme: IntegerScheme, in_features: int) -> IntegerGrid:
@@ -95,6 +95,11 @@ def _split(matrix: Tensor, scheme: IntegerScheme) -> Tensor:
     padding = -matrix.shape[1] % size
     padded = torch.nn.functional.pad(matrix.float(), (0, padding)) if padding else matrix.float()
     return padded.reshape(matrix.shape[0], -1, size)
+
+
+def _join(groups: Tensor, width: int) -> Tensor:
+    """[N, G, g] -> [N, K]; inverse of _split."""
+    return groups.reshape(groups.shape[0], -1)[:, :width]
 
 
 def _range(groups: Tensor) -> tuple[Tensor, Tensor]:
