@@ -19,12 +19,18 @@ d, m and dmin are float16, sc and m of the super-blocks integers of 4, 6 or 8 bi
 
 from aphroquant.formats.gguf.block_types import BLOCK_TYPES, UNREADABLE_TYPES, BlockType, block_type
 from aphroquant.formats.gguf.codec import decode, encode
+from aphroquant.formats.gguf.holding import exact_type, in_type
+from aphroquant.formats.gguf.quantize import ENCODABLE, quantize
 
 __all__ = [
     "BLOCK_TYPES",
+    "ENCODABLE",
     "UNREADABLE_TYPES",
     "BlockType",
     "block_type",
     "decode",
     "encode",
+    "exact_type",
+    "in_type",
+    "quantize",
 ]

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from aphroquant.formats.gguf.simple_blocks import as_half, half_bytes, pack_nibbles, unpack_nibbles
+from aphroquant.formats.gguf.simple_blocks import as_half, half_bytes, pack_nibbles, split_last, unpack_nibbles
 
 Tensors = Mapping[str, Tensor]
 _NAN = 0x7F  # of E4M3; llama.cpp reads such a scale as zero
@@ -33,10 +33,10 @@ def write_mxfp4(tensors: Tensors) -> Tensor:
 def read_nvfp4(blocks: Tensor) -> dict[str, Tensor]:
     scales = blocks[..., :4] & 0x7F  # without a sign
     scales = torch.where(scales == _NAN, 0, scales)
-    codes = unpack_nibbles(blocks[..., 4:].unflatten(-1, (4, 8)))  # [N, blocks, 4, 16]
+    codes = unpack_nibbles(split_last(blocks[..., 4:], 4, 8))  # [N, blocks, 4, 16]
     return {"codes": codes, "scales": scales.view(torch.float8_e4m3fn)}
 
 
 def write_nvfp4(tensors: Tensors) -> Tensor:
-    packed = pack_nibbles(tensors["codes"].unflatten(-1, (4, 16))).flatten(-2)
+    packed = pack_nibbles(split_last(tensors["codes"], 4, 16)).flatten(-2)
     return torch.cat((tensors["scales"].view(torch.uint8), packed), dim=-1)

@@ -76,8 +76,13 @@ def unpack_bits(packed: Tensor) -> Tensor:
 
 
 def pack_bits(bits: Tensor) -> Tensor:
-    octets = bits.unflatten(-1, (-1, 8))
+    octets = split_last(bits, -1, 8)
     return (octets << _bit_numbers(bits)).sum(dim=-1, dtype=torch.uint8)
+
+
+def split_last(tensor: Tensor, *sizes: int) -> Tensor:
+    """The last dimension as several; one of them may be -1."""
+    return tensor.reshape(*tensor.shape[:-1], *sizes)
 
 
 def as_half(pair: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from aphroquant.formats.gguf.simple_blocks import as_half, half_bytes, pack_bits, unpack_bits
+from aphroquant.formats.gguf.simple_blocks import as_half, half_bytes, pack_bits, split_last, unpack_bits
 
 Tensors = Mapping[str, Tensor]
 
@@ -79,12 +79,13 @@ def write_q6_k(tensors: Tensors) -> Tensor:
 
 def _unpack_runs(packed: Tensor, bits: int, run: int = 32) -> Tensor:
     """Each `run` of bytes holds 8 / bits times as many elements: those of the lowest bits come first."""
-    runs = packed.unflatten(-1, (-1, 1, run))
-    return (runs >> _shifts(packed, bits) & (2**bits - 1)).flatten(-3)
+    runs = split_last(packed, -1, 1, run)
+    fields: Tensor = runs >> _shifts(packed, bits) & (2**bits - 1)
+    return fields.flatten(-3)
 
 
 def _pack_runs(codes: Tensor, bits: int, run: int = 32) -> Tensor:
-    layers = codes.unflatten(-1, (-1, 8 // bits, run))
+    layers = split_last(codes, -1, 8 // bits, run)
     return (layers << _shifts(codes, bits)).sum(dim=-2, dtype=torch.uint8).flatten(-2)
 
 
@@ -94,11 +95,11 @@ def _shifts(like: Tensor, bits: int) -> Tensor:
 
 def _unpack_planes(packed: Tensor) -> Tensor:
     """32 bytes as 256 bits: bit j of byte l belongs to element 32 j + l."""
-    return unpack_bits(packed).unflatten(-1, (32, 8)).transpose(-1, -2).flatten(-2)
+    return split_last(unpack_bits(packed), 32, 8).transpose(-1, -2).flatten(-2)
 
 
 def _pack_planes(bits: Tensor) -> Tensor:
-    return pack_bits(bits.unflatten(-1, (8, 32)).transpose(-1, -2).flatten(-2))
+    return pack_bits(split_last(bits, 8, 32).transpose(-1, -2).flatten(-2))
 
 
 def _read_pairs(head: Tensor) -> dict[str, Tensor]:
@@ -132,5 +133,5 @@ def _unpack_sixes_by_rank(packed: Tensor) -> Tensor:
 def _pack_sixes_by_rank(values: Tensor) -> Tensor:
     codes = (values + 32).view(torch.uint8)
     first, second = (codes & 15).chunk(2, dim=-1)
-    upper = (codes >> 4).unflatten(-1, (4, 4)) << _shifts(codes, 2)
+    upper = split_last(codes >> 4, 4, 4) << _shifts(codes, 2)
     return torch.cat((first | second << 4, upper.sum(dim=-2, dtype=torch.uint8)), dim=-1)
