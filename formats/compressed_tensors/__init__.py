@@ -1,7 +1,7 @@
-"""compressed-tensors: pack-quantized, int-quantized and float-quantized weights, also mixed in one checkpoint.
+"""compressed-tensors: pack-, int-, float-, nvfp4- and mxfp4-quantized weights, also mixed in one checkpoint.
 
-The layouts stand in `packed` and `plain`, what the config says about them in `config`. Not read: FP4 and MX formats,
-sparsity, and online transforms.
+The layouts stand in `packed`, `plain` and `float4`, what the config says about them in `config`. Not read: MXFP6 and
+MXFP8, sparsity, and online transforms.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from torch import Tensor
 from aphroquant.errors import InputError, UsageError
 from aphroquant.formats import reading, writing
 from aphroquant.formats.base import Format, TensorHeader
-from aphroquant.formats.compressed_tensors import packed, plain
+from aphroquant.formats.compressed_tensors import float4, packed, plain
 from aphroquant.formats.compressed_tensors.config import (
+    FP4_WEIGHTS,
     INTEGER,
     MIXED,
     PACKED,
@@ -27,10 +28,11 @@ from aphroquant.formats.compressed_tensors.config import (
     is_ignored,
     storage_format,
 )
-from aphroquant.schemes import FloatScheme, IntegerScheme, QuantizedWeight, Scheme
+from aphroquant.schemes import FloatScheme, IntegerScheme, LookupScheme, QuantizedWeight, Scheme
 
 LAYOUT_VERSION = "0.20.0"  # the release of the library whose layout is written
 DENSE_SINCE = (0, 18)
+Held = IntegerScheme | FloatScheme | LookupScheme
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class CompressedTensors(Format):
 
     @classmethod
     def for_schemes(cls, schemes: Mapping[str, Scheme], dense_modules: list[str]) -> Self:
-        modules: dict[IntegerScheme | FloatScheme, list[str]] = {}
+        modules: dict[Held, list[str]] = {}
         for module, scheme in writing.quantized(schemes).items():
             modules.setdefault(_held(module, scheme), []).append(module)
         groups = []
@@ -101,15 +103,20 @@ class CompressedTensors(Format):
             return packed.scheme(module, group, headers)
         if group.format == INTEGER:
             return plain.integer_scheme(module, group, headers)
+        if group.format in FP4_WEIGHTS:
+            return float4.scheme(module, group, headers)
         return plain.float_scheme(module, group, headers)
 
     def read(self, module: str, tensors: Mapping[str, Tensor]) -> QuantizedWeight:
-        group = self._group(module, reading.headers_of(tensors))
+        headers = reading.headers_of(tensors)
+        group = self._group(module, headers)
         assert group is not None
         if group.format == PACKED:
             return packed.read(module, group, tensors, prefer_padded=self._before_dense_packing())
         if group.format == INTEGER:
             return plain.read_integer(module, group, tensors)
+        if group.format in FP4_WEIGHTS:
+            return float4.read(module, group, tensors, float4.scheme(module, group, headers))
         return plain.read_float(module, group, tensors)
 
     def write(self, module: str, weight: QuantizedWeight) -> dict[str, Tensor]:
@@ -119,6 +126,8 @@ class CompressedTensors(Format):
         arguments = arguments_of(scheme)
         if group is None or (group.weights, group.inputs) != arguments or is_ignored(self.ignore, module):
             raise UsageError(f"{module}: a weight of scheme {scheme} was not announced for this module")
+        if isinstance(scheme, LookupScheme):
+            return float4.write(module, weight)
         if weight["scales"].dtype not in reading.SCALE_DTYPES:
             raise UsageError(f"{module}: scales are {weight['scales'].dtype}, but must be float16, bfloat16 or float32")
         if group.format == PACKED:
@@ -143,8 +152,10 @@ class CompressedTensors(Format):
         return numbers is not None and (int(numbers[1]), int(numbers[2])) < DENSE_SINCE
 
 
-def _held(module: str, scheme: Scheme) -> IntegerScheme | FloatScheme:
+def _held(module: str, scheme: Scheme) -> Held:
     """The scheme, if compressed-tensors holds it."""
+    if isinstance(scheme, LookupScheme) and float4.holds(scheme):
+        return scheme
     if not isinstance(scheme, IntegerScheme | FloatScheme):
         raise UsageError(f"{module}: compressed-tensors cannot hold {scheme}", hint=writing.REQUANTIZE)
     if isinstance(scheme, FloatScheme):
