@@ -69,9 +69,7 @@ def select_instruction_set(name: str) -> None:
 def _select(loaded: CDLL, name: str) -> None:
     if loaded.aq_select(name.encode()) != 0:
         known = ", ".join(_names(loaded))
-        raise UsageError(
-            f"APHROQUANT_CPU_ISA = {name!r} is not an instruction set of this processor", hint=f"it has {known}"
-        )
+        raise UsageError(f"APHROQUANT_CPU_ISA = {name!r} must be one of {known} on this processor")
 
 
 def _names(loaded: CDLL) -> list[str]:

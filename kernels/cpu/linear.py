@@ -36,6 +36,11 @@ class CpuLinear:
         self._num_threads = num_threads
         self._workspace = aligned_bytes(0)
 
+    @property
+    def chunk_len(self) -> int:
+        """Columns of a group that share one dot product, and one scale of the row where inputs are quantized here."""
+        return int(self._packed.struct.chunk_len)
+
     def __call__(self, x: Tensor) -> Tensor:
         """[T, K] -> [T, N], in x's dtype."""
         if x.dim() != 2 or x.shape[1] != self.in_features or not x.is_floating_point() or x.device.type != "cpu":
