@@ -165,12 +165,10 @@ class _Loop:
 def load_engine(config: EngineConfig) -> tuple[ServedEngine, Ready]:
     """The project's own engine."""
     # Only now: the end of standard input must be noticed while torch is still being imported.
-    from aphroquant.checkpoint import open_checkpoint
     from aphroquant.engine.engine import Engine
-    from aphroquant.engine.runner import choose_runner
 
     engine = Engine(config)
-    kind, reason = choose_runner(open_checkpoint(config.model), config.backend)
+    kind, reason = engine.runner_choice
     return engine, Ready(engine.max_model_len, engine.kv_capacity_tokens, kind, reason)
 
 
