@@ -1,0 +1,120 @@
+"""The convert command: exit codes, what goes to stdout and stderr, interruptions."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from aphroquant.calibration.data import DEFAULT_TEXTS
+from aphroquant.cli import run
+from aphroquant.errors import EXIT_INTERRUPTED
+
+Tiny = Callable[..., Path]
+CHAT = str(DEFAULT_TEXTS / "calibration_chat.jsonl")
+QUICK = ("--samples", "4", "--seq-len", "32", "--calibration", CHAT)
+
+
+def test_a_conversion_prints_its_result_on_stdout_and_its_progress_on_stderr(
+    tiny_checkpoint: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = tmp_path / "report.json"
+    arguments = ["convert", str(tiny_checkpoint("llama")), "--to", "awq", "--out", str(tmp_path / "out")]
+    assert run([*arguments, *QUICK, "--json", str(report)]) == 0
+    printed = capsys.readouterr()
+    assert "int4 asym g64" in printed.out
+    assert "14 quantized, 4." in printed.out
+    assert "calibrating and solving" in printed.err
+    assert "2/2  " in printed.err
+    assert json.loads(report.read_text())["num_modules"] == 14
+    assert (tmp_path / "out" / "config.json").exists()
+
+
+def test_a_dry_run_says_what_it_would_do_and_does_nothing(
+    tiny_checkpoint: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert run(["convert", str(tiny_checkpoint("llama")), "--to", "gptq", "--out", str(out), "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("would write  ")
+    assert "solver       awq-gptq" in printed
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--to", "awq", "--group-size", "48"], 2, "must be divisible by group_size = 48"),
+        (["--to", "awk"], 2, "Did you mean 'awq'?"),
+        (["--to", "gptq", "--solver", "gptk"], 2, "Did you mean 'gptq'?"),
+        (["--to", "gptq", "--calibration", "/nowhere.txt"], 3, "/nowhere.txt: cannot be read"),
+        (["--to", "gptq", "--json", "/nowhere/report.json"], 2, "there is no directory /nowhere"),
+        (["--to", "gptq", "--samples", "100000"], 3, "windows of 512, not 100000"),
+    ],
+)
+def test_mistakes_end_with_their_exit_code_and_a_sentence(
+    tiny_checkpoint: Tiny,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    code: int,
+    message: str,
+) -> None:
+    assert run(["convert", str(tiny_checkpoint("llama")), "--out", str(tmp_path / "out"), *arguments]) == code
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_source_that_is_not_there_is_an_input_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["convert", str(tmp_path / "nothing"), "--to", "awq", "--out", str(tmp_path / "out")]) == 3
+    assert "no such file or directory" in capsys.readouterr().err
+
+
+def started(source: Path, out: Path) -> subprocess.Popen[str]:
+    """A conversion in a process of its own that has begun its blocks and will take a while."""
+    program = (
+        "import sys, time\n"
+        "from aphroquant.conversion import run as conversion\n"
+        "original = conversion._Conversion._write_block\n"
+        "def slow(self, *args):\n"
+        "    original(self, *args)\n"
+        "    print('a block is written', flush=True)\n"
+        "    time.sleep(60)\n"
+        "conversion._Conversion._write_block = slow\n"
+        "from aphroquant.cli import main\n"
+        "main(sys.argv[1:])\n"
+    )
+    command = [sys.executable, "-c", program, "convert", str(source), "--to", "awq", "--out", str(out), *QUICK]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(os.environ))
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "a block is written" in line:
+            return process
+    raise AssertionError(f"the conversion ended early: {process.communicate()[1]}")
+
+
+def test_kill_leaves_nothing_that_looks_complete(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
+    process = started(tiny_checkpoint("llama"), tmp_path / "out")
+    process.kill()
+    process.communicate()
+    left = [path.name for path in tmp_path.iterdir()]
+    assert left == [f".out.partial-{process.pid}"]
+    assert not list(tmp_path.rglob("config.json"))
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_an_interrupt_ends_with_130_and_leaves_nothing(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
+    process = started(tiny_checkpoint("llama"), tmp_path / "out")
+    time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, words = process.communicate(timeout=60)
+    assert process.returncode == EXIT_INTERRUPTED
+    assert "interrupted" in words
+    assert not list(tmp_path.iterdir())

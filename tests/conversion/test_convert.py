@@ -1,0 +1,315 @@
+"""Whole conversions of tiny models: what is written is what was solved, and all else is carried over."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import aphroquant
+from aphroquant.calibration.data import DEFAULT_TEXTS
+from aphroquant.checkpoint import open_checkpoint
+from aphroquant.conversion import ConversionResult, blocks
+from aphroquant.errors import InputError, ResourceError, UsageError
+from aphroquant.models.streamed import StreamedModel
+from aphroquant.schemes import DenseScheme, FloatScheme, IntegerScheme, QuantizedWeight
+
+Tiny = Callable[..., Path]
+QUICK: dict[str, Any] = {"samples": 8, "seq_len": 32, "calibration": DEFAULT_TEXTS / "calibration_chat.jsonl"}
+FLOAT_COMBINATIONS = [("fp8", f"fp8-{kind}") for kind in ("dynamic", "static", "block")]
+COMBINATIONS = [
+    *[
+        (to, None, solver)
+        for to in ("awq", "gptq", "compressed-tensors")
+        for solver in ("rtn", "gptq", "awq", "awq-gptq")
+    ],
+    *[(to, scheme, None) for to, scheme in FLOAT_COMBINATIONS],
+    *[("compressed-tensors", scheme, None) for _, scheme in FLOAT_COMBINATIONS],
+    ("compressed-tensors", "w8a16", None),
+    ("compressed-tensors", "w8a8-int8", "gptq"),
+    ("gptq", "w3a16", None),
+]
+
+
+def converted(source: Path, out: Path, **options: Any) -> ConversionResult:
+    return aphroquant.convert(source, out=out, **{**QUICK, **options})
+
+
+@pytest.fixture
+def solved(monkeypatch: pytest.MonkeyPatch) -> dict[str, QuantizedWeight]:
+    """Collects what the solvers produce on the way to the writer."""
+    weights: dict[str, QuantizedWeight] = {}
+
+    def watch(original: Callable[..., Any]) -> Callable[..., Any]:
+        def watched(*args: Any) -> Any:
+            for block in original(*args):
+                weights.update({name: solution.weight for name, solution in block.solutions.items()})
+                yield block
+
+        return watched
+
+    monkeypatch.setattr(blocks.CalibratedSolver, "solve", watch(blocks.CalibratedSolver.solve))
+    from aphroquant.conversion import run
+
+    monkeypatch.setattr(run, "solve_without_data", watch(blocks.solve_without_data))
+    return weights
+
+
+@pytest.mark.parametrize(("to", "scheme", "solver"), COMBINATIONS)
+def test_the_written_checkpoint_holds_what_the_solver_produced(
+    tiny_checkpoint: Tiny,
+    tmp_path: Path,
+    solved: dict[str, QuantizedWeight],
+    to: str,
+    scheme: str | None,
+    solver: str | None,
+) -> None:
+    source = tiny_checkpoint("llama")
+    result = converted(source, tmp_path / "out", to=to, scheme=scheme, solver=solver)
+    checkpoint = open_checkpoint(tmp_path / "out")
+    assert checkpoint.format_name == to
+    assert set(solved) == set(checkpoint.spec.modules())
+    for module, weight in solved.items():
+        stored = checkpoint.weight(module)
+        assert stored.scheme == weight.scheme
+        assert torch.equal(stored.dequantize(), weight.dequantize()), module
+    assert result.num_modules == 14
+    assert result.num_bytes == checkpoint.num_bytes
+    assert 0 < (result.mean_relative_error or 0) < 0.1
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_every_family_converts_and_still_computes_nearly_the_same(
+    tiny_checkpoint: Tiny, tmp_path: Path, family: str
+) -> None:
+    source = tiny_checkpoint(family)
+    converted(source, tmp_path / "out", to="gptq", bits=8, solver="awq-gptq")
+    windows = torch.randint(0, 300, (2, 24))
+    logits = []
+    for path in (source, tmp_path / "out"):
+        model = StreamedModel(open_checkpoint(path))
+        logits.append(model.logits(model.hidden_states(windows).flatten(0, 1)))
+    assert float((logits[0] - logits[1]).norm() / logits[0].norm()) < 0.03
+
+
+def test_what_is_not_quantized_is_carried_byte_for_byte(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
+    source = tiny_checkpoint("qwen2", torch_dtype="bfloat16")
+    converted(source, tmp_path / "out", to="compressed-tensors", solver="gptq", ignore=["o_proj"])
+    before, after = open_checkpoint(source), open_checkpoint(tmp_path / "out")
+    quantized = {name for name, scheme in after.schemes().items() if not isinstance(scheme, DenseScheme)}
+    assert len(quantized) == 12
+    for name in before.tensors:
+        if name.removesuffix(".weight") not in quantized:
+            assert torch.equal(before.read(name).view(torch.int16), after.read(name).view(torch.int16)), name
+    for path in before.carried_files():
+        assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
+    assert after.config == before.config
+
+
+def test_scales_of_bfloat16_models_are_bfloat16_in_compressed_tensors_and_float16_elsewhere(
+    tiny_checkpoint: Tiny, tmp_path: Path
+) -> None:
+    source = tiny_checkpoint("llama", torch_dtype="bfloat16")
+    for to, dtype in (("compressed-tensors", torch.bfloat16), ("awq", torch.float16)):
+        converted(source, tmp_path / to, to=to, solver="rtn", samples=0)
+        weight = open_checkpoint(tmp_path / to).weight("model.layers.0.self_attn.q_proj")
+        assert weight["scales"].dtype == dtype
+
+
+def test_awq_changes_norms_and_nothing_else_that_is_dense(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
+    source = tiny_checkpoint("llama", torch_dtype="float16")
+    converted(source, tmp_path / "out", to="awq", solver="awq")
+    before, after = open_checkpoint(source), open_checkpoint(tmp_path / "out")
+    changed = [name for name in after.dense_names() if not torch.equal(before.read(name), after.read(name))]
+    assert changed
+    assert all(name.endswith("layernorm.weight") for name in changed)
+    assert all(after.tensors[name].dtype == before.tensors[name].dtype for name in after.dense_names())
+
+
+def test_tied_embeddings_stay_tied(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
+    converted(tiny_checkpoint("llama", tie_word_embeddings=True), tmp_path / "out", to="gptq", solver="rtn", samples=0)
+    checkpoint = open_checkpoint(tmp_path / "out")
+    assert checkpoint.config["tie_word_embeddings"] is True
+    assert not checkpoint.has("lm_head.weight")
+
+
+def digests(directory: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(directory.iterdir())}
+
+
+def test_the_same_seed_gives_the_same_bytes(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
+    source = tiny_checkpoint("llama")
+    found = []
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        converted(source, tmp_path / name, to="gptq", seed=seed)
+        files = digests(tmp_path / name)
+        del files["aphroquant.json"]
+        record = json.loads((tmp_path / name / "aphroquant.json").read_text())
+        found.append((files, {key: record[key] for key in ("request", "calibration", "result")}))
+    assert found[0] == found[1]
+    assert found[0][0] != found[2][0]
+
+
+@pytest.mark.parametrize("first", ["awq", "gptq", "compressed-tensors"])
+@pytest.mark.parametrize("second", ["awq", "gptq", "compressed-tensors"])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_formats_that_hold_the_same_numbers_are_repacked_bit_for_bit(
+    tiny_checkpoint: Tiny, tmp_path: Path, first: str, second: str, symmetric: bool
+) -> None:
+    source = tiny_checkpoint("llama", torch_dtype="float16")
+    converted(source, tmp_path / "one", to=first, solver="rtn", samples=0, symmetric=symmetric or None)
+    result = aphroquant.convert(tmp_path / "one", to=second, out=tmp_path / "two")
+    assert result.mode == "repack"
+    assert result.solver is None
+    assert "without loss" in result.notes[0]
+    one, two = open_checkpoint(tmp_path / "one"), open_checkpoint(tmp_path / "two")
+    assert two.format_name == second
+    assert result.num_bytes == two.num_bytes
+    for module, scheme in one.schemes().items():
+        assert two.schemes()[module] == scheme
+        assert torch.equal(one.weight(module).dequantize(), two.weight(module).dequantize())
+
+
+def test_other_numbers_are_quantized_anew_and_it_says_so(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
+    converted(tiny_checkpoint("llama"), tmp_path / "one", to="awq", solver="rtn", samples=0)
+    result = aphroquant.convert(tmp_path / "one", to="fp8", out=tmp_path / "two")
+    assert result.mode == "quantize"
+    assert "quantized anew, with a loss" in result.notes[0]
+    asked = converted(tmp_path / "one", tmp_path / "three", to="awq", group_size=32, solver="rtn")
+    assert asked.mode == "quantize"
+    module = "model.layers.1.mlp.down_proj"
+    assert open_checkpoint(tmp_path / "three").schemes()[module] == IntegerScheme(4, 32, False)
+
+
+def test_static_fp8_scales_cover_the_greatest_input(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
+    converted(tiny_checkpoint("llama"), tmp_path / "out", to="fp8", scheme="fp8-static")
+    checkpoint = open_checkpoint(tmp_path / "out")
+    scales = [float(checkpoint.weight(module)["input_scale"]) for module in checkpoint.spec.modules()]
+    assert all(0 < scale < 1 for scale in scales)
+    assert scales[0] == scales[1] == scales[2]  # q, k and v read the same input
+    assert isinstance(checkpoint.schemes()["model.layers.0.mlp.up_proj"], FloatScheme)
+
+
+@pytest.mark.parametrize(
+    ("to", "scheme"), [("awq", None), ("gptq", None), ("fp8", "fp8-block"), ("compressed-tensors", "w8a8-int8")]
+)
+def test_a_dry_run_writes_nothing_and_foretells_the_size(
+    tiny_checkpoint: Tiny, tmp_path: Path, to: str, scheme: str | None
+) -> None:
+    options: dict[str, Any] = {"to": to, "scheme": scheme, "samples": 0}
+    told = converted(tiny_checkpoint("llama"), tmp_path / "out", dry_run=True, **options)
+    assert not list(tmp_path.iterdir())
+    assert told.dry_run
+    made = converted(tiny_checkpoint("llama"), tmp_path / "out", **options)
+    assert told.num_bytes == made.num_bytes == open_checkpoint(tmp_path / "out").num_bytes
+    assert told.bits_per_weight == made.bits_per_weight
+
+
+def test_the_manifest_tells_how_it_was_made(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("Words and more words, one after the other. " * 100)
+    converted(tiny_checkpoint("llama"), tmp_path / "out", to="gptq", calibration=text, seed=5)
+    record = json.loads((tmp_path / "out" / "aphroquant.json").read_text())
+    assert record["request"]["seed"] == 5
+    assert record["calibration"]["sources"][0]["sha256"] == hashlib.sha256(text.read_bytes()).hexdigest()
+    assert record["calibration"]["windows"] == [8, 32]
+    module = record["result"]["modules"]["model.layers.0.self_attn.q_proj"]
+    assert module["damping"] > 0
+    assert module["proxy_loss"] > 0
+    assert set(record["result"]["scaling"]["model.layers.0"]) == {"qkv", "o", "gate_up", "down"}
+    assert record["timings"]["seconds"] > 0
+
+
+def test_calibrated_solvers_beat_plain_rounding_on_the_layers_outputs(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
+    errors = {
+        solver: converted(
+            tiny_checkpoint("llama"), tmp_path / solver, to="gptq", bits=3, solver=solver
+        ).mean_relative_error
+        for solver in ("rtn", "gptq", "awq-gptq")
+    }
+    assert (errors["gptq"] or 1) < (errors["rtn"] or 0)
+    assert (errors["awq-gptq"] or 1) < (errors["rtn"] or 0)
+
+
+def test_hidden_states_in_a_file_give_the_same_result(
+    tiny_checkpoint: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    converted(tiny_checkpoint("llama"), tmp_path / "memory", to="awq")
+    original = blocks.Activations
+
+    def spilling(num_tokens: int, width: int, *, memory_limit: int) -> Any:
+        return original(num_tokens, width, memory_limit=0)
+
+    monkeypatch.setattr(blocks, "Activations", spilling)
+    result = converted(tiny_checkpoint("llama"), tmp_path / "file", to="awq")
+    assert "temporary file" in result.notes[0]
+    name = "model.safetensors"
+    assert digests(tmp_path / "memory")[name] == digests(tmp_path / "file")[name]
+
+
+def test_a_full_directory_is_refused_before_any_work(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.json").write_text("{}")
+    with pytest.raises(UsageError, match="exists and is not empty"):
+        converted(tiny_checkpoint("llama"), tmp_path / "out", to="awq", dry_run=True)
+    converted(tiny_checkpoint("llama"), tmp_path / "out", to="awq", solver="rtn", samples=0, overwrite=True)
+    assert open_checkpoint(tmp_path / "out").format_name == "awq"
+
+
+def test_a_small_disk_is_found_before_any_work(
+    tiny_checkpoint: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6, 1000))  # type: ignore[attr-defined]
+    with pytest.raises(ResourceError, match=r"the output needs 0\.00 GB, but the disk has 0\.00 GB free"):
+        converted(tiny_checkpoint("llama"), tmp_path / "out", to="awq")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"to": "gguf2"}, "unknown format"),
+        ({"to": "awq", "group_size": 48}, "must be divisible by group_size = 48"),
+        ({"to": "awq", "seq_len": 1000}, "longer than the model's context of 512"),
+        ({"to": "awq", "ignore": ["nothing"]}, "--ignore nothing matches no module"),
+        ({"to": "awq", "ignore": ["*_proj"]}, "nothing is left to quantize"),
+        ({"to": "fp8", "scheme": "fp8-static", "samples": 0}, "need calibration, but samples = 0"),
+    ],
+)
+def test_mistakes_are_found_before_any_work(
+    tiny_checkpoint: Tiny, tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message.replace("*", r"\*")):
+        converted(tiny_checkpoint("llama"), tmp_path / "out", **options)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("samples", [0, 8])
+def test_a_damaged_weight_is_named_and_nothing_is_left(tiny_checkpoint: Tiny, tmp_path: Path, samples: int) -> None:
+    from safetensors.torch import load_file, save_file
+
+    damaged = tmp_path / "damaged"
+    shutil.copytree(tiny_checkpoint("llama"), damaged)
+    tensors = load_file(damaged / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = float("nan")
+    save_file(tensors, damaged / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"model\.layers\.1\.mlp\.up_proj\.weight holds NaN"):
+        converted(damaged, tmp_path / "out", to="awq", solver="rtn", samples=samples)
+    assert [path.name for path in tmp_path.iterdir()] == ["damaged"]
+
+
+def test_activations_that_overflow_are_named(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    damaged = tmp_path / "damaged"
+    shutil.copytree(tiny_checkpoint("llama"), damaged)
+    tensors = load_file(damaged / "model.safetensors")
+    tensors["model.layers.0.input_layernorm.weight"][5] = float("inf")
+    save_file(tensors, damaged / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"model\.layers\.0\.self_attn\.q_proj: its input is not finite.*sample 0"):
+        converted(damaged, tmp_path / "out", to="gptq", solver="gptq")
