@@ -1,4 +1,5 @@
-"""Checkpoint formats: bytes on disk <-> schemes. One format a module; no format knows another, a solver or a kernel."""
+"""Checkpoint formats: bytes on disk <-> schemes. One format a module; no format knows a solver or a kernel, nor another
+format (but for auto-round, which is an envelope around two)."""
 
 from __future__ import annotations
 
@@ -27,6 +28,7 @@ def _lazy(module: str, name: str) -> Callable[[], type[Format]]:
 
 FORMATS: Mapping[str, Callable[[], type[Format]]] = {
     "aqlm": _lazy("aqlm", "Aqlm"),
+    "auto-round": _lazy("autoround", "AutoRound"),
     "awq": _lazy("awq", "Awq"),
     "bitsandbytes": _lazy("bitsandbytes", "BitsAndBytes"),
     "compressed-tensors": _lazy("compressed_tensors", "CompressedTensors"),
@@ -36,6 +38,7 @@ FORMATS: Mapping[str, Callable[[], type[Format]]] = {
     "modelopt": _lazy("modelopt", "ModelOpt"),
     "mxfp4": _lazy("mxfp4", "Mxfp4"),
 }  # each name is also the format's quant_method
+_OLDER_METHODS = {"intel/auto-round": "auto-round"}
 
 
 def format_class(name: str) -> type[Format]:
@@ -55,6 +58,8 @@ def detect_format(quantization_config: Mapping[str, Any]) -> type[Format]:
     method = quantization_config.get("quant_method")
     if method is None:
         method = _method_of_keys(quantization_config)
+    if isinstance(method, str):
+        method = _OLDER_METHODS.get(method, method)
     if not isinstance(method, str) or method not in FORMATS:
         raise InputError(
             f"quantization_config: quant_method {method!r} is not readable", hint=f"readable are {', '.join(FORMATS)}"
