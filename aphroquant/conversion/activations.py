@@ -14,13 +14,18 @@ from torch import Tensor
 from aphroquant.errors import ResourceError
 
 CHUNK_TOKENS = 4096  # at once through a block; larger temporaries are returned to the kernel and cost page faults
-DEFAULT_MEMORY_LIMIT = 8 * 2**30
+MEMORY_SHARE = 0.25  # of the machine's memory, that one store may take; there are two at a time
+
+
+def default_memory_limit() -> int:
+    """Bytes that one store keeps in memory at most."""
+    return int(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * MEMORY_SHARE)
 
 
 class Activations:
     """Rows [T, width] float32 of whole windows. Slices of `rows` are views: writing to them changes the store."""
 
-    def __init__(self, num_tokens: int, width: int, *, memory_limit: int = DEFAULT_MEMORY_LIMIT) -> None:
+    def __init__(self, num_tokens: int, width: int, *, memory_limit: int) -> None:
         self.spilled = num_tokens * width * 4 > memory_limit
         self.rows = _mapped(num_tokens, width) if self.spilled else torch.empty(num_tokens, width)
 

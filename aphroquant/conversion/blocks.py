@@ -12,7 +12,7 @@ from torch import Tensor
 from aphroquant.calibration.solution import Solution
 from aphroquant.calibration.solvers import FP8_ROUNDING
 from aphroquant.calibration.statistics import InputStatistics, StatisticsCollector
-from aphroquant.conversion.activations import DEFAULT_MEMORY_LIMIT, Activations, chunks
+from aphroquant.conversion.activations import Activations, chunks, default_memory_limit
 from aphroquant.conversion.calibration_block import CalibrationBlock, load_calibration_block
 from aphroquant.conversion.plan import ConversionPlan
 from aphroquant.conversion.scaling import SAMPLE_TOKENS, BlockScaler
@@ -52,10 +52,10 @@ class CalibratedSolver:
     Within a block: q, k, v; then o; then gate, up; then down, each on inputs that those before it made.
     """
 
-    def __init__(self, plan: ConversionPlan, windows: Tensor, *, memory_limit: int = DEFAULT_MEMORY_LIMIT) -> None:
+    def __init__(self, plan: ConversionPlan, windows: Tensor) -> None:
         self._plan = plan
         self._window_len = windows.shape[1]
-        self._memory_limit = memory_limit
+        self._memory_limit = default_memory_limit()
         self._rounding = FP8_ROUNDING() if not isinstance(plan.scheme, IntegerScheme) else plan.solver.load()
         self._scaler = self._make_scaler()
         self._hidden = self._embed(windows)

@@ -16,7 +16,7 @@ from aphroquant.calibration.solvers import Solver
 from aphroquant.checkpoint import Checkpoint
 from aphroquant.conversion.request import ConversionRequest
 from aphroquant.conversion.sizes import module_bytes
-from aphroquant.conversion.targets import needs_calibration, resolve_scheme, resolve_solver
+from aphroquant.conversion.targets import check_target, needs_calibration, resolve_scheme, resolve_solver
 from aphroquant.errors import ResourceError, UsageError
 from aphroquant.formats import format_class
 from aphroquant.formats.base import Format
@@ -69,23 +69,11 @@ class ConversionPlan:
     def spec(self) -> DecoderSpec:
         return self.checkpoint.spec
 
-    @property
-    def peak_bytes(self) -> int:
-        """Estimate of the memory for weights and activations at the busiest moment."""
-        spec = self.spec
-        block = sum(rows * columns for rows, columns in map(spec.linear_shape, _block_linears(spec))) * 4
-        if not self.calibrates:
-            return 3 * block
-        tokens = self.request.samples * self.request.seq_len
-        activations = tokens * (spec.hidden_size + spec.intermediate_size) * 4
-        moments = 3 * spec.intermediate_size**2 * 8 if self.solver.needs_second_moment else 0
-        embedding = spec.vocab_size * spec.hidden_size * 4
-        return max(3 * block + activations + moments, embedding + tokens * spec.hidden_size * 4)
-
 
 def make_plan(checkpoint: Checkpoint, request: ConversionRequest) -> ConversionPlan:
     """Check a request against a model. UsageError, InputError or ResourceError for what cannot be done."""
     format_type = format_class(request.to)
+    check_target(request.to)
     spec = checkpoint.spec
     chosen, kept = _split_modules(checkpoint, request)
     shapes = {module: spec.linear_shape(module.split(".", 3)[3]) for module in chosen}
@@ -192,7 +180,3 @@ def _scale_dtype(checkpoint: Checkpoint, target: str) -> torch.dtype:
     schemes = checkpoint.schemes().values()
     dtypes = {scheme.dtype for scheme in schemes if isinstance(scheme, DenseScheme)}
     return torch.bfloat16 if target == "compressed-tensors" and dtypes == {torch.bfloat16} else torch.float16
-
-
-def _block_linears(spec: DecoderSpec) -> list[str]:
-    return [module.split(".", 3)[3] for module in spec.modules()[:7]]

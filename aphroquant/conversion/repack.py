@@ -91,6 +91,7 @@ def make_repack_plan(checkpoint: Checkpoint, request: ConversionRequest) -> Repa
     try:
         target = format_class(request.to).for_schemes(schemes, list(dict.fromkeys([*dense, LM_HEAD])))
         plan = RepackPlan(request, checkpoint, target, schemes)
+        _check_places(target, schemes)
         num_bytes = plan.num_bytes
     except UsageError as error:
         return error.message
@@ -105,6 +106,13 @@ def repack_module(plan: RepackPlan, module: str) -> dict[str, Tensor]:
     if not _same_bits(plan.format.read(module, tensors), weight):
         raise AphroquantError(f"{module}: repacking changed its values; nothing was written")
     return tensors
+
+
+def _check_places(target: Format, schemes: Mapping[str, Scheme]) -> None:
+    """Refuse formats that store several modules in one tensor."""
+    for module in schemes:
+        if target.place(module, "weight").entry is not None:
+            raise UsageError(f"{module}: {target.name} stacks modules in one tensor, which is only read")
 
 
 def _same_bits(first: QuantizedWeight, second: QuantizedWeight) -> bool:

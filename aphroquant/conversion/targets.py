@@ -49,6 +49,16 @@ WEIGHT_ONLY_BITS: Mapping[str, tuple[int, ...]] = {
 }
 
 
+def check_target(target: str) -> None:
+    """UsageError unless there is a solver for some scheme of this format."""
+    if target not in FIXED_SCHEMES:
+        known = ", ".join(FIXED_SCHEMES)
+        raise UsageError(
+            f"{target} only takes over numbers that the source already has, which this one has not",
+            hint=f"weights can be quantized for {known}",
+        )
+
+
 def scheme_names(target: str) -> list[str]:
     """What --scheme takes for a target."""
     return [f"w{bits}a16" for bits in WEIGHT_ONLY_BITS[target]] + list(FIXED_SCHEMES[target])

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from aphroquant.conversion.activations import CHUNK_TOKENS, Activations, chunks
+from aphroquant.conversion.activations import CHUNK_TOKENS, Activations, chunks, default_memory_limit
 
 
 def test_past_the_limit_rows_live_in_a_file_that_has_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -36,3 +36,7 @@ def test_chunks_are_whole_windows_and_cover_everything(num_tokens: int, window_l
         assert part.stop - part.start <= max(CHUNK_TOKENS, window_len)
         covered = part.stop
     assert covered == num_tokens
+
+
+def test_the_default_limit_is_a_share_of_the_machines_memory() -> None:
+    assert 2**28 < default_memory_limit() < 2**44

@@ -274,6 +274,7 @@ def test_a_small_disk_is_found_before_any_work(
     ("options", "message"),
     [
         ({"to": "gguf2"}, "unknown format"),
+        ({"to": "hqq"}, "hqq only takes over numbers that the source already has"),
         ({"to": "awq", "group_size": 48}, "must be divisible by group_size = 48"),
         ({"to": "awq", "seq_len": 1000}, "longer than the model's context of 512"),
         ({"to": "awq", "ignore": ["nothing"]}, "--ignore nothing matches no module"),
