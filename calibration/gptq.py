@@ -86,21 +86,20 @@ def factorize(second_moment: Tensor, *, damping: float = DAMPING) -> HessianFact
 
     Inputs that never fire get a diagonal of their own: their columns are rounded to nearest.
     """
-    hessian = second_moment.double()
-    diagonal = hessian.diagonal()
-    if not torch.isfinite(hessian).all() or not (diagonal > 0).any() or (diagonal < 0).any():
+    diagonal = second_moment.diagonal().double()
+    if not torch.isfinite(second_moment).all() or not (diagonal > 0).any() or (diagonal < 0).any():
         return None
     dead = diagonal == 0
     mean = float(diagonal[~dead].mean())
     order = torch.argsort(diagonal, descending=True, stable=True)
-    hessian = hessian[order][:, order]
+    backwards = order.flip(0)
+    matrix = second_moment[backwards][:, backwards].double()  # with large layers, copies of this are what costs memory
     share = damping
     for retry in range(MAX_DAMPING_RETRIES + 1):
-        damped = hessian.clone()
-        damped.diagonal().add_(share * mean).add_(dead[order] * mean)
-        upper = _inverse_factor(damped)
+        matrix.diagonal().copy_(diagonal[backwards] + share * mean + dead[backwards] * mean)
+        upper = _inverse_factor(matrix)
         if upper is not None:
-            return HessianFactor(order, upper.float(), share, retry, int(dead.sum()))
+            return HessianFactor(order, upper, share, retry, int(dead.sum()))
         share *= DAMPING_GROWTH
     return None
 
@@ -131,15 +130,17 @@ def round_weight(
     return RoundedWeight(unordered, loss)
 
 
-def _inverse_factor(matrix: Tensor) -> Tensor | None:
-    """U upper triangular with U^T U = matrix^-1, or None: matrix = R R^T with R upper triangular, and U = R^-1."""
-    lower, failed = torch.linalg.cholesky_ex(matrix.flip(0, 1))
+def _inverse_factor(backwards: Tensor) -> Tensor | None:
+    """U float32 upper triangular with U^T U = H^-1, or None, for H with its rows and columns in reverse order.
+
+    The lower Cholesky factor L of that is R of H = R R^T in reverse, R upper triangular; and U = R^-1.
+    """
+    lower, failed = torch.linalg.cholesky_ex(backwards)
     if int(failed):
         return None
-    reverse = lower.flip(0, 1)
-    identity = torch.eye(matrix.shape[0], dtype=matrix.dtype, device=matrix.device)
-    upper = torch.linalg.solve_triangular(reverse, identity, upper=True)
-    return upper if torch.isfinite(upper).all() else None
+    inverse = torch.eye(lower.shape[0], dtype=lower.dtype, device=lower.device)
+    torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
+    return inverse.float().flip(0, 1) if torch.isfinite(inverse).all() else None
 
 
 def _details(factor: HessianFactor) -> dict[str, object]:

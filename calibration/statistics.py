@@ -57,9 +57,9 @@ class StatisticsCollector:
         self._num_tokens += x.shape[0]
 
     def finish(self) -> InputStatistics:
-        """The statistics of everything seen."""
+        """The statistics of everything seen; to be called once, at the end."""
         tokens = max(self._num_tokens, 1)
-        moment = None if self._moment_sum is None else self._moment_sum / tokens
+        moment = None if self._moment_sum is None else self._moment_sum.div_(tokens)
         square = self._square_sum / tokens if moment is None else moment.diagonal().clone()
         return InputStatistics(self._num_tokens, square, self._abs_sum / tokens, self._max_abs, moment)
 

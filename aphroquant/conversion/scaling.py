@@ -97,7 +97,9 @@ class BlockScaler:
         """Divide the gain and multiply the columns, by what the gain's stored dtype makes of the scales."""
         name = f"{block.prefix}.{norm}.weight"
         gain = block.norms[norm]
-        folded = (gain / scales).to(self._stored_dtype(name))
+        dtype = self._stored_dtype(name)
+        folded = (gain / scales).to(dtype)
+        folded = torch.where(folded.isfinite() & (folded != 0), folded, gain.to(dtype))  # beyond what the dtype holds
         exact = torch.where(folded != 0, gain / folded.float(), torch.ones_like(gain))
         block.norms[norm] = folded.float()
         block.changed[name] = folded
