@@ -85,7 +85,7 @@ def make_repack_plan(checkpoint: Checkpoint, request: ConversionRequest) -> Repa
         for module, scheme in checkpoint.schemes().items()
         if not isinstance(scheme, DenseScheme) and module not in kept_dense
     }
-    if not schemes or not request.leaves_numbers_open:
+    if not schemes or not all(request.accepts(scheme) for scheme in schemes.values()):
         return ""
     dense = [module for module in checkpoint.schemes() if module not in schemes and module != EMBEDDING]
     try:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from aphroquant.errors import UsageError
+from aphroquant.schemes import IntegerScheme, Scheme
 
 PER_ROW = -1  # as a group size: one group for the whole row
 
@@ -43,8 +44,15 @@ class ConversionRequest:
         if self.seq_len < 2:
             raise UsageError(f"seq_len = {self.seq_len} must be at least 2")
 
-    @property
-    def leaves_numbers_open(self) -> bool:
-        """Whether nothing is said that would change the numbers of an already quantized source."""
-        asked = (self.scheme, self.bits, self.group_size, self.symmetric, self.solver)
-        return all(value is None for value in asked) and not self.ignore and not self.calibration
+    def accepts(self, scheme: Scheme) -> bool:
+        """Whether weights that are quantized with this scheme already are what is asked for."""
+        if self.solver is not None or self.scheme is not None or self.ignore or self.calibration:
+            return False
+        if not isinstance(scheme, IntegerScheme):
+            return self.bits is None and self.group_size is None and self.symmetric is None
+        group_size = PER_ROW if scheme.group_size is None else scheme.group_size
+        return (
+            self.bits in (None, scheme.bits)
+            and self.group_size in (None, group_size)
+            and self.symmetric in (None, scheme.symmetric)
+        )

@@ -176,6 +176,17 @@ def test_formats_that_hold_the_same_numbers_are_repacked_bit_for_bit(
         assert torch.equal(one.weight(module).dequantize(), two.weight(module).dequantize())
 
 
+def test_asking_for_the_numbers_that_the_source_has_is_no_reason_to_quantize_anew(
+    tiny_checkpoint: Tiny, tmp_path: Path
+) -> None:
+    converted(tiny_checkpoint("llama"), tmp_path / "one", to="awq", solver="rtn", samples=0)
+    same: dict[str, Any] = {"bits": 4, "group_size": 64, "symmetric": False}
+    assert aphroquant.convert(tmp_path / "one", to="gptq", out=tmp_path / "two", **same).mode == "repack"
+    for other in ({"bits": 3}, {"group_size": 32}, {"symmetric": True}, {"solver": "rtn"}):
+        told = converted(tmp_path / "one", tmp_path / "three", to="gptq", **{**same, **other, "dry_run": True})
+        assert told.mode == "quantize", other
+
+
 def test_other_numbers_are_quantized_anew_and_it_says_so(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
     converted(tiny_checkpoint("llama"), tmp_path / "one", to="awq", solver="rtn", samples=0)
     result = aphroquant.convert(tmp_path / "one", to="fp8", out=tmp_path / "two")
