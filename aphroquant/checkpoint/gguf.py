@@ -12,14 +12,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from aphroquant.checkpoint.base import Checkpoint, TensorInfo, naming, read_json, suffix
-from aphroquant.checkpoint.gguf_model import (
-    PERMUTED,
-    ROPE_FACTORS,
-    hugging_face_config,
-    hugging_face_name,
-    unpermuted_rows,
-)
+from aphroquant.checkpoint.base import Checkpoint, TensorInfo, naming, read_json
+from aphroquant.checkpoint.gguf_model import hugging_face_config
+from aphroquant.checkpoint.gguf_names import ROPE_FACTORS, hugging_face_name, permuted_heads, unpermuted_rows
 from aphroquant.checkpoint.gguf_reader import GgufTensor, read_gguf_header
 from aphroquant.checkpoint.tensor_io import read_bytes
 from aphroquant.errors import InputError
@@ -147,12 +142,8 @@ class GgufCheckpoint(Checkpoint):
 
     def _row_order(self, name: str) -> Tensor | None:
         """Where the rows of a stored q or k projection belong, None for every other tensor."""
-        if self.config["model_type"] not in PERMUTED:
-            return None
-        heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(suffix(name.rpartition(".")[0]))
+        heads = permuted_heads(name, self.config, self.config["model_type"])
         if heads is None:
             return None
-        num_rows, num_heads = self._stored[name].shape[0], self.config[heads]
-        if num_rows % (2 * num_heads):
-            raise InputError(f"{self.path}: {name} has {num_rows} rows, which do not fit {num_heads} heads")
-        return unpermuted_rows(num_rows, num_heads)
+        with naming(self.path):
+            return unpermuted_rows(name, self._stored[name].shape[0], heads)

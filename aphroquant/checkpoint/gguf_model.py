@@ -1,8 +1,7 @@
-"""What a GGUF file calls a model's parts, in Hugging Face's terms: config.json from the metadata, tensor names."""
+"""config.json of the model in a GGUF file, from the file's metadata."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,45 +9,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from aphroquant.checkpoint.gguf_names import ROPE_FACTORS
 from aphroquant.checkpoint.gguf_reader import GgufTensor
 from aphroquant.errors import InputError
 from aphroquant.models.rope import inverse_frequencies
 from aphroquant.models.spec import RopeSpec
 from aphroquant.schemes import DenseScheme
 
-ROPE_FACTORS = "rope_freqs.weight"
 CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
-# llama.cpp pairs neighbouring channels in its rotation for these; Hugging Face pairs the two halves of a head.
-PERMUTED = ("llama",)
-
-_TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-_IN_BLOCK = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-_BLOCK = re.compile(r"blk\.(\d+)\.(.+)", re.ASCII)
 # Llama 3's published values; the file has only the factors that follow from them.
 _LLAMA3_LOW, _LLAMA3_HIGH, _LLAMA3_CONTEXTS = 1.0, 4.0, (8192, 4096, 16384, 32768, 2048)
-
-
-def hugging_face_name(name: str) -> str:
-    """The Hugging Face name of a tensor; a name with no counterpart stays."""
-    stem, _, suffix = name.rpartition(".")
-    if match := _BLOCK.fullmatch(stem):
-        if match[2] in _IN_BLOCK:
-            return f"model.layers.{match[1]}.{_IN_BLOCK[match[2]]}.{suffix}"
-    elif stem in _TOP:
-        return f"{_TOP[stem]}.{suffix}"
-    return name
 
 
 def hugging_face_config(
@@ -91,15 +61,6 @@ def hugging_face_config(
     if architecture == "qwen3":
         config["attention_bias"] = False
     return config
-
-
-def unpermuted_rows(num_rows: int, num_heads: int) -> Tensor:
-    """Index [N] that brings rows of a q or k projection from llama.cpp's order into Hugging Face's.
-
-    llama.cpp stores the channels of a head as 0, d/2, 1, d/2 + 1, ... so that rotated pairs are neighbours.
-    """
-    rows = torch.arange(num_rows).view(num_heads, num_rows // num_heads // 2, 2)
-    return rows.transpose(1, 2).reshape(-1)
 
 
 class _Keys:

@@ -7,51 +7,16 @@ merges. A wrong split gives a model that seems to work and is worse, so an unkno
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from aphroquant.checkpoint.gguf_splitting import SPLITTINGS, Splitting, TokenType
 from aphroquant.errors import InputError
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken, Tokenizer
     from transformers import PreTrainedTokenizerBase
-
-_CONTROL, _USER_DEFINED = 3, 4  # token types that are matched in the text before anything is split
-
-_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_WORDS_AND_SPACES = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_LLAMA3_SPLIT = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + _WORDS_AND_SPACES
-_QWEN2_SPLIT = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + _WORDS_AND_SPACES
-
-
-@dataclass(frozen=True)
-class _Splitting:
-    """How text becomes pieces: by GPT-2's rule, after single digits, or by one expression."""
-
-    expression: str | None = None  # None: GPT-2's own, which tokenizers has built in
-    single_digits: bool = False
-    composed: bool = False  # NFC first
-    ignore_merges: bool = False  # a piece that is a token stays whole, whatever its merges
-    adds_bos: bool = False  # unless the file says otherwise
-
-
-_GPT2 = _Splitting()
-_DIGITS = _Splitting(single_digits=True)
-_LLAMA3 = _Splitting(_LLAMA3_SPLIT, ignore_merges=True, adds_bos=True)
-_QWEN2 = _Splitting(_QWEN2_SPLIT, composed=True)
-SPLITTINGS = {
-    "default": _GPT2,
-    "gpt-2": _GPT2,
-    "smollm": _DIGITS,
-    "starcoder": _DIGITS,
-    "llama-bpe": _LLAMA3,
-    "llama3": _LLAMA3,
-    "llama-v3": _LLAMA3,
-    "qwen2": _QWEN2,
-    "deepseek-r1-qwen": _QWEN2,
-}
 
 
 def build_tokenizer(metadata: Mapping[str, Any], max_length: int) -> PreTrainedTokenizerBase:
@@ -89,7 +54,7 @@ def build_tokenizer(metadata: Mapping[str, Any], max_length: int) -> PreTrainedT
     return built
 
 
-def _splitting(metadata: Mapping[str, Any]) -> _Splitting:
+def _splitting(metadata: Mapping[str, Any]) -> Splitting:
     hint = "put the model's tokenizer.json and tokenizer_config.json beside the file"
     model = metadata.get("tokenizer.ggml.model")
     if model != "gpt2":
@@ -100,7 +65,7 @@ def _splitting(metadata: Mapping[str, Any]) -> _Splitting:
     return SPLITTINGS[name]
 
 
-def _byte_level_bpe(tokens: list[str], merges: list[str], splitting: _Splitting) -> Tokenizer:
+def _byte_level_bpe(tokens: list[str], merges: list[str], splitting: Splitting) -> Tokenizer:
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     pairs = [_pair(merge) for merge in merges]
@@ -141,9 +106,9 @@ def _added_tokens(metadata: Mapping[str, Any], tokens: list[str]) -> list[AddedT
     if not isinstance(types, np.ndarray) or len(types) != len(tokens):
         raise InputError(f"tokenizer.ggml.token_type must be {len(tokens)} numbers, one a token")
     return [
-        AddedToken(token, special=kind == _CONTROL, normalized=False)
+        AddedToken(token, special=kind == TokenType.CONTROL, normalized=False)
         for token, kind in zip(tokens, types.tolist(), strict=True)
-        if kind in (_CONTROL, _USER_DEFINED) and token
+        if kind in (TokenType.CONTROL, TokenType.USER_DEFINED) and token
     ]
 
 

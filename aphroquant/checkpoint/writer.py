@@ -12,8 +12,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
@@ -21,12 +20,12 @@ from typing import Any, BinaryIO, Self
 import torch
 from torch import Tensor
 
+from aphroquant.checkpoint.disk import fsync, telling_disk_errors
 from aphroquant.checkpoint.safetensors_header import DTYPE_NAMES, StoredTensor, encode_header
-from aphroquant.errors import InputError, ResourceError, UsageError
+from aphroquant.errors import InputError, UsageError
 
 DEFAULT_SHARD_BYTES = 5 * 2**30
 _METADATA = {"format": "pt"}  # transformers refuses files without it
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _RESERVED = ("config.json", "model.safetensors.index.json")
 
 
@@ -96,13 +95,13 @@ class CheckpointWriter:
             self._close_shard()
             self._name_shards()
             for path in self._partial.iterdir():
-                _fsync(path)
+                fsync(path)
             self._write_json(self._partial / "config.json", config)
-            _fsync(self._partial / "config.json")
-            _fsync(self._partial)
+            fsync(self._partial / "config.json")
+            fsync(self._partial)
             self._check_target()  # someone may have been here meanwhile
             self._put_into_place()
-            _fsync(self.directory.parent)
+            fsync(self.directory.parent)
         return self.directory
 
     def _check_target(self) -> None:
@@ -170,19 +169,11 @@ class CheckpointWriter:
             raise
         shutil.rmtree(replaced, ignore_errors=True)
 
-    @contextmanager
-    def _full_disk_told(self) -> Iterator[None]:
-        """Errors of the file system as the user's: a full disk, or a place that cannot be written."""
-        try:
-            yield
-        except OSError as error:
-            if error.errno in _FULL:
-                written = sum(shard.nbytes for shard in [*self._shards, self._spool] if shard is not None)
-                raise ResourceError(
-                    f"{self.directory}: the disk is full after {written / 1e9:.2f} GB of tensors",
-                    hint="free some space or give another --out; nothing was left behind",
-                ) from error
-            raise UsageError(f"{self.directory}: cannot be written: {error.strerror or error}") from error
+    def _full_disk_told(self) -> AbstractContextManager[None]:
+        return telling_disk_errors(self.directory, self._written)
+
+    def _written(self) -> int:
+        return sum(shard.nbytes for shard in [*self._shards, self._spool] if shard is not None)
 
 
 class _Shard:
@@ -232,11 +223,3 @@ def _copy_range(source: int, begin: int, nbytes: int, target: int) -> None:
             raise OSError(errno.EIO, "the spooled tensors ended early")
         begin += copied
         nbytes -= copied
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -17,7 +17,7 @@ minimum). Byte i of a 32-element block of nibbles holds element i in the low hal
 d, m and dmin are float16, sc and m of the super-blocks integers of 4, 6 or 8 bits.
 """
 
-from aphroquant.formats.gguf.block_types import BLOCK_TYPES, UNREADABLE_TYPES, BlockType, block_type
+from aphroquant.formats.gguf.block_types import BLOCK_TYPES, UNREADABLE_TYPES, BlockType, block_type, type_for_rows
 from aphroquant.formats.gguf.codec import decode, encode
 from aphroquant.formats.gguf.holding import exact_type, in_type
 from aphroquant.formats.gguf.quantize import ENCODABLE, quantize
@@ -33,4 +33,5 @@ __all__ = [
     "exact_type",
     "in_type",
     "quantize",
+    "type_for_rows",
 ]

@@ -46,6 +46,8 @@ BLOCK_TYPES = {  # by the type id in the file
     40: BlockType("NVFP4", 64, 36, LookupScheme("e2m1", 16, "e4m3")),
 }
 TYPE_IDS = {kind.name: type_id for type_id, kind in BLOCK_TYPES.items()}
+# What llama.cpp takes where rows are no whole super-blocks.
+_STAND_INS = {"Q2_K": "IQ4_NL", "Q3_K": "IQ4_NL", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 # Named in messages about files that hold them.
 UNREADABLE_TYPES = {
     9: "Q8_1", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 21: "IQ3_S", 22: "IQ2_S",
@@ -61,3 +63,10 @@ def block_type(name: str) -> BlockType:
         known = f"the types are {', '.join(TYPE_IDS)}"
         raise UsageError(f"unknown GGUF type {name!r}", hint=f"Did you mean {near[0]!r}? {known}" if near else known)
     return BLOCK_TYPES[TYPE_IDS[name.upper()]]
+
+
+def type_for_rows(kind: BlockType, columns: int) -> BlockType:
+    """`kind` if rows of that length are whole blocks of it, else the nearest type of which they are: F16 at last."""
+    if columns % kind.block_size == 0:
+        return kind
+    return block_type("F16") if columns % BLOCK else block_type(_STAND_INS.get(kind.name, "Q8_0"))

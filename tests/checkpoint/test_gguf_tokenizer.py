@@ -11,7 +11,8 @@ from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from aphroquant.checkpoint import open_checkpoint
 from aphroquant.checkpoint.gguf_reader import read_gguf_header
-from aphroquant.checkpoint.gguf_tokenizer import SPLITTINGS, build_tokenizer
+from aphroquant.checkpoint.gguf_splitting import SPLITTINGS
+from aphroquant.checkpoint.gguf_tokenizer import build_tokenizer
 from aphroquant.errors import InputError
 
 Tiny = Callable[..., Path]
@@ -121,7 +122,7 @@ def test_user_defined_tokens_stay_whole_and_are_not_special(tiny_gguf: Tiny, tin
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"tokenizer.ggml.pre": "martian"}, "the pre-tokenizer 'martian' is unknown; known are default, gpt-2"),
+        ({"tokenizer.ggml.pre": "martian"}, "the pre-tokenizer 'martian' is unknown; known are gpt-2, default"),
         ({"tokenizer.ggml.model": "llama"}, "the tokenizer model 'llama' cannot be rebuilt exactly"),
         ({"tokenizer.ggml.model": None}, "the tokenizer model None"),
         ({"tokenizer.ggml.tokens": None}, r"tokenizer\.ggml\.tokens is missing"),

@@ -1,0 +1,39 @@
+"""Writing to disk so that errors are the user's own words, and what is written stays written."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from aphroquant.errors import ResourceError, UsageError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextmanager
+def telling_disk_errors(target: Path, written: Callable[[], int]) -> Iterator[None]:
+    """Errors of the file system as the user's: a full disk, or a place that cannot be written.
+
+    `written` gives the bytes of tensors so far, for the message.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            raise ResourceError(
+                f"{target}: the disk is full after {written() / 1e9:.2f} GB of tensors",
+                hint="free some space or give another --out; nothing was left behind",
+            ) from error
+        raise UsageError(f"{target}: cannot be written: {error.strerror or error}") from error
+
+
+def fsync(path: Path) -> None:
+    """Wait until a file, or the entries of a directory, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

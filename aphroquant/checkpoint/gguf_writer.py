@@ -1,0 +1,211 @@
+"""Writing a GGUF file so that a file of its name is either complete or not there.
+
+The header holds the place of every tensor and stands first, so shapes and types are planned before any data comes; then
+each tensor is written to its place, in any order, and memory holds one at a time. The file has another name until it is
+complete and on the disk.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+from aphroquant.checkpoint.disk import fsync, telling_disk_errors
+from aphroquant.checkpoint.gguf_header import PlacedTensor, encode_header, place
+from aphroquant.checkpoint.gguf_metadata import architecture_of, model_metadata, rope_factors
+from aphroquant.checkpoint.gguf_names import ROPE_FACTORS, gguf_name, permuted_heads, permuted_rows
+from aphroquant.checkpoint.gguf_tokenizer_metadata import tokenizer_metadata
+from aphroquant.errors import UsageError
+from aphroquant.formats.gguf import BlockType, block_type, encode, exact_type, in_type, quantize
+from aphroquant.models.spec import decoder_spec
+from aphroquant.schemes import DenseScheme, QuantizedWeight
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class GgufTensorPlan(NamedTuple):
+    """What a tensor will be: its shape, and the name of its GGUF type ("Q4_K"; vectors must be "F32")."""
+
+    shape: tuple[int, ...]
+    type: str
+
+
+class GgufWriter:
+    """Writes the model of `config` (config.json) and `tokenizer` to the file `path`, atomically.
+
+    Use as a context manager: `plan` once, `add` every planned tensor under its Hugging Face name, end with `finish`.
+    Leaving without it, or on an exception, removes what was written. An existing file is replaced only with
+    `overwrite`, by the last rename. `name` is the model's, for people.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        config: Mapping[str, Any],
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        overwrite: bool = False,
+        name: str | None = None,
+    ) -> None:
+        self.path = Path(path).expanduser().resolve()  # through a link, so that its target is replaced
+        self._config = config
+        self._spec = decoder_spec(config)
+        self._architecture = architecture_of(self._spec)
+        self._tokenizer = tokenizer_metadata(tokenizer, self._spec.vocab_size)
+        self._name = self.path.stem if name is None else name
+        self._overwrite = overwrite
+        self._partial = self.path.parent / f".{self.path.name}.partial-{os.getpid()}"
+        self._planned: dict[str, PlacedTensor] = {}  # by the name in the file
+        self._missing: set[str] = set()
+        self._descriptor: int | None = None
+        self._data_begin = 0
+        self._num_written = 0
+        self._check_target()
+
+    def __enter__(self) -> Self:
+        with self._disk_errors_told():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._descriptor = os.open(self._partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+        self._partial.unlink(missing_ok=True)  # after finish it is gone already
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the file, once it is planned."""
+        return self._data_begin + max((tensor.begin + tensor.nbytes for tensor in self._planned.values()), default=0)
+
+    def plan(self, tensors: Mapping[str, GgufTensorPlan]) -> None:
+        """Say what will be added, by Hugging Face names; writes the header. UsageError for what GGUF cannot hold."""
+        assert self._descriptor is not None
+        assert not self._planned, "a file is planned once"
+        chosen: dict[str, tuple[BlockType, tuple[int, ...]]] = {}
+        factors = rope_factors(self._spec)
+        if factors is not None:
+            chosen[ROPE_FACTORS] = block_type("F32"), tuple(factors.shape)
+        for name, (shape, type_name) in tensors.items():
+            kind = block_type(type_name)
+            stored = self._stored_name(name)
+            _check(name, shape, kind)
+            chosen[stored] = kind, shape
+            if kind.name == "NVFP4":
+                chosen[_scale_name(stored)] = block_type("F32"), (1,)
+        self._planned = place(chosen)
+        self._missing = set(self._planned)
+        header = encode_header(
+            {**model_metadata(self._spec, self._name, self._planned), **self._tokenizer}, self._planned
+        )
+        self._data_begin = len(header)
+        with self._disk_errors_told():
+            self._write_at(0, memoryview(header))
+            os.ftruncate(self._descriptor, self.num_bytes)
+        if factors is not None:
+            self._put(ROPE_FACTORS, factors.view(torch.uint8))
+
+    def add(self, name: str, value: Tensor | QuantizedWeight, *, importance: Tensor | None = None) -> None:
+        """Store one planned tensor. Dense values are cast or quantized to the planned type (`importance`: see
+        `formats.gguf.quantize`); quantized ones must fit it to the last bit, else it is a UsageError."""
+        stored = self._stored_name(name)
+        assert stored in self._planned, f"{name} was not planned"
+        kind, shape = self._planned[stored].block_type, self._planned[stored].shape
+        found = value.shape if isinstance(value, QuantizedWeight) else tuple(value.shape)
+        if found != shape:
+            raise UsageError(f"{name} has shape {list(found)}, but {list(shape)} was planned")
+        weight = value if isinstance(value, QuantizedWeight) else QuantizedWeight.dense(value.reshape(-1, shape[-1]))
+        if isinstance(weight.scheme, DenseScheme):
+            held = quantize(kind, weight["weight"], importance, name=name)
+        else:
+            held = _held(name, weight, kind)
+        data = encode(kind, held)  # [N, bytes of a row]
+        heads = permuted_heads(name, self._config, self._architecture)
+        if heads is not None:
+            per_row = data.view(shape[0], -1)  # a bias is one row of data
+            data = per_row[permuted_rows(name, shape[0], heads)]
+        self._put(stored, data)
+        if kind.name == "NVFP4":
+            self._put(_scale_name(stored), held["global_scale"].float().reshape(1).view(torch.uint8))
+
+    def finish(self) -> Path:
+        """Complete the file, put it into place, and return its path."""
+        assert self._descriptor is not None
+        assert not self._missing, f"planned but not added: {', '.join(sorted(self._missing))}"
+        with self._disk_errors_told():
+            os.fsync(self._descriptor)
+            self._check_target()  # someone may have been here meanwhile
+            self._partial.rename(self.path)
+            fsync(self.path.parent)
+        return self.path
+
+    def _check_target(self) -> None:
+        if self.path.is_dir():
+            raise UsageError(f"{self.path} is a directory", hint="give the name of a .gguf file")
+        if self.path.exists() and not self._overwrite:
+            raise UsageError(f"{self.path} exists", hint="give another --out, or --overwrite to replace it")
+
+    def _stored_name(self, name: str) -> str:
+        stored = gguf_name(name)
+        if stored is None:
+            raise UsageError(f"{name}: llama.cpp's {self._architecture} has no such tensor")
+        return stored
+
+    def _put(self, stored: str, data: Tensor) -> None:
+        """Write the bytes of one tensor to its place."""
+        tensor = self._planned[stored]
+        assert stored in self._missing, f"{stored} was added before"
+        assert data.numel() == tensor.nbytes, f"{stored} has {data.numel()} bytes, {tensor.nbytes} were planned"
+        with self._disk_errors_told():
+            self._write_at(self._data_begin + tensor.begin, data.cpu().contiguous().view(-1).numpy().data)
+        self._missing.remove(stored)
+        self._num_written += tensor.nbytes
+
+    def _write_at(self, position: int, content: memoryview) -> None:
+        assert self._descriptor is not None
+        while content:  # one call writes at most 2 GiB
+            count = os.pwrite(self._descriptor, content, position)
+            position, content = position + count, content[count:]
+
+    def _disk_errors_told(self) -> AbstractContextManager[None]:
+        return telling_disk_errors(self.path, lambda: self._num_written)
+
+
+def _check(name: str, shape: tuple[int, ...], kind: BlockType) -> None:
+    if not 1 <= len(shape) <= 2 or min(shape) < 1:
+        raise UsageError(f"{name} has shape {list(shape)}; vectors and matrices can be written")
+    if len(shape) == 1 and kind.name != "F32":
+        raise UsageError(f"{name} is a vector, which llama.cpp needs in F32, not {kind.name}")
+    if shape[-1] % kind.block_size:
+        raise UsageError(
+            f"{name}: {kind.name} needs rows that are a multiple of {kind.block_size}, not {shape[-1]}",
+            hint="choose Q8_0, Q5_0 or Q4_0 for it, whose blocks are of 32, or a float type",
+        )
+
+
+def _held(name: str, weight: QuantizedWeight, kind: BlockType) -> QuantizedWeight:
+    exact = exact_type(name, weight.scheme, weight.shape[1])
+    if exact != kind:
+        raise UsageError(
+            f"{name}: {weight.scheme} is {exact.name} in GGUF, not {kind.name}",
+            hint=f"plan {exact.name} for it, or dequantize it first",
+        )
+    held = in_type(name, weight, kind)
+    if kind.name == "NVFP4" and not torch.equal(held["global_scale"].float().double(), held["global_scale"]):
+        raise UsageError(f"{name}: global_scale = {float(held['global_scale'])!r} is no float32, which GGUF needs")
+    return held
+
+
+def _scale_name(stored: str) -> str:
+    return f"{stored.removesuffix('.weight')}.scale"
