@@ -72,7 +72,7 @@ class Mxfp4(Format):
 
     def place(self, module: str, suffix: str) -> Place:
         found = _EXPERT.fullmatch(module)
-        if found is None or suffix not in ("blocks", "scales"):
+        if found is None:
             return super().place(module, suffix)
         return Place(f"{found[1]}.{found[3]}_{suffix}", int(found[2]))
 

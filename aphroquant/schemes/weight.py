@@ -19,6 +19,8 @@ from aphroquant.schemes.lookup import LookupScheme
 
 Scheme = IntegerScheme | AffineScheme | FloatScheme | LookupScheme | AdditiveScheme | KQuantScheme | DenseScheme
 
+_GLOBAL_SCALE_TOLERANCE = 2**-24 * (1 + 2**-20)  # one rounding to float32, seen from either side
+
 
 @dataclass(frozen=True)
 class QuantizedWeight:
@@ -39,6 +41,19 @@ class QuantizedWeight:
         """The weight [N, K], computed in float32 (float64 if asked for) and cast to `dtype` once at the end."""
         work = torch.float64 if dtype == torch.float64 else torch.float32
         return self.scheme.dequantize(self.tensors, self.shape, work).to(dtype)
+
+    def same_values(self, other: QuantizedWeight) -> bool:
+        """Whether both dequantize to the same float32 numbers, bit for bit.
+
+        A global scale (NVFP4) may differ by 2**-24, its rounding to float32: some files hold it as a factor and others
+        as a divisor, and neither has an exact reciprocal. All other numbers must then be the same bits.
+        """
+        if self.shape != other.shape:
+            return False
+        if "global_scale" in self.tensors and self.scheme == other.scheme:
+            return all(_same_tensor(name, self[name], other[name]) for name in self.tensors)
+        ours, theirs = self.dequantize(), other.dequantize()
+        return torch.equal(ours.view(torch.int32), theirs.view(torch.int32))
 
     def group_index(self) -> Tensor:
         """The group of every input column, int64 [K]."""
@@ -65,3 +80,10 @@ class QuantizedWeight:
             width = self.scheme.storage_bits(name)
             bits += tensor.numel() * (tensor.element_size() * 8 if width is None else width)
         return bits
+
+
+def _same_tensor(name: str, ours: Tensor, theirs: Tensor) -> bool:
+    if name in ("global_scale", "input_scale"):
+        return torch.allclose(ours.double(), theirs.double(), rtol=_GLOBAL_SCALE_TOLERANCE, atol=0, equal_nan=True)
+    same_kind = ours.dtype == theirs.dtype and ours.shape == theirs.shape
+    return same_kind and torch.equal(ours.contiguous().view(torch.uint8), theirs.contiguous().view(torch.uint8))

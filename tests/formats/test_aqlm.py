@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from aphroquant.checkpoint import CheckpointWriter, open_checkpoint
 from aphroquant.errors import InputError, UsageError
 from aphroquant.formats.aqlm import Aqlm
 from aphroquant.formats.base import Format, TensorHeader
@@ -91,6 +93,35 @@ def test_the_aqlm_package_makes_the_same_weight_of_it(layout: AdditiveScheme) ->
     theirs = utils._dequantize_weight(codes, tensors["codebooks"].float(), tensors["scales"].float())
     ours = Aqlm.from_config(config_of(layout)).read(MODULE, tensors).dequantize()
     assert torch.equal(ours, theirs)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_transformers_computes_the_same_logits_from_what_is_written(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Not 8-bit codebooks: on a CPU the aqlm package has numba kernels for these."""
+    pytest.importorskip("aqlm", reason="transformers loads AQLM with the aqlm package")
+    from transformers import AutoModelForCausalLM
+
+    source = open_checkpoint(tiny_checkpoint("llama"))
+    layout = AdditiveScheme(1, 12)
+    modules = [module for module in source.schemes() if "proj" in module]
+    format = Aqlm.for_schemes(dict.fromkeys(modules, layout), ["model.embed_tokens"])
+    reference = AutoModelForCausalLM.from_pretrained(source.path, dtype=torch.float32)
+    with CheckpointWriter(tmp_path / "ours") as writer:
+        for name in source.tensors:
+            if name.removesuffix(".weight") not in modules:
+                writer.add(name, source.read(name))
+        for module in modules:
+            weight = format.read(module, stored_tensors(layout, *source.info(f"{module}.weight").shape))
+            reference.get_submodule(module).weight.data = weight.dequantize()
+            for suffix, tensor in format.write(module, weight).items():
+                writer.add(f"{module}.{suffix}", tensor)
+        writer.finish(source.config | {"quantization_config": format.quantization_config()})
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float32)
+    tokens = torch.arange(24).reshape(2, 12)
+    with torch.no_grad():
+        assert torch.equal(loaded(tokens).logits, reference(tokens).logits)
 
 
 def test_unsigned_codes_of_a_wider_type_are_taken_too() -> None:

@@ -99,6 +99,31 @@ def test_a_global_scale_is_precise_enough_to_multiply_as_its_reciprocal_divides(
     assert torch.equal(NVFP4.block_scales(tensors), local.float() / stored)
 
 
+def changed(weight: QuantizedWeight, **tensors: Tensor) -> QuantizedWeight:
+    return QuantizedWeight(weight.scheme, {**weight.tensors, **tensors}, weight.shape)
+
+
+def test_a_global_scale_may_differ_by_its_rounding_and_nothing_else() -> None:
+    weight = weight_of(NVFP4, 4, 64)
+    scale = weight["global_scale"]
+    assert weight.same_values(weight)
+    assert weight.same_values(changed(weight, global_scale=scale.float().double()))
+    assert weight.same_values(changed(weight, global_scale=1 / (1 / scale).float().double()))
+    assert not weight.same_values(changed(weight, global_scale=scale * (1 + 2**-22)))
+    assert not weight.same_values(changed(weight, codes=weight["codes"] ^ 8))
+    assert not weight.same_values(changed(weight, scales=weight["scales"].flip(0)))
+    assert not weight.same_values(weight_of(NVFP4, 4, 32))
+
+
+def test_other_weights_have_the_same_values_if_every_bit_is_the_same() -> None:
+    weight = weight_of(MXFP4, 4, 64)
+    assert weight.same_values(QuantizedWeight.dense(weight.dequantize()))
+    assert not weight.same_values(QuantizedWeight.dense(weight.dequantize() * (1 + 2**-22)))
+    assert weight.same_values(changed(weight, scales=weight["scales"].clone()))
+    zeros = changed(weight, codes=torch.zeros_like(weight["codes"]))
+    assert not zeros.same_values(changed(weight, codes=torch.full_like(weight["codes"], 8)))  # -0
+
+
 def test_num_bits_counts_every_number_at_the_width_it_is_stored_with() -> None:
     codes = 4 * 64 * 4
     assert weight_of(NVFP4, 4, 64).num_bits == codes + 16 * 8 + 32
