@@ -1,4 +1,22 @@
-"""The solvers by name: whether channels are scaled first (AWQ), and how weights are rounded."""
+"""The solvers by name: whether channels are scaled first (AWQ), and how weights are rounded.
+
+Measured with `aphroquant convert` and `aphroquant eval` on SmolLM2-135M-Instruct, made independent of the grid of its
+file by function-preserving transformations; 4 bits, groups of 64 with zero points, calibration 128 x 512 tokens of
+State of the Union addresses, 8 x 1024 tokens of Wikipedia (standard errors of the divergence 0.007 to 0.017):
+
+    solver                       mean KLD    top-1    perplexity (20.02)    relative time
+    rtn, samples = 0                0.529    64.5 %                30.45             0.03
+    rtn                             0.309    71.4 %                25.40              1.0
+    gptq                            0.213    77.0 %                23.55              1.6
+    awq                             0.156    79.3 %                22.68              1.8
+    awq-gptq                        0.131    81.9 %                22.26              2.4
+    awq-gptq, another seed          0.135    82.0 %                22.47              2.4
+    awq-gptq, shorter search        0.137    81.6 %                22.40              1.9
+    awq-gptq, symmetric             0.165    80.1 %                23.09              2.4
+    awq-gptq, bundled texts         0.138    81.3 %                22.39              2.4
+
+The shorter search (12 ratios on 1,024 tokens instead of 20 on 2,048) is the one in use.
+"""
 
 from __future__ import annotations
 

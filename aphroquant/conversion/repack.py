@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-import torch
 from torch import Tensor
 
 from aphroquant.checkpoint import Checkpoint
@@ -19,7 +18,7 @@ from aphroquant.errors import AphroquantError, UsageError
 from aphroquant.formats import format_class
 from aphroquant.formats.base import Format
 from aphroquant.models.spec import EMBEDDING, LM_HEAD
-from aphroquant.schemes import DenseScheme, QuantizedWeight, Scheme
+from aphroquant.schemes import DenseScheme, Scheme
 
 
 @dataclass(frozen=True)
@@ -103,7 +102,7 @@ def repack_module(plan: RepackPlan, module: str) -> dict[str, Tensor]:
     """The tensors of one module in the new format, proved to mean the same numbers."""
     weight = plan.checkpoint.weight(module)
     tensors = plan.format.write(module, weight)
-    if not _same_bits(plan.format.read(module, tensors), weight):
+    if not plan.format.read(module, tensors).same_values(weight):
         raise AphroquantError(f"{module}: repacking changed its values; nothing was written")
     return tensors
 
@@ -113,8 +112,3 @@ def _check_places(target: Format, schemes: Mapping[str, Scheme]) -> None:
     for module in schemes:
         if target.place(module, "weight").entry is not None:
             raise UsageError(f"{module}: {target.name} stacks modules in one tensor, which is only read")
-
-
-def _same_bits(first: QuantizedWeight, second: QuantizedWeight) -> bool:
-    ours, theirs = first.dequantize(), second.dequantize()
-    return ours.shape == theirs.shape and torch.equal(ours.view(torch.int32), theirs.view(torch.int32))

@@ -14,7 +14,7 @@ from aphroquant.schemes import ActivationScheme, FloatScheme, IntegerScheme
 DEFAULT_BITS = 4
 # Marlin, the kernel that engines use for 4 and 8 bits, knows 32, 64 and 128 (and whole rows); the largest that fits.
 AUTOMATIC_GROUP_SIZES = (128, 64, 32)
-# Measured (README, calibration/gptq.py): the chain has the lowest divergence, at about the time of its parts.
+# The chain has the lowest divergence at about the time of its parts: see the table in calibration/solvers.py.
 DEFAULT_SOLVER = "awq-gptq"
 DEFAULT_SOLVER_8_BITS = "rtn"
 DEFAULT_FP8 = "fp8-dynamic"
