@@ -11,7 +11,7 @@ State of the Union addresses, 8 x 1024 tokens of Wikipedia (standard errors of t
     awq                             0.156    79.3 %                22.68              1.8
     awq-gptq                        0.131    81.9 %                22.26              2.4
     awq-gptq, another seed          0.135    82.0 %                22.47              2.4
-    awq-gptq, shorter search        0.137    81.6 %                22.40              1.9
+    awq-gptq, shorter search        0.137    81.6 %                22.40    not timed beside
     awq-gptq, symmetric             0.165    80.1 %                23.09              2.4
     awq-gptq, bundled texts         0.138    81.3 %                22.39              2.4
 
