@@ -35,6 +35,11 @@ def architecture_of(spec: DecoderSpec) -> str:
     architecture = ARCHITECTURES[spec.family]
     if architecture == "qwen3" and (spec.qkv_bias or spec.o_bias):
         raise UsageError("llama.cpp's qwen3 has no attention biases, and this model has")
+    if architecture == "qwen2" and spec.num_heads * spec.head_dim != spec.hidden_size:
+        raise UsageError(
+            f"llama.cpp's qwen2 needs heads of hidden_size / num_attention_heads = {spec.hidden_size // spec.num_heads} "
+            f"channels, and this model's have {spec.head_dim}"
+        )
     return architecture
 
 

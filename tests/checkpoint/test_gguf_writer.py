@@ -256,6 +256,7 @@ def test_the_context_ends_where_a_sliding_window_would_cut(tiny_checkpoint: Tiny
     [
         ({"model_type": "mamba"}, "model_type 'mamba' is not supported"),
         ({"model_type": "qwen3", "attention_bias": True}, "qwen3 has no attention biases"),
+        ({"model_type": "qwen2", "head_dim": 32}, r"num_attention_heads = 16 channels, and this model's have 32"),
         (
             {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "attention_factor": 3.0, "rope_theta": 1e4}},
             "GGUF has no keys for these YaRN parameters",

@@ -1,0 +1,216 @@
+"""llama.cpp judges: it loads every file written here, splits text as the original tokenizer, and computes its logits.
+
+It runs in an environment of its own; without it these tests are skipped, naming the commands that make it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+
+from aphroquant.checkpoint import Checkpoint, open_checkpoint
+from aphroquant.checkpoint.gguf_writer import GgufTensorPlan, GgufWriter
+from aphroquant.formats.gguf import block_type, exact_type, type_for_rows
+from aphroquant.schemes import LookupScheme, QuantizedWeight
+
+VERSION = "2026.10.11549"  # of xllamacpp
+WORKER = Path(__file__).parent / "llama_cpp_worker.py"
+# Largest difference of logits, as a share of the largest logit. llama.cpp keeps keys and values in float16, and rounds
+# the inputs of quantized layers to 8 bits.
+TOLERANCES = {"F32": 2e-3, "F16": 5e-3, "BF16": 2e-2}
+QUANTIZED_TOLERANCE = 5e-2
+TEXTS = [
+    "",
+    "Hello! How are you today?",
+    "In 1984, 2 + 2 made 4; 3.14159 and 1000000.",
+    "Größe, 漢字, \u0661\u0662\u0663, emoji \N{GRINNING FACE}",
+    "def forward(self, x):\n    return x * 2\n\n\n# it's, they'RE\r\n\t\ttabs  ",
+    "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n",
+]
+PROMPT = [1, 40, 50, 60, 70, 300, 301, 302, 12, 99, 150, 200]
+
+Tiny = Callable[..., Path]
+
+
+class Answer(NamedTuple):
+    tokens: list[list[int]]
+    greedy: list[int]
+    logits: torch.Tensor
+
+
+@pytest.fixture(scope="session")
+def llama_cpp(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Answer]:
+    """`llama_cpp(path, texts=[...], prompt=[...], num_tokens=8)`: what llama.cpp makes of a file."""
+    cache = Path(os.environ.get("APHROQUANT_CACHE") or Path.home() / ".cache" / "aphroquant").expanduser()
+    python = cache / "interop" / f"xllamacpp-{VERSION}" / "bin" / "python"
+    if not python.exists():
+        folder = python.parent.parent
+        pytest.skip(f"python3 -m venv {folder} && {folder}/bin/pip install numpy xllamacpp=={VERSION} makes it run")
+
+    def run(model: Path, texts: list[str] = TEXTS, prompt: list[int] = PROMPT, num_tokens: int = 8) -> Answer:
+        folder = tmp_path_factory.mktemp("llama_cpp")
+        request = {"model": str(model), "texts": texts, "prompt": prompt, "num_tokens": num_tokens}
+        (folder / "request.json").write_text(json.dumps(request))
+        command = [python, WORKER, folder / "request.json", folder / "logits.npy"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        answer = json.loads(done.stdout.splitlines()[-1])
+        return Answer(answer["tokens"], answer["greedy"], torch.from_numpy(np.load(folder / "logits.npy")))
+
+    return run
+
+
+def write(path: Path, source: Checkpoint, kind: str) -> Checkpoint:
+    """`kind` "exact": quantized weights as they are."""
+    schemes = source.schemes()
+
+    def chosen(name: str, shape: tuple[int, ...]) -> str:
+        if len(shape) == 1:
+            return "F32"
+        if kind == "exact":
+            return exact_type(name, schemes[name.removesuffix(".weight")], shape[1]).name
+        return type_for_rows(block_type(kind), shape[1]).name
+
+    plan = {name: GgufTensorPlan(info.shape, chosen(name, info.shape)) for name, info in source.tensors.items()}
+    with GgufWriter(path, source.config, source.tokenizer()) as writer:
+        writer.plan(plan)
+        for name, planned in plan.items():
+            exact = kind == "exact" and len(planned.shape) == 2
+            writer.add(name, source.weight(name.removesuffix(".weight")) if exact else source.read(name))
+        return open_checkpoint(writer.finish())
+
+
+def reference(written: Checkpoint, config: dict[str, Any]) -> Any:
+    """transformers' model of `config` with the file's dequantized weights, in float32."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    settings = {key: value for key, value in config.items() if key != "model_type"}
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(config["model_type"], **settings), dtype=torch.float32
+    )
+    state = {name: written.read(name).float() for name in written.tensors}
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    assert not unexpected
+    assert set(missing) <= ({"lm_head.weight"} if config.get("tie_word_embeddings") else set())
+    model.tie_weights()
+    return model.eval()
+
+
+def assert_same_logits(answer: Answer, model: Any, tolerance: float) -> None:
+    with torch.no_grad():
+        expected = model(torch.tensor([PROMPT])).logits[0]
+    assert answer.logits.shape == expected.shape
+    difference = float((answer.logits - expected).abs().max() / expected.abs().max())
+    assert difference < tolerance, f"{difference:.2e}"
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_float_files_give_transformers_logits_and_greedy_tokens(
+    family: str, tied: bool, tiny_checkpoint: Tiny, llama_cpp: Callable[..., Answer], tmp_path: Path
+) -> None:
+    source = open_checkpoint(tiny_checkpoint(family, tie_word_embeddings=tied))
+    written = write(tmp_path / "a.gguf", source, "F32")
+    answer = llama_cpp(written.path)
+    model = reference(written, source.config)
+    assert_same_logits(answer, model, TOLERANCES["F32"])
+    with torch.no_grad():
+        expected = model.generate(torch.tensor([PROMPT]), do_sample=False, max_new_tokens=8, eos_token_id=None)
+    assert answer.greedy == expected[0, len(PROMPT) :].tolist()
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "MXFP4", "IQ4_NL"],
+)
+def test_files_of_every_type_give_the_logits_of_their_dequantized_weights(
+    kind: str, tiny_checkpoint: Tiny, llama_cpp: Callable[..., Answer], tmp_path: Path
+) -> None:
+    source = open_checkpoint(tiny_checkpoint("llama", hidden_size=256, intermediate_size=512))
+    written = write(tmp_path / "a.gguf", source, kind)
+    tolerance = TOLERANCES.get(kind, QUANTIZED_TOLERANCE)
+    assert_same_logits(llama_cpp(written.path), reference(written, source.config), tolerance)
+
+
+def test_nvfp4_weights_and_their_global_scales_are_understood(
+    tiny_checkpoint: Tiny, llama_cpp: Callable[..., Answer], tmp_path: Path
+) -> None:
+    source = open_checkpoint(tiny_checkpoint("llama"))
+    plan = {
+        name: GgufTensorPlan(info.shape, "NVFP4" if name.endswith("proj.weight") else "F32")
+        for name, info in source.tensors.items()
+    }
+    with GgufWriter(tmp_path / "a.gguf", source.config, source.tokenizer()) as writer:
+        writer.plan(plan)
+        for name, planned in plan.items():
+            writer.add(name, nvfp4(planned.shape) if planned.type == "NVFP4" else source.read(name))
+        written = open_checkpoint(writer.finish())
+    assert_same_logits(llama_cpp(written.path), reference(written, source.config), QUANTIZED_TOLERANCE)
+
+
+def nvfp4(shape: tuple[int, ...]) -> QuantizedWeight:
+    rows, columns = shape
+    tensors = {
+        "codes": torch.randint(0, 16, (rows, columns), dtype=torch.uint8),
+        "scales": (1 + torch.rand(rows, columns // 16) * 100).to(torch.float8_e4m3fn),
+        "global_scale": torch.tensor(2.0**-11 * (1 + torch.rand(()).half().item()), dtype=torch.float64),
+    }
+    return QuantizedWeight(LookupScheme("e2m1", 16, "e4m3"), tensors, (rows, columns))
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"rope_type": "linear", "factor": 4.0},
+        {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128},
+    ],
+    ids=lambda scaling: scaling["rope_type"],
+)
+def test_scaled_positions_give_transformers_logits(
+    scaling: dict[str, Any], tiny_checkpoint: Tiny, llama_cpp: Callable[..., Answer], tmp_path: Path
+) -> None:
+    rope = {**scaling, "rope_theta": 10000.0}
+    source = open_checkpoint(tiny_checkpoint("llama", rope_parameters=rope))
+    written = write(tmp_path / "a.gguf", source, "F32")
+    assert_same_logits(llama_cpp(written.path), reference(written, source.config), TOLERANCES["F32"])
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_text_is_split_into_the_original_tokenizers_ids(
+    family: str, tiny_checkpoint: Tiny, llama_cpp: Callable[..., Answer], tmp_path: Path
+) -> None:
+    source = open_checkpoint(tiny_checkpoint(family))
+    written = write(tmp_path / "a.gguf", source, "F32")
+    original = source.tokenizer()
+    assert llama_cpp(written.path).tokens == [original(text).input_ids for text in TEXTS]
+
+
+@pytest.mark.sample_model
+def test_the_repacked_sample_model_answers_as_the_original_file(
+    sample_model: Path, llama_cpp: Callable[..., Answer], tmp_path: Path
+) -> None:
+    source = open_checkpoint(sample_model)
+    tokenizer = source.tokenizer()
+    written = write(tmp_path / "a.gguf", source, "exact")
+    prompt = tokenizer("The capital of France is").input_ids
+    ours = llama_cpp(written.path, TEXTS, prompt, 16)
+    theirs = llama_cpp(sample_model, TEXTS, prompt, 16)
+    assert ours.tokens == theirs.tokens == [tokenizer(text).input_ids for text in TEXTS]
+    assert torch.equal(ours.logits, theirs.logits)
+    assert ours.greedy == theirs.greedy
+    assert tokenizer.decode(ours.greedy).startswith(" Paris.")
