@@ -24,9 +24,9 @@ from torch import Tensor
 
 from aphroquant.calibration import rtn
 from aphroquant.calibration.integer_grid import IntegerGrid, dequantize, expand, search_grid, to_quantized_weight
-from aphroquant.calibration.matmul import linear
 from aphroquant.calibration.solution import Solution, relative_error
 from aphroquant.calibration.statistics import InputStatistics
+from aphroquant.kernels.reference.matmul import linear
 from aphroquant.schemes import IntegerScheme, Scheme
 
 DAMPING = 0.1  # of the mean diagonal, added to the diagonal

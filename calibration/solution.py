@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aphroquant.calibration.matmul import linear
 from aphroquant.calibration.statistics import InputStatistics
+from aphroquant.kernels.reference.matmul import linear
 from aphroquant.schemes import QuantizedWeight, Scheme
 
 

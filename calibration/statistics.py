@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from aphroquant.calibration.matmul import gram
+from aphroquant.calibration.gram import gram
 from aphroquant.errors import InputError
 
 

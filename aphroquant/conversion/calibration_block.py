@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from aphroquant.calibration.matmul import linear
 from aphroquant.checkpoint import Checkpoint
+from aphroquant.kernels.reference.matmul import linear
 from aphroquant.models.decoder import CosSin, DecoderBlock, causal_attention
 from aphroquant.models.loader import load_block
 from aphroquant.models.rope import cos_sin

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from aphroquant.calibration.awq import ChannelScales, search_scales
+from aphroquant.calibration.gram import gram
 from aphroquant.calibration.integer_grid import dequantize, min_max_grid, quantize
-from aphroquant.calibration.matmul import gram
 from aphroquant.calibration.solution import quadratic_form
 from aphroquant.conversion.calibration_block import CalibrationBlock
 from aphroquant.models.spec import DOWN, GATE, INPUT_NORM, POST_ATTENTION_NORM, UP, K, O, Q, V

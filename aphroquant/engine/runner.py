@@ -10,6 +10,7 @@ from torch import Tensor
 from aphroquant.engine.batch import ForwardBatch
 from aphroquant.engine.kv_cache import KVCache
 from aphroquant.kernels.reference.attention import paged_attention
+from aphroquant.kernels.reference.matmul import linear
 from aphroquant.models.decoder import rms_norm
 from aphroquant.models.loader import load_block, load_embedding, load_final_norm, load_head
 from aphroquant.models.rope import cos_sin
@@ -61,7 +62,7 @@ class ReferenceRunner:
         for block in self._blocks:
             hidden = block.forward(hidden, rope, attend)
         last = rms_norm(hidden[batch.logits_rows], self._final_norm, spec.norm_eps)  # [R, H]
-        return torch.nn.functional.linear(last, self._head)
+        return linear(last, self._head)
 
 
 class NativeRunner:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from aphroquant.errors import InputError
+from aphroquant.kernels.reference import matmul
 from aphroquant.models.decoder import DecoderBlock, Linear
 from aphroquant.models.spec import (
     EMBEDDING,
@@ -38,7 +39,7 @@ def dense_linear(name: str, weight: QuantizedWeight, bias: Tensor | None, dtype:
     """x @ W.T + bias with the weight dequantized once, in `dtype`."""
     matrix = weight.dequantize(dtype)  # [N, K]
     shift = None if bias is None else bias.to(dtype)
-    return lambda x: torch.nn.functional.linear(x, matrix, shift)
+    return lambda x: matmul.linear(x, matrix, shift)
 
 
 def load_block(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from aphroquant.errors import UsageError
+from aphroquant.kernels.reference.matmul import linear
 from aphroquant.models.decoder import CosSin, causal_attention, rms_norm
 from aphroquant.models.loader import MakeLinear, load_block, load_embedding, load_final_norm, load_head
 from aphroquant.models.rope import cos_sin
@@ -59,7 +60,7 @@ class StreamedModel:
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [T, V] of hidden states [T, H]."""
-        return torch.nn.functional.linear(hidden, self._head)
+        return linear(hidden, self._head)
 
     def _embed(self, windows: Tensor) -> Tensor:
         ids = windows.reshape(-1)

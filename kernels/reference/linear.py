@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from aphroquant.errors import InputError
+from aphroquant.kernels.reference.matmul import linear
 from aphroquant.schemes import (
     ActivationScheme,
     FloatScheme,
@@ -25,6 +27,11 @@ class ReferenceLinear:
         self._matrix = weight.dequantize()
         self._bias = None if bias is None else bias.float()
         self._activations = input_scheme(weight.scheme)
+        if self._activations is not None and self._activations.bits != 8:
+            raise InputError(
+                f"no kernel rounds inputs to {self._activations.bits}-bit {self._activations.kind}s ({weight.scheme})",
+                hint="convert the checkpoint to a weight-only scheme",
+            )
         self._input_scale = weight.tensors.get("input_scale")
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -32,7 +39,7 @@ class ReferenceLinear:
         rounded = x.float()
         if self._activations is not None:
             rounded = quantize_dequantize(rounded, self._activations, self._input_scale)
-        return torch.nn.functional.linear(rounded, self._matrix, self._bias).to(x.dtype)
+        return linear(rounded, self._matrix, self._bias).to(x.dtype)
 
 
 def input_scheme(scheme: Scheme) -> ActivationScheme | None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from aphroquant.calibration.matmul import gram, linear
+from aphroquant.calibration.gram import gram
 from aphroquant.calibration.statistics import StatisticsCollector
 from aphroquant.errors import InputError
+from aphroquant.kernels.reference.matmul import linear
 
 
 @pytest.mark.parametrize("width", [1, 5, 255, 300])

@@ -20,7 +20,7 @@ PREFIX = "model.layers.1.self_attn."
 
 
 def checkpoint(tensors: dict[str, Tensor]) -> Any:
-    return SimpleNamespace(source="here", spec=SPEC, has=tensors.__contains__, read=tensors.__getitem__)
+    return SimpleNamespace(source="here", spec=SPEC, tensors=tensors, read=tensors.__getitem__)
 
 
 @pytest.mark.parametrize(
@@ -32,6 +32,7 @@ def checkpoint(tensors: dict[str, Tensor]) -> Any:
         ("qkv_proj.k_scale", "qkv_proj.v_scale"),
         ("k_cache.scale", "v_cache.scale"),
         ("k.scale", "v.scale"),
+        ("k_proj.output_scale", "v_proj.output_scale"),
     ],
 )
 def test_every_name_is_read(key: str, value: str) -> None:
