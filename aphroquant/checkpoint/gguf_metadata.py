@@ -36,9 +36,10 @@ def architecture_of(spec: DecoderSpec) -> str:
     if architecture == "qwen3" and (spec.qkv_bias or spec.o_bias):
         raise UsageError("llama.cpp's qwen3 has no attention biases, and this model has")
     if architecture == "qwen2" and spec.num_heads * spec.head_dim != spec.hidden_size:
+        channels = spec.hidden_size // spec.num_heads
         raise UsageError(
-            f"llama.cpp's qwen2 needs heads of hidden_size / num_attention_heads = {spec.hidden_size // spec.num_heads} "
-            f"channels, and this model's have {spec.head_dim}"
+            f"llama.cpp's qwen2 needs heads of hidden_size / num_attention_heads = {channels} channels, "
+            f"and this model's have {spec.head_dim}"
         )
     return architecture
 

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from aphroquant.checkpoint import Checkpoint, open_checkpoint
+from aphroquant.checkpoint.gguf_splitting import SPLITTINGS
 from aphroquant.checkpoint.gguf_writer import GgufTensorPlan, GgufWriter
 from aphroquant.formats.gguf import block_type, exact_type, type_for_rows
 from aphroquant.schemes import LookupScheme, QuantizedWeight
@@ -190,14 +191,40 @@ def test_scaled_positions_give_transformers_logits(
     assert_same_logits(llama_cpp(written.path), reference(written, source.config), TOLERANCES["F32"])
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("name", ["gpt-2", "smollm", "llama-bpe", "dbrx", "qwen2", "tekken"])
 def test_text_is_split_into_the_original_tokenizers_ids(
-    family: str, tiny_checkpoint: Tiny, llama_cpp: Callable[..., Answer], tmp_path: Path
+    name: str, tiny_checkpoint: Tiny, llama_cpp: Callable[..., Answer], tmp_path: Path
 ) -> None:
-    source = open_checkpoint(tiny_checkpoint(family))
-    written = write(tmp_path / "a.gguf", source, "F32")
-    original = source.tokenizer()
-    assert llama_cpp(written.path).tokens == [original(text).input_ids for text in TEXTS]
+    source = open_checkpoint(tiny_checkpoint("llama"))
+    original = splitting_as(name, source.tokenizer())
+    plan = {key: GgufTensorPlan(info.shape, "F32") for key, info in source.tensors.items()}
+    with GgufWriter(tmp_path / "a.gguf", source.config, original) as writer:
+        writer.plan(plan)
+        for key in plan:
+            writer.add(key, source.read(key))
+        path = writer.finish()
+    assert llama_cpp(path).tokens == [original(text).input_ids for text in TEXTS]
+
+
+def splitting_as(name: str, tokenizer: Any) -> Any:
+    """The tokenizer with the named splitting, and a beginning token where that adds one."""
+    from tokenizers import Regex, Tokenizer, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    splitting = SPLITTINGS[name]
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    steps: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if splitting.single_digits else []
+    if splitting.expression is not None:
+        steps.append(pre_tokenizers.Split(Regex(splitting.expression), behavior="isolated"))
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=splitting.expression is None))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    backend.model.ignore_merges = splitting.ignore_merges
+    bos = tokenizer.bos_token
+    if splitting.adds_bos:
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, tokenizer.bos_token_id)]
+        )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=bos, eos_token=tokenizer.eos_token)
 
 
 @pytest.mark.sample_model
