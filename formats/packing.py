@@ -75,9 +75,10 @@ def pack_awq(codes: Tensor) -> Tensor:
 
 def unpack_awq(words: Tensor) -> Tensor:
     """The codes [rows, columns], uint8. Inverse of `pack_awq`."""
-    inverse = torch.tensor(AWQ_ORDER, device=words.device).argsort()
-    eights = unpack(words, 4, words.shape[1] * AWQ_PACK).reshape(*words.shape, AWQ_PACK)
-    return eights[..., inverse].flatten(1)
+    codes = torch.empty(*words.shape, AWQ_PACK, dtype=torch.uint8, device=words.device)
+    for nibble, column in enumerate(AWQ_ORDER):
+        codes[..., column] = (words >> 4 * nibble) & 15
+    return codes.flatten(1)
 
 
 def _period(bits: int, padded: bool) -> tuple[int, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -74,10 +74,16 @@ class IntegerScheme(BaseScheme):
         return torch.arange(in_features, device=tensors["codes"].device) // (self.group_size or in_features)
 
     def dequantize(self, tensors: Mapping[str, Tensor], shape: tuple[int, int], work: torch.dtype) -> Tensor:
-        index = self.group_index(tensors, shape[1])
-        codes = tensors["codes"].to(work)  # [N, K]
-        scales = tensors["scales"].to(work)[:, index]  # [N, G] -> [N, K]
+        size = self.group_size or shape[1]
+        if self.act_order or not size or shape[1] % size:
+            index = self.group_index(tensors, shape[1])
+            return self._apply(tensors["codes"].to(work), lambda name: tensors[name].to(work)[:, index])
+        codes = tensors["codes"].to(work).reshape(shape[0], -1, size)  # [N, G, group size]
+        return self._apply(codes, lambda name: tensors[name].to(work)[..., None]).view(shape)
+
+    def _apply(self, codes: Tensor, spread: Callable[[str], Tensor]) -> Tensor:
+        """The formula, with `spread` giving a tensor of the groups in a shape that fits the codes."""
         if self.has_offsets:
-            return codes * scales + tensors["offsets"].to(work)[:, index]
-        zeros = 2 ** (self.bits - 1) if self.symmetric else tensors["zeros"].to(work)[:, index]
-        return (codes - zeros) * scales
+            return codes * spread("scales") + spread("offsets")
+        zeros = 2 ** (self.bits - 1) if self.symmetric else spread("zeros")
+        return (codes - zeros) * spread("scales")
