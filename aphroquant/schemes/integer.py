@@ -78,7 +78,7 @@ class IntegerScheme(BaseScheme):
         if self.act_order or not size or shape[1] % size:
             index = self.group_index(tensors, shape[1])
             return self._apply(tensors["codes"].to(work), lambda name: tensors[name].to(work)[:, index])
-        codes = tensors["codes"].to(work).reshape(shape[0], -1, size)  # [N, G, group size]
+        codes = tensors["codes"].to(work).reshape(shape[0], shape[1] // size, size)  # [N, G, group size]
         return self._apply(codes, lambda name: tensors[name].to(work)[..., None]).view(shape)
 
     def _apply(self, codes: Tensor, spread: Callable[[str], Tensor]) -> Tensor:
