@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from aphroquant.checkpoint.gguf_sentencepiece import sentencepiece_tokenizer
 from aphroquant.checkpoint.gguf_splitting import SPLITTINGS, Splitting, TokenType
 from aphroquant.errors import InputError
 
@@ -18,13 +19,15 @@ if TYPE_CHECKING:
     from tokenizers import AddedToken, Tokenizer
     from transformers import PreTrainedTokenizerBase
 
+_HINT = "put the model's tokenizer.json and tokenizer_config.json beside the file"
+
 
 def build_tokenizer(metadata: Mapping[str, Any], max_length: int) -> PreTrainedTokenizerBase:
     """The tokenizer, with special tokens and chat template. InputError naming what is missing or not supported."""
     from transformers import PreTrainedTokenizerFast
 
-    splitting = _splitting(metadata)
     tokens = _strings(metadata, "tokens")
+    types = _token_types(metadata, tokens)
     special = {
         name: tokens[index]
         for name, index in {
@@ -35,15 +38,15 @@ def build_tokenizer(metadata: Mapping[str, Any], max_length: int) -> PreTrainedT
         }.items()
         if index is not None
     }
-    tokenizer = _byte_level_bpe(tokens, _strings(metadata, "merges"), splitting)
-    added = _added_tokens(metadata, tokens)
+    tokenizer, adds_bos = _model(metadata, tokens, types, special.get("unk_token"))
+    added = _added_tokens(tokens, types)
     tokenizer.add_special_tokens([token for token in added if token.special])
     tokenizer.add_tokens([token for token in added if not token.special])
     fast = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer,
         clean_up_tokenization_spaces=False,
         model_max_length=max_length,
-        add_bos_token=_flag(metadata, "add_bos_token", splitting.adds_bos) and "bos_token" in special,
+        add_bos_token=_flag(metadata, "add_bos_token", adds_bos) and "bos_token" in special,
         add_eos_token=_flag(metadata, "add_eos_token", False) and "eos_token" in special,
         **special,
     )
@@ -54,15 +57,27 @@ def build_tokenizer(metadata: Mapping[str, Any], max_length: int) -> PreTrainedT
     return built
 
 
-def _splitting(metadata: Mapping[str, Any]) -> Splitting:
-    hint = "put the model's tokenizer.json and tokenizer_config.json beside the file"
+def _model(
+    metadata: Mapping[str, Any], tokens: list[str], types: list[int], unknown: str | None
+) -> tuple[Tokenizer, bool]:
+    """The tokenizer without added tokens, and whether it adds a beginning if the file does not say."""
     model = metadata.get("tokenizer.ggml.model")
-    if model != "gpt2":
-        raise InputError(f"the tokenizer model {model!r} cannot be rebuilt exactly; only gpt2 (BPE) can", hint=hint)
-    name = metadata.get("tokenizer.ggml.pre", "default")
-    if name not in SPLITTINGS:
-        raise InputError(f"the pre-tokenizer {name!r} is unknown; known are {', '.join(SPLITTINGS)}", hint=hint)
-    return SPLITTINGS[name]
+    repeated = len(tokens) - len(set(tokens))
+    if repeated:
+        raise InputError(f"tokenizer.ggml.tokens has {repeated} tokens twice")
+    if model == "gpt2":
+        name = metadata.get("tokenizer.ggml.pre", "default")
+        if name not in SPLITTINGS:
+            raise InputError(f"the pre-tokenizer {name!r} is unknown; known are {', '.join(SPLITTINGS)}", hint=_HINT)
+        splitting = SPLITTINGS[name]
+        return _byte_level_bpe(tokens, _strings(metadata, "merges"), splitting), splitting.adds_bos
+    if model == "llama":
+        if _flag(metadata, "remove_extra_whitespaces", False):
+            raise InputError("tokenizer.ggml.remove_extra_whitespaces is not supported", hint=_HINT)
+        add_space = _flag(metadata, "add_space_prefix", True)
+        scores = _scores(metadata, tokens)
+        return sentencepiece_tokenizer(tokens, scores, types, unknown, add_space=add_space), True
+    raise InputError(f"the tokenizer model {model!r} cannot be rebuilt exactly; gpt2 and llama can", hint=_HINT)
 
 
 def _byte_level_bpe(tokens: list[str], merges: list[str], splitting: Splitting) -> Tokenizer:
@@ -70,8 +85,6 @@ def _byte_level_bpe(tokens: list[str], merges: list[str], splitting: Splitting) 
 
     pairs = [_pair(merge) for merge in merges]
     vocabulary = {token: index for index, token in enumerate(tokens)}
-    if len(vocabulary) != len(tokens):
-        raise InputError(f"tokenizer.ggml.tokens has {len(tokens) - len(vocabulary)} tokens twice")
     missing = next((part for pair in pairs for part in (*pair, "".join(pair)) if part not in vocabulary), None)
     if missing is not None:
         raise InputError(f"tokenizer.ggml.merges uses {missing!r}, which is no token")
@@ -96,20 +109,31 @@ def _pair(merge: str) -> tuple[str, str]:
     return left, right
 
 
-def _added_tokens(metadata: Mapping[str, Any], tokens: list[str]) -> list[AddedToken]:
+def _added_tokens(tokens: list[str], types: list[int]) -> list[AddedToken]:
     """Control tokens as special ones, user-defined ones as plain added ones, in the order of their ids."""
     from tokenizers import AddedToken
 
-    types = metadata.get("tokenizer.ggml.token_type")
-    if types is None:
-        return []
-    if not isinstance(types, np.ndarray) or len(types) != len(tokens):
-        raise InputError(f"tokenizer.ggml.token_type must be {len(tokens)} numbers, one a token")
     return [
         AddedToken(token, special=kind == TokenType.CONTROL, normalized=False)
-        for token, kind in zip(tokens, types.tolist(), strict=True)
+        for token, kind in zip(tokens, types, strict=True)
         if kind in (TokenType.CONTROL, TokenType.USER_DEFINED) and token
     ]
+
+
+def _token_types(metadata: Mapping[str, Any], tokens: list[str]) -> list[int]:
+    types = metadata.get("tokenizer.ggml.token_type")
+    if types is None:
+        return [TokenType.NORMAL] * len(tokens)
+    if not isinstance(types, np.ndarray) or len(types) != len(tokens):
+        raise InputError(f"tokenizer.ggml.token_type must be {len(tokens)} numbers, one a token")
+    return [int(kind) for kind in types]
+
+
+def _scores(metadata: Mapping[str, Any], tokens: list[str]) -> list[float]:
+    scores = metadata.get("tokenizer.ggml.scores")
+    if not isinstance(scores, np.ndarray) or len(scores) != len(tokens) or not np.isfinite(scores).all():
+        raise InputError(f"tokenizer.ggml.scores must be {len(tokens)} finite numbers, one a token")
+    return [float(score) for score in scores]
 
 
 def _strings(metadata: Mapping[str, Any], key: str) -> list[str]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from aphroquant.checkpoint.gguf_header import Value
+from aphroquant.checkpoint.gguf_sentencepiece import BYTE_TOKENS, adds_space, scores_of_merges
 from aphroquant.checkpoint.gguf_splitting import TokenType, splitting_name
 from aphroquant.errors import UsageError
 
@@ -43,12 +44,30 @@ def _model(content: Mapping[str, Any], vocab_size: int) -> dict[str, Value]:
     if model["type"] != "BPE":
         raise UsageError(f"the tokenizer's model is {model['type']}; GGUF files are written with BPE")
     tokens, types = _tokens(content, vocab_size)
+    merges = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
+    listed: dict[str, Value] = {
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": np.array(types, dtype=np.int32),
+    }
+    if model.get("byte_fallback"):
+        return {**listed, **_sentencepiece(content, tokens, types, merges)}
     return {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": splitting_name(content),
-        "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.token_type": np.array(types, dtype=np.int32),
-        "tokenizer.ggml.merges": [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]],
+        **listed,
+        "tokenizer.ggml.merges": [" ".join(merge) for merge in merges],
+    }
+
+
+def _sentencepiece(
+    content: Mapping[str, Any], tokens: list[str], types: list[TokenType], merges: list[tuple[str, ...]]
+) -> dict[str, Value]:
+    pairs = [(left, right) for left, right in merges]
+    return {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.pre": "default",
+        "tokenizer.ggml.scores": np.array(scores_of_merges(tokens, types, pairs), dtype=np.float32),
+        "tokenizer.ggml.add_space_prefix": adds_space(content),
     }
 
 
@@ -59,6 +78,9 @@ def _tokens(content: Mapping[str, Any], vocab_size: int) -> tuple[list[str], lis
     for added in content["added_tokens"]:
         by_id[added["id"]] = added["content"]
         types[added["id"]] = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
+    if content["model"].get("byte_fallback"):
+        types |= {index: TokenType.BYTE for index, token in by_id.items() if token in BYTE_TOKENS}
+        types |= {index: TokenType.UNKNOWN for index, token in by_id.items() if token == content["model"]["unk_token"]}
     if max(by_id) >= vocab_size:
         raise UsageError(
             f"the tokenizer has the token {max(by_id)}, and the model only {vocab_size} rows of embeddings"

@@ -18,6 +18,7 @@ import torch
 
 from aphroquant.checkpoint import Checkpoint, open_checkpoint
 from aphroquant.checkpoint.gguf_splitting import SPLITTINGS
+from aphroquant.checkpoint.gguf_tokenizer import build_tokenizer
 from aphroquant.checkpoint.gguf_writer import GgufTensorPlan, GgufWriter
 from aphroquant.formats.gguf import block_type, exact_type, type_for_rows
 from aphroquant.schemes import LookupScheme, QuantizedWeight
@@ -225,6 +226,30 @@ def splitting_as(name: str, tokenizer: Any) -> Any:
             single=f"{bos} $A", special_tokens=[(bos, tokenizer.bos_token_id)]
         )
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=bos, eos_token=tokenizer.eos_token)
+
+
+@pytest.mark.parametrize("name", ["prefix", "plain"])
+def test_sentencepiece_text_is_split_as_sentencepiece_does(
+    name: str, tiny_checkpoint: Tiny, llama_cpp: Callable[..., Answer], tmp_path: Path
+) -> None:
+    model = json.loads((Path(__file__).parent.parent / "checkpoint" / "sentencepiece.json").read_text())[name]
+    values = {
+        "model": "llama",
+        "tokens": model["tokens"],
+        "scores": np.array(model["scores"], dtype=np.float32),
+        "token_type": np.array(model["types"], dtype=np.int32),
+        "unknown_token_id": 0,
+        "add_bos_token": False,
+        "add_space_prefix": name == "prefix",
+    }
+    tokenizer = build_tokenizer({f"tokenizer.ggml.{key}": value for key, value in values.items()}, 512)
+    source = open_checkpoint(tiny_checkpoint("llama", vocab_size=480))
+    with GgufWriter(tmp_path / "a.gguf", source.config, tokenizer) as writer:
+        writer.plan({key: GgufTensorPlan(info.shape, "F32") for key, info in source.tensors.items()})
+        for key in source.tensors:
+            writer.add(key, source.read(key))
+        path = writer.finish()
+    assert llama_cpp(path, model["texts"]).tokens == model["ids"]
 
 
 @pytest.mark.sample_model
