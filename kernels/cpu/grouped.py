@@ -146,11 +146,12 @@ def _float8(weight: QuantizedWeight, scheme: FloatScheme) -> GroupedWeight:
 def _lookup(weight: QuantizedWeight, scheme: LookupScheme) -> GroupedWeight:
     scales = scheme.block_scales(weight.tensors).reshape(weight.shape[0], -1)
     index, table = _groups_of(weight.shape[1], scheme.block_size), scheme.table_values()
-    doubled = table * 2
-    if torch.equal(doubled, doubled.round()):  # e2m1: halves of integers, which the integer kernels take
-        zero = int(-doubled.min())
-        codes = (doubled.to(torch.int32) + zero).to(torch.uint8)[weight["codes"].int()]
-        zeros = torch.full(scales.shape, zero, dtype=torch.uint8)
-        return GroupedWeight("codes", 8, codes, index, scales / 2, zeros)
+    for parts in (1, 2):  # iq4_nl: integers; e2m1: halves of them; the integer kernels take both
+        whole = table * parts
+        if torch.equal(whole, whole.round()) and whole.max() - whole.min() <= 255:
+            zero = int(-whole.min())
+            codes = (whole.to(torch.int32) + zero).to(torch.uint8)[weight["codes"].int()]
+            zeros = torch.full(scales.shape, zero, dtype=torch.uint8)
+            return GroupedWeight("codes", 8, codes, index, scales / parts, zeros)
     zeros = torch.zeros(scales.shape, dtype=torch.uint8)
     return GroupedWeight("codes", scheme.bits, weight["codes"], index, scales, zeros, table=table)

@@ -1,10 +1,11 @@
 // Attention of query rows over a paged key/value cache.
 //
 // A query's result depends on its own vector and its keys and values alone, in one fixed order of operations. Keys are
-// taken in segments of 256 positions. Within a segment: scores, their maximum, the weights exp(score - maximum), their sum
-// (16 lanes, then across), and one chain of weighted values in ascending order. Segments are merged in ascending order.
-// So the segments of a long context can be shared among threads, and neither the cutting of a prompt into chunks nor the
-// batch changes a bit. (An online softmax over small tiles would cost an exponential and two reductions for each.)
+// taken in segments of 256 positions. Within a segment: scores, their maximum, the weights exp(score - maximum), their
+// sum (16 lanes, then across), and one chain of weighted values in ascending order. Segments are merged in ascending
+// order. So the segments of a long context can be shared among threads, and neither the cutting of a prompt into chunks
+// nor the batch changes a bit. (An online softmax over small tiles would cost an exponential and two reductions for
+// each.)
 #pragma once
 
 #include "attention_plan.h"
@@ -15,6 +16,7 @@ namespace AQ_NAMESPACE {
 
 constexpr int64_t kTransposeFrom = 8;  // queries from which transposing the keys pays
 constexpr int kTogether = 4;           // queries that share the loads of a tile
+constexpr int64_t kTilesAhead = 2;     // distance of prefetching
 
 struct AttentionCall {
   const AqDecoder* decoder;
@@ -228,13 +230,25 @@ static void load_queries(const QueryTask& task) {
   }
 }
 
+// Keys and values of a head lie in pieces of a block, too short for the processor to see them coming.
+static inline void prefetch_tile(const QueryTask& task, int64_t position, int64_t end) {
+  if (position >= end) return;
+  const KeyTile tile = tile_at(task, position, end);
+  const int64_t key_bytes = tile.len * task.head_dim * stored_bytes(task.call->decoder->key_type);
+  const int64_t value_bytes = tile.len * task.head_dim * stored_bytes(task.call->decoder->value_type);
+  for (int64_t i = 0; i < key_bytes; i += 64) prefetch(tile.keys, i);
+  for (int64_t i = 0; i < value_bytes; i += 64) prefetch(tile.values, i);
+}
+
 // Fill the states of all queries for one segment.
 static void attend_segment(const QueryTask& task, int64_t segment) {
   const int64_t start = max64(segment * kSegment, task.first_key(0));
   const int64_t end = min64((segment + 1) * kSegment, task.last_position() + 1);
   const bool many = task.num_queries() >= kTransposeFrom;
+  for (int64_t ahead = 0; ahead < kTilesAhead; ahead++) prefetch_tile(task, start + ahead * 16, end);
   for (int64_t position = start; position < end;) {
     const KeyTile tile = tile_at(task, position, end);
+    prefetch_tile(task, position + kTilesAhead * 16, end);
     score_tile(task, tile, many);
     position += tile.len;
   }
@@ -302,7 +316,8 @@ static void run_attention(const Team& team, const AttentionCall& call, void* mem
     attend_one_segment(task, segment);
   }
   team.wait();
-  for (int64_t index = team.index; index < num_tasks; index += team.size) merge_segments(query_task(call, index, memory));
+  for (int64_t index = team.index; index < num_tasks; index += team.size)
+    merge_segments(query_task(call, index, memory));
 }
 
 }  // namespace AQ_NAMESPACE

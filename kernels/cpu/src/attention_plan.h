@@ -45,7 +45,8 @@ static inline int64_t partials_bytes(const AqDecoder& decoder, const AqBatch& ba
   return 4 * batch.num_tokens * decoder.num_heads * segments * state_size(decoder);
 }
 
-static inline void plan_attention(const AqDecoder& decoder, const AqBatch& batch, int64_t threads, AttentionPlan* plan) {
+static inline void plan_attention(const AqDecoder& decoder, const AqBatch& batch, int64_t threads,
+                                  AttentionPlan* plan) {
   const int64_t tokens = task_tokens(decoder);
   plan->num_blocks = 0;
   for (int64_t s = 0; s < batch.num_sequences; s++) {

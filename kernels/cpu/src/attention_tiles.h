@@ -23,14 +23,19 @@ static inline void key_products(const float* q, int64_t dim, const void* keys, i
   using Element = typename Stored<kType>::Element;
   F32 partial[kQueries][16];
   for (int64_t j = 0; j < 16; j++) {
-    for (int r = 0; r < kQueries; r++) partial[r][j] = zero();
-    if (j >= len) continue;
+    F32 total[kQueries];
+    AQ_UNROLL
+    for (int r = 0; r < kQueries; r++) total[r] = zero();
     const Element* key = static_cast<const Element*>(keys) + j * head_dim;
-    for (int64_t i = 0; i < head_dim; i += 16) {
+    for (int64_t i = 0; i < head_dim && j < len; i += 16) {
       const F32 lanes = load_lanes<kType, kWhole>(key + i, min64(16, head_dim - i));
-      for (int r = 0; r < kQueries; r++) partial[r][j] = fma(lanes, load(q + r * dim + i), partial[r][j]);
+      AQ_UNROLL
+      for (int r = 0; r < kQueries; r++) total[r] = fma(lanes, load(q + r * dim + i), total[r]);
     }
+    AQ_UNROLL
+    for (int r = 0; r < kQueries; r++) partial[r][j] = total[r];
   }
+  AQ_UNROLL
   for (int r = 0; r < kQueries; r++) products[r] = sum_each(partial[r]);
 }
 
@@ -43,20 +48,27 @@ static inline void add_values(float* sums, int64_t dim, const float* weights, in
   for (int64_t i = 0; i < head_dim; i += 16 * kWidth) {
     F32 total[kQueries][kWidth];
     int64_t at[kWidth];
+    AQ_UNROLL
     for (int w = 0; w < kWidth; w++) {
       at[w] = min64(i + 16 * w, (head_dim - 1) / 16 * 16);  // a vector beyond the end repeats the last
+      AQ_UNROLL
       for (int r = 0; r < kQueries; r++) total[r][w] = load(sums + r * dim + at[w]);
     }
     for (int64_t j = first; j < last; j++) {
       const Element* value = static_cast<const Element*>(values) + j * head_dim;
       F32 lanes[kWidth];
+      AQ_UNROLL
       for (int w = 0; w < kWidth; w++) lanes[w] = load_lanes<kType, kWhole>(value + at[w], min64(16, head_dim - at[w]));
+      AQ_UNROLL
       for (int r = 0; r < kQueries; r++) {
         const F32 weight = broadcast(weights[r * weight_stride + j]);
+        AQ_UNROLL
         for (int w = 0; w < kWidth; w++) total[r][w] = fma(weight, lanes[w], total[r][w]);
       }
     }
+    AQ_UNROLL
     for (int w = 0; w < kWidth; w++) {
+      AQ_UNROLL
       for (int r = 0; r < kQueries; r++) store(sums + r * dim + at[w], total[r][w]);
     }
   }
@@ -82,15 +94,18 @@ static inline void expand_tile(const void* stored, int64_t len, int64_t head_dim
 template <int kQueries, int kLane, int kStride>
 static inline void transposed_products(const float* q, int64_t dim, const float* keys, F32* products) {
   if constexpr (kStride == 16) {
+    AQ_UNROLL
     for (int r = 0; r < kQueries; r++) products[r] = zero();
     for (int64_t i = kLane; i < dim; i += 16) {
       const F32 key = load(keys + i * 16);
+      AQ_UNROLL
       for (int r = 0; r < kQueries; r++) products[r] = fma(key, broadcast(q[r * dim + i]), products[r]);
     }
   } else {
     F32 other[kQueries];
     transposed_products<kQueries, kLane, kStride * 2>(q, dim, keys, products);
     transposed_products<kQueries, kLane + kStride, kStride * 2>(q, dim, keys, other);
+    AQ_UNROLL
     for (int r = 0; r < kQueries; r++) products[r] = add(products[r], other[r]);
   }
 }

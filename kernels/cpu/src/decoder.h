@@ -1,7 +1,7 @@
 // The whole decoder forward inside one parallel region.
 //
-// Every step below ends at a barrier. Steps over rows (norms, rotation, quantizing a layer's input) share the rows among
-// the threads, linear layers share the outputs.
+// Every step below ends at a barrier. Steps over rows (norms, rotation, quantizing a layer's input) share the rows
+// among the threads, linear layers share the outputs.
 #pragma once
 
 #include <omp.h>
@@ -94,7 +94,8 @@ struct Worker {
   void linear(const AqLinear& layer, int64_t num_rows, Source source, const Output& out) const {
     const Rows rows = rows_at(layer, work->rows, num_rows);
     const int64_t last = team.last(num_rows);
-    for (int64_t row = team.first(num_rows); row < last; row++) prepare_row(layer, source(row), row, rows, own_scratch());
+    for (int64_t row = team.first(num_rows); row < last; row++)
+      prepare_row(layer, source(row), row, rows, own_scratch());
     team.wait();
     run_linear(team, layer, rows, num_rows, out);
     team.wait();
@@ -149,7 +150,9 @@ struct Worker {
     const int64_t inner = decoder->intermediate_size;
     float* out = work->gate_up;
     for (int32_t i = 0; i < layer.num_gate_up; i++) {
-      const auto source = [&](int64_t row) { return normed(work->hidden + row * hidden_size, layer.post_attention_norm); };
+      const auto source = [&](int64_t row) {
+        return normed(work->hidden + row * hidden_size, layer.post_attention_norm);
+      };
       linear(layer.gate_up[i], tokens, source, {out, 2 * inner, false});
       out += layer.gate_up[i].out_features;
     }
@@ -182,7 +185,8 @@ static int64_t decoder_workspace(const AqDecoder* decoder, const AqBatch* batch,
   return lay_out(*decoder, *batch, threads, nullptr).num_bytes;
 }
 
-static void decoder_forward(const AqDecoder* decoder, const AqBatch* batch, float* logits, void* memory, int32_t threads) {
+static void decoder_forward(const AqDecoder* decoder, const AqBatch* batch, float* logits, void* memory,
+                            int32_t threads) {
   Workspace work = lay_out(*decoder, *batch, threads, memory);
   plan_attention(*decoder, *batch, threads, &work.plan);
   memset(work.barrier, 0, sizeof(Barrier));

@@ -8,12 +8,8 @@
 namespace AQ_NAMESPACE {
 
 extern const AqKernels kernels;
-const AqKernels kernels = {AQ_NAME(AQ_NAMESPACE),
-                           linear_workspace,
-                           linear,
-                           decoder_workspace,
-                           decoder_forward,
-                           attention,
+const AqKernels kernels = {AQ_NAME(AQ_NAMESPACE), linear_workspace, linear,
+                           decoder_workspace,     decoder_forward,  attention,
                            store_keys_and_values};
 
 }  // namespace AQ_NAMESPACE

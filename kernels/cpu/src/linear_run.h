@@ -17,46 +17,65 @@ struct Region {  // of the output: rows x blocks of 16 columns
 constexpr int next_rows(int rows) { return rows == 6 ? 4 : rows / 2; }
 
 template <int kBits, int kRows, int kBlocks, bool kRealOffsets>
-static void dot_rows(const AqLinear& layer, const Rows& rows, int64_t row, int64_t last, int64_t block, const Output& out) {
-  for (; row + kRows <= last; row += kRows) dot_tile<kBits, kRows, kBlocks, kRealOffsets>(layer, rows, row, block, out);
-  if constexpr (kRows > 1) dot_rows<kBits, next_rows(kRows), kBlocks, kRealOffsets>(layer, rows, row, last, block, out);
+static void dot_rows(const AqLinear& layer, const Rows& rows, int64_t row, int64_t last, int64_t block,
+                     const Output& out, bool fresh) {
+  for (; row + kRows <= last; row += kRows, fresh = false) {
+    dot_tile<kBits, kRows, kBlocks, kRealOffsets>(layer, rows, row, block, out, fresh);
+  }
+  if constexpr (kRows > 1) {
+    dot_rows<kBits, next_rows(kRows), kBlocks, kRealOffsets>(layer, rows, row, last, block, out, fresh);
+  }
 }
 
 template <int kBits, bool kRealOffsets>
 static void dot_region(const AqLinear& layer, const Rows& rows, const Region& region, const Output& out) {
   int64_t block = region.first_block;
   for (; block + kDotBlocks <= region.last_block; block += kDotBlocks) {
-    dot_rows<kBits, kMaxDotRows, kDotBlocks, kRealOffsets>(layer, rows, region.first_row, region.last_row, block, out);
+    dot_rows<kBits, kMaxDotRows, kDotBlocks, kRealOffsets>(layer, rows, region.first_row, region.last_row, block, out,
+                                                           true);
   }
   for (; block < region.last_block; block++) {
-    dot_rows<kBits, kMaxDotRows, 1, kRealOffsets>(layer, rows, region.first_row, region.last_row, block, out);
+    dot_rows<kBits, kMaxDotRows, 1, kRealOffsets>(layer, rows, region.first_row, region.last_row, block, out, true);
   }
 }
 
 template <int kBits, int kRows, Decoding kDecoding>
 static void codes_float_rows(const AqLinear& layer, const Rows& rows, int64_t row, int64_t last, int64_t block,
-                             const Output& out) {
-  for (; row + kRows <= last; row += kRows) codes_float_tile<kBits, kRows, kDecoding>(layer, rows, row, block, out);
-  if constexpr (kRows > 1) codes_float_rows<kBits, next_rows(kRows), kDecoding>(layer, rows, row, last, block, out);
+                             const Output& out, bool fresh) {
+  for (; row + kRows <= last; row += kRows, fresh = false) {
+    codes_float_tile<kBits, kRows, kDecoding>(layer, rows, row, block, out, fresh);
+  }
+  if constexpr (kRows > 1) {
+    codes_float_rows<kBits, next_rows(kRows), kDecoding>(layer, rows, row, last, block, out, fresh);
+  }
 }
 
 template <int kRows>
-static void fp8_rows(const AqLinear& layer, const Rows& rows, int64_t row, int64_t last, int64_t block, const Output& out) {
-  for (; row + kRows <= last; row += kRows) fp8_tile<kRows>(layer, rows, row, block, out);
-  if constexpr (kRows > 1) fp8_rows<next_rows(kRows)>(layer, rows, row, last, block, out);
+static void fp8_rows(const AqLinear& layer, const Rows& rows, int64_t row, int64_t last, int64_t block,
+                     const Output& out, bool fresh) {
+  for (; row + kRows <= last; row += kRows, fresh = false) {
+    fp8_tile<kRows>(layer, rows, row, block, out, fresh);
+  }
+  if constexpr (kRows > 1) {
+    fp8_rows<next_rows(kRows)>(layer, rows, row, last, block, out, fresh);
+  }
 }
 
 template <int kKind, int kRows>
 static void dense_rows(const AqLinear& layer, const Rows& rows, int64_t row, int64_t last, int64_t block,
-                       const Output& out) {
-  for (; row + kRows <= last; row += kRows) dense_tile<kKind, kRows>(layer, rows, row, block, out);
-  if constexpr (kRows > 1) dense_rows<kKind, next_rows(kRows)>(layer, rows, row, last, block, out);
+                       const Output& out, bool fresh) {
+  for (; row + kRows <= last; row += kRows, fresh = false) {
+    dense_tile<kKind, kRows>(layer, rows, row, block, out, fresh);
+  }
+  if constexpr (kRows > 1) {
+    dense_rows<kKind, next_rows(kRows)>(layer, rows, row, last, block, out, fresh);
+  }
 }
 
 template <int kBits, Decoding kDecoding>
 static void codes_float_region(const AqLinear& layer, const Rows& rows, const Region& region, const Output& out) {
   for (int64_t block = region.first_block; block < region.last_block; block++) {
-    codes_float_rows<kBits, kMaxFloatRows, kDecoding>(layer, rows, region.first_row, region.last_row, block, out);
+    codes_float_rows<kBits, kMaxFloatRows, kDecoding>(layer, rows, region.first_row, region.last_row, block, out, true);
   }
 }
 
@@ -64,7 +83,8 @@ template <int kBits>
 static void codes_region(const AqLinear& layer, const Rows& rows, const Region& region, const Output& out) {
   const bool offsets = layer.offset_kind == AQ_OFFSETS;
   if (layer.integer_dot) {
-    return offsets ? dot_region<kBits, true>(layer, rows, region, out) : dot_region<kBits, false>(layer, rows, region, out);
+    return offsets ? dot_region<kBits, true>(layer, rows, region, out)
+                   : dot_region<kBits, false>(layer, rows, region, out);
   }
   if (layer.table != nullptr) return codes_float_region<kBits, kTable>(layer, rows, region, out);
   if (offsets) return codes_float_region<kBits, kOffsets>(layer, rows, region, out);
@@ -81,16 +101,16 @@ static void linear_region(const AqLinear& layer, const Rows& rows, const Region&
     const int64_t first = region.first_row, last = region.last_row;
     switch (layer.kind) {
       case AQ_FP8:
-        fp8_rows<kMaxFloatRows>(layer, rows, first, last, block, out);
+        fp8_rows<kMaxFloatRows>(layer, rows, first, last, block, out, true);
         break;
       case AQ_DENSE_F16:
-        dense_rows<AQ_DENSE_F16, kMaxDenseRows>(layer, rows, first, last, block, out);
+        dense_rows<AQ_DENSE_F16, kMaxDenseRows>(layer, rows, first, last, block, out, true);
         break;
       case AQ_DENSE_BF16:
-        dense_rows<AQ_DENSE_BF16, kMaxDenseRows>(layer, rows, first, last, block, out);
+        dense_rows<AQ_DENSE_BF16, kMaxDenseRows>(layer, rows, first, last, block, out, true);
         break;
       default:
-        dense_rows<AQ_DENSE_F32, kMaxDenseRows>(layer, rows, first, last, block, out);
+        dense_rows<AQ_DENSE_F32, kMaxDenseRows>(layer, rows, first, last, block, out, true);
     }
   }
 }

@@ -118,7 +118,9 @@ static inline void gather(const AqLinear& layer, const float* x, float* y) {
   for (int64_t i = 0; i < layer.padded_in; i++) y[i] = layer.columns[i] < 0 ? 0.0f : x[layer.columns[i]];
 }
 
-static inline int64_t scratch_floats(const AqLinear& layer) { return round_up(max64(layer.in_features, layer.padded_in), 16); }
+static inline int64_t scratch_floats(const AqLinear& layer) {
+  return round_up(max64(layer.in_features, layer.padded_in), 16);
+}
 
 // Prepare x [in_features] as row `row`. `scratch` holds scratch_floats(layer).
 static inline void prepare_row(const AqLinear& layer, const float* x, int64_t row, const Rows& rows, float* scratch) {

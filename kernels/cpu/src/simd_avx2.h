@@ -177,7 +177,9 @@ static inline __m256i dot4_small(__m256i codes, __m256i four) {
 static inline __m256 look_up(const float* table, __m256 codes) {
   return _mm256_i32gather_ps(table, _mm256_cvtps_epi32(codes), 4);
 }
-static inline F32 look_up(const float* table, F32 codes) { return {look_up(table, codes.lo), look_up(table, codes.hi)}; }
+static inline F32 look_up(const float* table, F32 codes) {
+  return {look_up(table, codes.lo), look_up(table, codes.hi)};
+}
 // total[i] += sum over j < 4 of codes[4 i + j] (unsigned) * four[j] (signed).
 template <int kBits>
 static inline I32 dot4(I32 total, Bytes codes, const int8_t* four) {

@@ -18,8 +18,8 @@ struct Bytes {
   uint8_t v[64];
 };
 
-#define AQ_LANES(expression)                 \
-  F32 y;                                     \
+#define AQ_LANES(expression)                        \
+  F32 y;                                            \
   for (int i = 0; i < 16; i++) y.v[i] = expression; \
   return y
 
@@ -66,7 +66,7 @@ static inline F32 select_lanes(F32 x, int64_t first, int64_t last, float other) 
 
 static inline float f16_to_float(uint32_t half) {
   const uint32_t sign = (half & 0x8000) << 16, rest = (half & 0x7fff) << 13;
-  if (rest >= 0x0f800000) return from_bits(sign | 0x70000000 | rest);  // inf and NaN
+  if (rest >= 0x0f800000) return from_bits(sign | 0x70000000 | rest);         // inf and NaN
   return from_bits(sign | to_bits(from_bits(rest) * 5.192296858534828e33f));  // times 2**112
 }
 static inline float fp8_to_float(uint32_t code) {
