@@ -34,6 +34,7 @@ LOOKUPS = [
     LookupScheme("nf4", 32, "float"),
     LookupScheme("fp4", 64, "float", flattened=True),
     LookupScheme("e2m1", 16, "float"),
+    LookupScheme("iq4_nl", 32, "float"),
     LookupScheme("nf4", 48, "float", flattened=True),  # blocks that cross rows
 ]
 AFFINES = [AffineScheme(4, 64), AffineScheme(3, 48), AffineScheme(8, None), AffineScheme(2, 32, axis=0)]
