@@ -57,7 +57,7 @@ def in_type(module: str, weight: QuantizedWeight, target: BlockType) -> Quantize
         return QuantizedWeight(target.scheme, tensors, weight.shape)
     groups = _block_groups(module, weight)
     assert isinstance(target.scheme, IntegerScheme)
-    codes = _codes(module, weight, scheme, target.scheme)
+    codes = _codes(module, weight, groups, target.scheme)
     tensors = {"codes": codes, "scales": _per_block(module, weight, "scales", groups)}
     if scheme.has_offsets:
         tensors["offsets"] = _per_block(module, weight, "offsets", groups)
@@ -114,14 +114,19 @@ def _per_block(module: str, weight: QuantizedWeight, name: str, groups: Tensor) 
     return exact_cast("GGUF", module, name, weight[name], torch.float16)[:, groups]
 
 
-def _codes(module: str, weight: QuantizedWeight, scheme: IntegerScheme, target: IntegerScheme) -> Tensor:
+def _codes(module: str, weight: QuantizedWeight, groups: Tensor, target: IntegerScheme) -> Tensor:
     """uint8 [N, K] around the target's zero."""
-    codes = weight["codes"].short()
+    scheme = weight.scheme
+    assert isinstance(scheme, IntegerScheme)
+    codes, wide = weight["codes"], f"{module}: codes or zero points are wider than the {scheme.bits} bits of {scheme}"
+    if codes.numel() and int(codes.max()) >= 2**scheme.bits:
+        raise UsageError(wide)
+    if scheme.has_offsets:
+        return codes
     if scheme.symmetric:
-        codes += 2 ** (target.bits - 1) - 2 ** (scheme.bits - 1)
-    elif not scheme.has_offsets:
-        codes += 2 ** (target.bits - 1)
-        codes -= weight["zeros"].short()[:, weight.group_index()]
-    if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < 2**target.bits:
-        raise UsageError(f"{module}: codes or zero points are wider than the {scheme.bits} bits of {scheme}")
-    return codes.to(torch.uint8)
+        return codes.add(2 ** (target.bits - 1) - 2 ** (scheme.bits - 1))
+    zeros = weight["zeros"].short()[:, groups] - 2 ** (target.bits - 1)  # [N, K / 32]
+    moved: Tensor = codes.reshape(*zeros.shape, BLOCK) - zeros[..., None]
+    if moved.numel() and not 0 <= int(moved.min()) <= int(moved.max()) < 2**target.bits:
+        raise UsageError(wide)
+    return moved.to(torch.uint8).reshape(codes.shape)

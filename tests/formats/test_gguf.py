@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aphroquant.errors import UsageError
-from aphroquant.formats.gguf import BLOCK_TYPES, UNREADABLE_TYPES, BlockType, block_type, decode, encode
+from aphroquant.formats.gguf import BLOCK_TYPES, UNREADABLE_TYPES, BlockType, block_type, decode, encode, type_for_rows
 from aphroquant.schemes import IntegerScheme
 
 TYPES = {kind.name: (type_id, kind) for type_id, kind in BLOCK_TYPES.items()}
@@ -102,6 +102,23 @@ def test_types_are_found_by_name_in_any_case_and_misspellings_get_a_hint() -> No
     with pytest.raises(UsageError, match="unknown GGUF type 'Q4K'") as caught:
         block_type("Q4K")
     assert "Did you mean 'Q4_K'?" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize(
+    ("name", "columns", "expected"),
+    [
+        ("Q4_K", 512, "Q4_K"),
+        ("Q4_K", 576, "Q5_0"),
+        ("Q5_K", 576, "Q5_1"),
+        ("Q6_K", 96, "Q8_0"),
+        ("Q2_K", 96, "IQ4_NL"),
+        ("NVFP4", 96, "Q8_0"),
+        ("Q8_0", 40, "F16"),
+        ("BF16", 7, "BF16"),
+    ],
+)
+def test_rows_that_are_no_whole_blocks_get_a_smaller_block(name: str, columns: int, expected: str) -> None:
+    assert type_for_rows(block_type(name), columns).name == expected
 
 
 def test_codes_are_unsigned_with_true_zero_points() -> None:
