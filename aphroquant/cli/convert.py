@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,8 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
+from aphroquant.cli.json_report import STANDARD_OUTPUT, check_json_target, write_json
 from aphroquant.conversion.progress import Progress
-from aphroquant.errors import UsageError
 
 if TYPE_CHECKING:
     from aphroquant.conversion import ConversionResult
@@ -47,7 +46,7 @@ TARGETS = ("awq", "gptq", "fp8", "compressed-tensors")
 @click.option("--ignore", multiple=True, metavar="PATTERN", help="Modules that stay as they are; repeatable.")
 @click.option("--threads", type=click.IntRange(min=1), help="Processor threads to use. Default: all.")
 @click.option("--dry-run", is_flag=True, help="Say what would be written, and stop.")
-@click.option("--json", "json_file", type=click.Path(path_type=Path), metavar="FILE", help="Write the report here too.")
+@click.option("--json", "json_file", metavar="FILE", help="Write the report here too; - for standard output.")
 @click.option("--overwrite", is_flag=True, help="Replace the checkpoint in DIR.")
 def command(
     source: str,
@@ -65,7 +64,7 @@ def command(
     ignore: tuple[str, ...],
     threads: int | None,
     dry_run: bool,
-    json_file: Path | None,
+    json_file: str | None,
     overwrite: bool,
 ) -> None:
     """Quantize SOURCE (a directory, a .gguf file or a Hub id) into DIR.
@@ -73,7 +72,7 @@ def command(
     A SOURCE that is quantized already, in numbers that the target format can hold, is repacked bit for bit unless
     options ask for other numbers. DIR appears only when it is complete.
     """
-    _check_writable(json_file)
+    check_json_target(json_file)
     from aphroquant.conversion import convert
 
     if threads is not None:
@@ -99,18 +98,10 @@ def command(
             dry_run=dry_run,
             progress=progress,
         )
-    click.echo(_summary(result))
+    if json_file != STANDARD_OUTPUT:
+        click.echo(_summary(result))
     if json_file is not None:
-        json_file.write_text(json.dumps(result.to_dict(), indent=2) + "\n", encoding="utf-8")
-
-
-def _check_writable(json_file: Path | None) -> None:
-    if json_file is None:
-        return
-    if json_file.is_dir():
-        raise UsageError(f"--json {json_file} is a directory; give a file name")
-    if not json_file.parent.is_dir():
-        raise UsageError(f"--json {json_file}: there is no directory {json_file.parent}")
+        write_json(json_file, result.to_dict())
 
 
 def _summary(result: ConversionResult) -> str:

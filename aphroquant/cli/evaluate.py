@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from aphroquant.errors import UsageError
+from aphroquant.cli.json_report import STANDARD_OUTPUT, check_json_target, write_json
 
 if TYPE_CHECKING:
     from aphroquant.evaluation import Evaluation, GateCheck
@@ -35,7 +33,7 @@ _STAGES = {"base": "base model", "model": "quantized model", "logits": "comparin
 @click.option("--windows", default=8, show_default=True, help="Windows of tokens, evenly spaced over the text.")
 @click.option("--window-len", default=1024, show_default=True, help="Tokens in a window.")
 @click.option("--seed", type=int, help="Draw the windows at random instead of evenly spaced.")
-@click.option("--json", "json_file", type=click.Path(path_type=Path), metavar="FILE", help="Write all figures here.")
+@click.option("--json", "json_file", metavar="FILE", help="Write all figures here; - for standard output.")
 @click.option("--max-kld", type=float, help="Fail (exit 4) above this mean KL divergence, in nats.")
 @click.option("--max-p99-kld", type=float, help="Fail above this 99th percentile of it.")
 @click.option("--max-p999-kld", type=float, help="Fail above this 99.9th percentile of it.")
@@ -48,7 +46,7 @@ def command(
     windows: int,
     window_len: int,
     seed: int | None,
-    json_file: Path | None,
+    json_file: str | None,
     **bounds: float | None,
 ) -> None:
     """Measure the model in DIR against BASE: KL divergence, top-1 agreement, perplexity, size.
@@ -56,7 +54,7 @@ def command(
     Both read the same windows of text, teacher-forced, in float32. Any bound (--max-..., --min-...) makes the command
     a gate: it ends with exit code 4 if the result misses one, after the table and the JSON file were written.
     """
-    _check_writable(json_file)
+    check_json_target(json_file)
     from aphroquant.evaluation import Bounds, check_bounds, evaluate
     from aphroquant.evaluation.gate import require
 
@@ -72,19 +70,11 @@ def command(
             on_progress=on_progress,
         )
     checks = check_bounds(result, limits)
-    _show(result, checks)
+    if json_file != STANDARD_OUTPUT:
+        _show(result, checks)
     if json_file is not None:
-        _write_json(json_file, result, checks)
+        write_json(json_file, _record(result, checks))
     require(checks)
-
-
-def _check_writable(json_file: Path | None) -> None:
-    if json_file is None:
-        return
-    if json_file.is_dir():
-        raise UsageError(f"--json {json_file} is a directory; give a file name")
-    if not json_file.parent.is_dir():
-        raise UsageError(f"--json {json_file}: there is no directory {json_file.parent}")
 
 
 def _show(result: Evaluation, checks: list[GateCheck]) -> None:
@@ -97,12 +87,12 @@ def _show(result: Evaluation, checks: list[GateCheck]) -> None:
         click.echo(plain_text(result, checks))
 
 
-def _write_json(path: Path, result: Evaluation, checks: list[GateCheck]) -> None:
+def _record(result: Evaluation, checks: list[GateCheck]) -> dict[str, Any]:
     """All figures; `gate` lists every check and `passed` is the verdict."""
     record = result.to_dict()
     record["gate"] = [check.to_dict() for check in checks]
     record["passed"] = all(check.passed for check in checks)
-    path.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    return record
 
 
 @contextmanager

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -12,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from aphroquant.errors import UsageError
+from aphroquant.cli.json_report import STANDARD_OUTPUT, check_json_target, write_json
 
 if TYPE_CHECKING:
     from aphroquant.checkpoint import Checkpoint
@@ -35,17 +33,16 @@ def command(source: str, json_file: str | None, tensors: bool, revision: str | N
     DIR_OR_FILE is a directory, a .gguf or .safetensors file, or a Hugging Face id. Problems are told and change no exit
     code; only a checkpoint that cannot be read does (3).
     """
-    if json_file not in (None, "-") and not Path(json_file).absolute().parent.is_dir():
-        raise UsageError(f"--json {json_file}: there is no directory {Path(json_file).parent}")
+    check_json_target(json_file)
     from aphroquant.checkpoint import open_checkpoint
     from aphroquant.checkpoint.inspection import inspect_checkpoint
 
     checkpoint = open_checkpoint(source, revision=revision)
     report = inspect_checkpoint(checkpoint)
-    if json_file != "-":
+    if json_file != STANDARD_OUTPUT:
         _show(report, _tensor_rows(checkpoint) if tensors else [])
     if json_file is not None:
-        _write_json(json_file, report.to_dict() | ({"tensors": _tensor_dicts(checkpoint)} if tensors else {}))
+        write_json(json_file, report.to_dict() | ({"tensors": _tensor_dicts(checkpoint)} if tensors else {}))
 
 
 def _show(report: Inspection, tensors: Rows) -> None:
@@ -125,14 +122,6 @@ def _print_table(console: Console, headings: Sequence[str], rows: Rows) -> None:
             for cell, width, heading in zip(row, widths, headings, strict=True)
         ]
         click.echo("  ".join(cells).rstrip())
-
-
-def _write_json(target: str, report: dict[str, Any]) -> None:
-    text = json.dumps(report, indent=2, ensure_ascii=False)
-    if target == "-":
-        click.echo(text)
-    else:
-        Path(target).write_text(text + "\n", encoding="utf-8")
 
 
 def _tensor_rows(checkpoint: Checkpoint) -> Rows:

@@ -72,6 +72,29 @@ def test_mistakes_end_with_their_exit_code_and_a_sentence(
     assert not list(tmp_path.iterdir())
 
 
+def test_json_on_standard_output_stands_alone(
+    tiny_checkpoint: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["convert", str(tiny_checkpoint("llama")), "--to", "awq", "--out", str(tmp_path / "out")]
+    assert run([*arguments, "--dry-run", "--json", "-"]) == 0
+    assert json.loads(capsys.readouterr().out)["num_modules"] == 14
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_calibration_file_that_is_not_needed_is_not_read_and_it_says_so(
+    tiny_checkpoint: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["convert", str(tiny_checkpoint("llama")), "--to", "fp8", "--out", str(tmp_path / "out")]
+    assert run([*arguments, "--calibration", "/nowhere.txt"]) == 0
+    assert "note: the calibration text is not read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["convert", "eval", "inspect"])
+def test_help_does_not_wait_for_torch(name: str) -> None:
+    program = f"import sys; from aphroquant.cli import run; run(['{name}', '--help']); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, check=False).returncode == 0
+
+
 def test_a_source_that_is_not_there_is_an_input_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["convert", str(tmp_path / "nothing"), "--to", "awq", "--out", str(tmp_path / "out")]) == 3
     assert "no such file or directory" in capsys.readouterr().err

@@ -1,0 +1,39 @@
+"""Where --json goes: a file, or standard output in place of the text."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+
+from aphroquant.errors import UsageError
+
+STANDARD_OUTPUT = "-"
+
+
+def check_json_target(target: str | None) -> None:
+    """UsageError if a report could not be written there: found before the work, not after it."""
+    if target in (None, STANDARD_OUTPUT):
+        return
+    path = Path(target)
+    if path.is_dir():
+        raise UsageError(f"--json {target} is a directory; give a file name")
+    if not path.absolute().parent.is_dir():
+        raise UsageError(f"--json {target}: there is no directory {path.parent}")
+    if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+        raise UsageError(f"--json {target} is not writable")
+
+
+def write_json(target: str, report: dict[str, Any]) -> None:
+    """Write the report, as strict JSON."""
+    text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)
+    if target == STANDARD_OUTPUT:
+        click.echo(text)
+        return
+    try:
+        Path(target).write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"--json {target} cannot be written: {error.strerror or error}") from error
