@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,7 +43,8 @@ def solve_without_data(plan: ConversionPlan) -> Iterator[SolvedBlock]:
             if module.startswith(prefix):
                 weight = plan.checkpoint.weight(module).dequantize()
                 _check_finite(module, weight)
-                solutions[module] = rounding([weight], None, plan.scheme, plan.scale_dtype)[0]
+                with _naming(module):
+                    solutions[module] = rounding([weight], None, plan.scheme, plan.scale_dtype)[0]
         yield SolvedBlock(layer, solutions)
 
 
@@ -129,7 +131,8 @@ class CalibratedSolver:
         if not chosen:
             return
         weights = [block.linears[name].weight for name in chosen]
-        solutions = self._rounding(weights, statistics, self._plan.scheme, self._plan.scale_dtype)
+        with _naming(f"{block.prefix}.{chosen[0]}" if len(chosen) == 1 else f"{block.prefix}: {', '.join(chosen)}"):
+            solutions = self._rounding(weights, statistics, self._plan.scheme, self._plan.scale_dtype)
         for name, solution in zip(chosen, solutions, strict=True):
             solved.solutions[f"{block.prefix}.{name}"] = solution
             block.linears[name].weight = solution.weight.dequantize()
@@ -169,6 +172,15 @@ class CalibratedSolver:
     def _check_weights(self, block: CalibrationBlock) -> None:
         for name, linear in block.linears.items():
             _check_finite(f"{block.prefix}.{name}", linear.weight)
+
+
+@contextmanager
+def _naming(modules: str) -> Iterator[None]:
+    """Puts the modules before the message of an InputError from code that knows only numbers."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{modules}: {error.message}", hint=error.hint) from error
 
 
 def _check_finite(module: str, weight: Tensor) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from aphroquant.checkpoint import Checkpoint
 from aphroquant.conversion.plan import carried_bytes, carried_tensors, check_disk
 from aphroquant.conversion.request import ConversionRequest
+from aphroquant.conversion.soundness import check_codes
 from aphroquant.errors import AphroquantError, UsageError
 from aphroquant.formats import format_class
 from aphroquant.formats.base import Format
@@ -101,6 +102,7 @@ def make_repack_plan(checkpoint: Checkpoint, request: ConversionRequest) -> Repa
 def repack_module(plan: RepackPlan, module: str) -> dict[str, Tensor]:
     """The tensors of one module in the new format, proved to mean the same numbers."""
     weight = plan.checkpoint.weight(module)
+    check_codes(plan.checkpoint, module, weight.tensors.values())
     tensors = plan.format.write(module, weight)
     if not plan.format.read(module, tensors).same_values(weight):
         raise AphroquantError(f"{module}: repacking changed its values; nothing was written")

@@ -43,6 +43,8 @@ class ConversionRequest:
             raise UsageError(f"samples = {self.samples} must not be negative")
         if self.seq_len < 2:
             raise UsageError(f"seq_len = {self.seq_len} must be at least 2")
+        if not 0 <= self.seed < 2**63:
+            raise UsageError(f"seed = {self.seed} must be between 0 and 2**63 - 1")
 
     def accepts(self, scheme: Scheme) -> bool:
         """Whether weights that are quantized with this scheme already are what is asked for."""

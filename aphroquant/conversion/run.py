@@ -16,12 +16,14 @@ from torch import Tensor
 from aphroquant.calibration.data import CalibrationData, calibration_windows
 from aphroquant.checkpoint import Checkpoint, CheckpointWriter, open_checkpoint
 from aphroquant.conversion.blocks import CalibratedSolver, SolvedBlock, solve_without_data
+from aphroquant.conversion.kv_cache import with_kv_scheme
 from aphroquant.conversion.manifest import FILE_NAME, manifest
 from aphroquant.conversion.plan import ConversionPlan, make_plan, read_carried
 from aphroquant.conversion.progress import Progress
 from aphroquant.conversion.repack import RepackPlan, make_repack_plan, repack_module
 from aphroquant.conversion.request import ConversionRequest
 from aphroquant.conversion.result import ConversionResult
+from aphroquant.conversion.soundness import check_carried, check_complete, check_output_place
 from aphroquant.schemes import FloatScheme
 
 Plan = ConversionPlan | RepackPlan
@@ -88,6 +90,8 @@ class _Conversion:
         self.notes: list[str] = []
         self.started = time.monotonic()
         with self._timed("plan"):
+            check_output_place(checkpoint, request.out)
+            check_complete(checkpoint)
             self.plan = self._make_plan()
             self.writer = CheckpointWriter(request.out, overwrite=request.overwrite)
 
@@ -95,6 +99,8 @@ class _Conversion:
         return replace(self._result(), dry_run=True, seconds=0.0, peak_memory_bytes=0)
 
     def run(self) -> ConversionResult:
+        with self._timed("check"):
+            check_carried(self.checkpoint, self.plan.dense_names)
         data = self._read_calibration()
         with self.writer as writer:
             with self._timed("blocks"):
@@ -107,7 +113,9 @@ class _Conversion:
             result = self._result()
             writer.write_json(FILE_NAME, manifest(self.request, result, data, self.timings))
             self.progress.stage("writing")
-            writer.finish(self.checkpoint.config | {"quantization_config": self.plan.format.quantization_config()})
+            quantization = self.plan.format.quantization_config()
+            described = with_kv_scheme(quantization, self.checkpoint, self.request.to)
+            writer.finish(self.checkpoint.config | {"quantization_config": described})
         return replace(result, seconds=time.monotonic() - self.started, peak_memory_bytes=_peak_memory())
 
     def _make_plan(self) -> Plan:
@@ -121,6 +129,8 @@ class _Conversion:
 
     def _read_calibration(self) -> CalibrationData | None:
         if not isinstance(self.plan, ConversionPlan) or not self.plan.calibrates:
+            if self.request.calibration:
+                self._note("the calibration text is not read: this scheme and solver need none")
             return None
         request = self.request
         self.progress.stage("reading calibration data")

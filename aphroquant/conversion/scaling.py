@@ -22,6 +22,7 @@ from aphroquant.calibration.gram import gram
 from aphroquant.calibration.integer_grid import dequantize, min_max_grid, quantize
 from aphroquant.calibration.solution import quadratic_form
 from aphroquant.conversion.calibration_block import CalibrationBlock
+from aphroquant.errors import InputError
 from aphroquant.models.spec import DOWN, GATE, INPUT_NORM, POST_ATTENTION_NORM, UP, K, O, Q, V
 from aphroquant.schemes import IntegerScheme
 
@@ -82,6 +83,8 @@ class BlockScaler:
     ) -> ChannelScales | None:
         if not self._all_quantized(block, names):
             return None
+        if not torch.isfinite(x).all():
+            raise InputError(f"{block.prefix}.{names[0]}: its input is not finite for some calibration tokens")
         weights = [block.linears[name].weight for name in names]
         size = self._scheme.group_size
         return search_scales(weights, x.abs().mean(0), loss, self._round, group_size=size, tie=tie)

@@ -313,15 +313,3 @@ def test_a_damaged_weight_is_named_and_nothing_is_left(tiny_checkpoint: Tiny, tm
     with pytest.raises(InputError, match=r"model\.layers\.1\.mlp\.up_proj\.weight holds NaN"):
         converted(damaged, tmp_path / "out", to="awq", solver="rtn", samples=samples)
     assert [path.name for path in tmp_path.iterdir()] == ["damaged"]
-
-
-def test_activations_that_overflow_are_named(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
-    damaged = tmp_path / "damaged"
-    shutil.copytree(tiny_checkpoint("llama"), damaged)
-    tensors = load_file(damaged / "model.safetensors")
-    tensors["model.layers.0.input_layernorm.weight"][5] = float("inf")
-    save_file(tensors, damaged / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(InputError, match=r"model\.layers\.0\.self_attn\.q_proj: its input is not finite.*sample 0"):
-        converted(damaged, tmp_path / "out", to="gptq", solver="gptq")

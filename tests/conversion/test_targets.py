@@ -98,7 +98,9 @@ def test_only_what_looks_at_activations_needs_calibration() -> None:
     assert not needs_calibration(dynamic, solver, 128)
 
 
-@pytest.mark.parametrize("options", [{"bits": 9}, {"group_size": 0}, {"samples": -1}, {"seq_len": 1}])
+@pytest.mark.parametrize(
+    "options", [{"bits": 9}, {"group_size": 0}, {"samples": -1}, {"seq_len": 1}, {"seed": -1}, {"seed": 2**63}]
+)
 def test_nonsense_values_are_usage_errors(options: dict[str, int]) -> None:
     with pytest.raises(UsageError):
         asked("awq", **options)
