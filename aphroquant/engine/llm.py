@@ -7,6 +7,7 @@ llm.chat([{"role": "user", "content": "Hello!"}])[0].text
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 from aphroquant.engine.engine import Engine
 from aphroquant.engine.prompts import Messages, chat_prompt, text_prompt
 from aphroquant.engine.types import Delta, EngineConfig, FinishReason, GenerationRequest, SamplingParams, TokenLogprobs
+from aphroquant.errors import RequestError
 
 ShowProgress = Callable[[int, int], None]  # choices finished, choices in all
 
@@ -63,7 +65,7 @@ class LLM:
         Raises RequestError, before anything is generated, if one of the prompts can never run.
         """
         several = [prompts] if isinstance(prompts, str) else prompts
-        tokens = [text_prompt(self.engine.tokenizer, p) if isinstance(p, str) else list(p) for p in several]
+        tokens = [text_prompt(self.engine.tokenizer, p) if isinstance(p, str) else _token_ids(p) for p in several]
         return self._run(tokens, sampling or SamplingParams(), progress)
 
     def chat(
@@ -74,6 +76,8 @@ class LLM:
         progress: ShowProgress | None = None,
     ) -> list[Generation]:
         """Answer one conversation or several, each a list of {"role": ..., "content": ...}."""
+        if isinstance(messages, str):
+            raise RequestError("messages must be a list of {'role': ..., 'content': ...}, not a text", param="messages")
         conversations: Any = [messages] if not messages or isinstance(messages[0], Mapping) else messages
         tokens = [chat_prompt(self.engine.tokenizer, conversation) for conversation in conversations]
         return self._run(tokens, sampling or SamplingParams(), progress)
@@ -137,6 +141,21 @@ class _Collected:
             index=index,
             error=last.error,
         )
+
+
+def _token_ids(prompt: object) -> list[int]:
+    """A prompt given as tokens: integers of any library, but no floats and no truth values."""
+    if not isinstance(prompt, Iterable):
+        raise RequestError(
+            f"a prompt must be a text or a list of token ids, not {type(prompt).__name__};"
+            " the token ids of a single prompt are a list in a list",
+            param="prompt",
+        )
+    token_ids = list(prompt)
+    bad = next((token for token in token_ids if isinstance(token, bool) or not hasattr(token, "__index__")), None)
+    if bad is not None:
+        raise RequestError(f"prompt: {bad!r} is not a token id", param="prompt")
+    return [operator.index(token) for token in token_ids]
 
 
 def _joined(parts: Iterable[list[Any]]) -> list[Any]:

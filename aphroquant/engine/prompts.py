@@ -15,6 +15,7 @@ Messages = Sequence[Mapping[str, Any]]
 
 def text_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """The tokens of a plain prompt, with whatever the tokenizer puts around a text."""
+    _check_unicode(text, "prompt")
     return list(tokenizer(text)["input_ids"])
 
 
@@ -26,6 +27,9 @@ def chat_prompt(tokenizer: PreTrainedTokenizerBase, messages: Messages, **option
     """
     if not tokenizer.chat_template:
         raise RequestError("the model has no chat template: send a plain prompt instead", param="messages")
+    for message in messages:
+        for value in dict(message).values():
+            _check_unicode(str(value), "messages")
     try:
         tokens: Any = tokenizer.apply_chat_template(
             [dict(message) for message in messages],
@@ -38,3 +42,9 @@ def chat_prompt(tokenizer: PreTrainedTokenizerBase, messages: Messages, **option
     except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
         raise RequestError(f"messages do not fit the model's chat template: {error}", param="messages") from error
     return [int(token) for token in tokens]
+
+
+def _check_unicode(text: str, param: str) -> None:
+    """Half a character (what is left of bytes that are not UTF-8, say) has no tokens."""
+    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+        raise RequestError(f"{param}: the text is not valid Unicode", param=param)

@@ -42,7 +42,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     logprobs: int | None = None
 
     def validate(self) -> None:
-        """Raise RequestError naming the first field outside its range."""
+        """Raise RequestError naming the first field of a wrong type or outside its range."""
+        _check_types(self)
         _require(1 <= self.n <= MAX_N, "n", self.n, f"between 1 and {MAX_N}")
         _require(self.max_tokens is None or self.max_tokens >= 1, "max_tokens", self.max_tokens, "at least 1")
         _require(self.min_tokens >= 0, "min_tokens", self.min_tokens, "at least 0")
@@ -54,7 +55,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         _require(self.top_k >= -1, "top_k", self.top_k, "-1 or 0 (off), or at least 1")
         _require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
         _require(0 <= self.min_p <= 1, "min_p", self.min_p, "between 0 and 1")
-        _require(0 < self.repetition_penalty <= 100, "repetition_penalty", self.repetition_penalty, "above 0")
+        _require(
+            0.01 <= self.repetition_penalty <= 100,  # beyond, logits leave the range of float32
+            "repetition_penalty", self.repetition_penalty, "between 0.01 and 100",
+        )  # fmt: skip
         for name in ("frequency_penalty", "presence_penalty"):
             _require(-2 <= getattr(self, name) <= 2, name, getattr(self, name), "between -2 and 2")
         _require(self.seed is None or -(2**63) <= self.seed < 2**63, "seed", self.seed, "a 64-bit integer")
@@ -64,6 +68,16 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS,
             "logprobs", self.logprobs, f"between 0 and {MAX_LOGPROBS}",
         )  # fmt: skip
+
+
+def _check_types(params: SamplingParams) -> None:
+    """A text given as `stop` would otherwise be read as its letters, and half a token be rounded."""
+    try:
+        msgspec.convert(msgspec.structs.asdict(params), SamplingParams)
+    except msgspec.ValidationError as error:
+        rule, _, path = str(error).replace("`", "").partition(" - at $.")
+        param = path.partition("[")[0]
+        raise RequestError(f"{path}: {rule[:1].lower()}{rule[1:]}", param=param) from None
 
 
 def _require(holds: bool, param: str, value: object, rule: str) -> None:
@@ -141,8 +155,8 @@ class EngineConfig:
         counts = ("block_size", "num_kv_blocks", "kv_cache_memory", "max_num_seqs", "max_num_batched_tokens")
         for name in (*counts, "num_threads"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f"{name} = {value} must be at least 1")
+            if value is not None and (type(value) is not int or value < 1):
+                raise UsageError(f"{name} = {value!r} must be a whole number, at least 1")
         for name, known in (("backend", ("auto", "reference", "cpu")), ("activations", ("int8", "float"))):
             if getattr(self, name) not in known:
                 raise UsageError(f"{name} = {getattr(self, name)!r} must be one of {', '.join(known)}")
