@@ -37,18 +37,28 @@ def command(model: str, system: str | None, temperature: float, max_tokens: int 
 
     With --prompt, or with the prompt on standard input, the answer is written plainly to standard output.
     """
+    sampling = SamplingParams(temperature=temperature, max_tokens=max_tokens)
+    with _bad_request_is_bad_usage():
+        sampling.validate()
     interactive = prompt is None and sys.stdin.isatty()
     if not interactive:
         prompt = _one_prompt(prompt)
     from aphroquant.engine.engine import Engine
 
     engine = Engine(EngineConfig(model=model, max_num_seqs=1))
-    conversation = Conversation(engine, system, SamplingParams(temperature=temperature, max_tokens=max_tokens))
+    conversation = Conversation(engine, system, sampling)
     if prompt is None:
         _converse(conversation)
         return
-    try:
+    with _bad_request_is_bad_usage():
         _write(conversation.answer(prompt))
+
+
+@contextlib.contextmanager
+def _bad_request_is_bad_usage() -> Iterator[None]:
+    """What a server would answer with a 400 is here the fault of the command line."""
+    try:
+        yield
     except RequestError as error:
         if error.status >= 500:
             raise
@@ -67,7 +77,6 @@ class Conversation:
     """The turns so far, and the engine that continues them."""
 
     def __init__(self, engine: Engine, system: str | None, sampling: SamplingParams) -> None:
-        sampling.validate()
         self._engine = engine
         self._sampling = sampling
         self._first = [] if system is None else [{"role": "system", "content": system}]

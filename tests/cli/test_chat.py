@@ -149,6 +149,12 @@ def test_a_prompt_that_cannot_run_ends_with_an_error(
     assert f"error: {message}\n" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("temperature", ["nan", "200"])
+def test_a_temperature_out_of_range_is_a_usage_error(temperature: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["chat", "model", "--prompt", "x", "--temperature", temperature]) == 2
+    assert "must be between 0 and 100" in capsys.readouterr().err
+
+
 def test_a_model_that_is_not_there_ends_with_3(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["chat", str(tmp_path / "none"), "--prompt", "Hi"]) == 3
     assert "none: no such file or directory" in capsys.readouterr().err
