@@ -135,7 +135,8 @@ def _read_config(path: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
         return {}, None  # a lone file: its tensors can be read, its model is unknown
     config = read_json(directory / "config.json")
     config.pop("auto_map", None)
-    found = config.pop("quantization_config", None) or config.pop("compression_config", None)
+    older = config.pop("compression_config", None)  # what compressed-tensors called it; both may be there
+    found = config.pop("quantization_config", None) or older
     for name, method in _CONFIG_FILES.items():
         if found is None and (directory / name).exists():
             found = {"quant_method": method, **read_json(directory / name)}
