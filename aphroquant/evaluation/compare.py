@@ -36,7 +36,7 @@ def evaluate(
     model: str | Path,
     *,
     against: str | Path,
-    texts: Sequence[str | Path] | None = None,
+    texts: Sequence[str | Path] | str | Path | None = None,
     windows: int = 8,
     window_len: int = 1024,
     seed: int | None = None,

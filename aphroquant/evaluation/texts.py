@@ -21,14 +21,15 @@ class TextSource:
     num_characters: int
 
 
-def read_texts(paths: Sequence[str | Path] | None) -> tuple[str, tuple[TextSource, ...]]:
+def read_texts(paths: Sequence[str | Path] | str | Path | None) -> tuple[str, tuple[TextSource, ...]]:
     """The files' texts joined by an empty line, and what they were. Without paths: the bundled evaluation text."""
     if not paths:
         from aphroquant.calibration.data import default_text
 
         texts = [("default", default_text("evaluation"))]
     else:
-        texts = [(str(path), _read(Path(path))) for path in paths]
+        files = [paths] if isinstance(paths, str | Path) else paths
+        texts = [(str(path), _read(Path(path))) for path in files]
     sources = tuple(TextSource(name, hashlib.sha256(text.encode()).hexdigest(), len(text)) for name, text in texts)
     return SEPARATOR.join(text for _, text in texts), sources
 

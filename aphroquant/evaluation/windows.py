@@ -27,6 +27,8 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 def token_windows(token_ids: list[int], windows: int, window_len: int, seed: int | None = None) -> Tensor:
     """int64 [W, window_len]; W is `windows`, or the number of whole chunks if there are fewer."""
+    if seed is not None and not 0 <= seed < 2**63:
+        raise UsageError(f"seed = {seed} must be between 0 and 2**63 - 1")
     num_chunks = len(token_ids) // window_len
     if num_chunks == 0:
         raise InputError(

@@ -133,6 +133,8 @@ def test_a_model_that_computes_nan_fails_without_any_bound(
         (["--max-kld", "nan"], 2, "max_kld = nan must be a number of at least 0"),
         (["--max-kld", "-1"], 2, "max_kld = -1.0 must be a number of at least 0"),
         (["--min-top1", "90"], 2, "hint: for 90 % give 0.9"),
+        (["--seed", "-1"], 2, "seed = -1 must be between 0 and 2**63 - 1"),
+        (["--seed", str(2**64)], 2, "must be between 0 and 2**63 - 1"),
         (["--windows", "0"], 2, "windows = 0 must be at least 1"),
         (["--window-len", "4096"], 2, "window_len = 4096 must be at most 512"),
         (["--window-len", "long"], 2, "Invalid value for '--window-len'"),

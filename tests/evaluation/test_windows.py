@@ -103,3 +103,9 @@ def test_a_text_that_is_not_utf8_is_refused_naming_the_byte(tmp_path: Path) -> N
 def test_a_text_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"none.txt: cannot be read: No such file"):
         read_texts([tmp_path / "none.txt"])
+
+
+def test_one_text_need_not_be_a_list(tmp_path: Path) -> None:
+    path = tmp_path / "one.txt"
+    path.write_text("words")
+    assert read_texts(path) == read_texts(str(path)) == read_texts([path])
