@@ -19,6 +19,7 @@ from aphroquant.conversion.progress import Progress
 if TYPE_CHECKING:
     from aphroquant.conversion import ConversionResult
 
+_SECONDS_BETWEEN_LINES = 1.0
 TARGETS = ("awq", "gptq", "fp8", "compressed-tensors")
 
 
@@ -138,7 +139,7 @@ def _progress() -> Iterator[Progress]:
 
 
 class _PlainProgress(Progress):
-    """One line a stage and a block."""
+    """One line a stage and a block; of quick blocks, one now and then."""
 
     def __init__(self) -> None:
         self._started = self._last = time.monotonic()
@@ -149,10 +150,10 @@ class _PlainProgress(Progress):
 
     def block(self, done: int, total: int) -> None:
         now = time.monotonic()
-        if done:
-            remaining = (now - self._started) / done * (total - done)
-            click.echo(f"{done}/{total}  {now - self._last:.1f} s  {remaining:.0f} s left", err=True)
-        self._last = now
+        if done and (done == total or now - self._last >= _SECONDS_BETWEEN_LINES):
+            elapsed = now - self._started
+            click.echo(f"{done}/{total}  {elapsed:.1f} s  {elapsed / done * (total - done):.0f} s left", err=True)
+            self._last = now
 
     def note(self, text: str) -> None:
         click.echo(f"note: {text}", err=True)

@@ -78,15 +78,17 @@ class RepackPlan:
 
 
 def make_repack_plan(checkpoint: Checkpoint, request: ConversionRequest) -> RepackPlan | str:
-    """The plan, or why the source's numbers cannot stay ("" if it has none, or others are asked for)."""
+    """The plan, or why the source's numbers cannot stay ("" if it has none)."""
     kept_dense = {EMBEDDING, LM_HEAD} if checkpoint.format is None else set()  # GGUF quantizes these; no target does
     schemes = {
         module: scheme
         for module, scheme in checkpoint.schemes().items()
         if not isinstance(scheme, DenseScheme) and module not in kept_dense
     }
-    if not schemes or not all(request.accepts(scheme) for scheme in schemes.values()):
+    if not schemes:
         return ""
+    if not all(request.accepts(scheme) for scheme in schemes.values()):
+        return "the options ask for other numbers than it has"
     dense = [module for module in checkpoint.schemes() if module not in schemes and module != EMBEDDING]
     try:
         target = format_class(request.to).for_schemes(schemes, list(dict.fromkeys([*dense, LM_HEAD])))

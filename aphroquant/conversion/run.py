@@ -43,7 +43,7 @@ def convert(
     samples: int = 128,
     seq_len: int = 512,
     seed: int = 0,
-    ignore: Sequence[str] = (),
+    ignore: Sequence[str] | str = (),
     overwrite: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
@@ -69,7 +69,7 @@ def convert(
         samples=samples,
         seq_len=seq_len,
         seed=seed,
-        ignore=tuple(ignore),
+        ignore=(ignore,) if isinstance(ignore, str) else tuple(ignore),
         overwrite=overwrite,
     )
     conversion = _Conversion(request, open_checkpoint(source), progress or Progress())
@@ -144,6 +144,7 @@ class _Conversion:
             )
 
     def _repack(self, plan: RepackPlan, writer: CheckpointWriter) -> None:
+        self.progress.stage("repacking")
         for number, module in enumerate(plan.schemes, 1):
             self._add_module(writer, module, repack_module(plan, module))
             self.progress.block(number, len(plan.schemes))

@@ -194,6 +194,7 @@ def test_other_numbers_are_quantized_anew_and_it_says_so(tiny_checkpoint: Tiny, 
     assert "quantized anew, with a loss" in result.notes[0]
     asked = converted(tmp_path / "one", tmp_path / "three", to="awq", group_size=32, solver="rtn")
     assert asked.mode == "quantize"
+    assert "the options ask for other numbers" in asked.notes[0]
     module = "model.layers.1.mlp.down_proj"
     assert open_checkpoint(tmp_path / "three").schemes()[module] == IntegerScheme(4, 32, False)
 
@@ -313,3 +314,20 @@ def test_a_damaged_weight_is_named_and_nothing_is_left(tiny_checkpoint: Tiny, tm
     with pytest.raises(InputError, match=r"model\.layers\.1\.mlp\.up_proj\.weight holds NaN"):
         converted(damaged, tmp_path / "out", to="awq", solver="rtn", samples=samples)
     assert [path.name for path in tmp_path.iterdir()] == ["damaged"]
+
+
+def test_one_pattern_need_not_be_a_list(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
+    result = converted(tiny_checkpoint("llama"), tmp_path / "out", to="fp8", ignore="o_proj", dry_run=True)
+    assert result.num_modules == 12
+
+
+def test_nothing_stays_of_the_sources_own_quantization(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
+    converted(tiny_checkpoint("llama"), tmp_path / "one", to="gptq", samples=0)
+    config = json.loads((tmp_path / "one" / "config.json").read_text())
+    (tmp_path / "one" / "config.json").write_text(json.dumps({**config, "compression_config": {"format": "dense"}}))
+    (tmp_path / "one" / "quantize_config.json").write_text(json.dumps(config["quantization_config"]))
+    converted(tmp_path / "one", tmp_path / "two", to="awq")
+    written = json.loads((tmp_path / "two" / "config.json").read_text())
+    assert "compression_config" not in written
+    assert written["quantization_config"]["quant_method"] == "awq"
+    assert not (tmp_path / "two" / "quantize_config.json").exists()
