@@ -131,6 +131,11 @@ class EngineClient:
     def _check_room(self, num_choices: int) -> None:
         if self._closed_to is not None:
             raise self._closed_to
+        if num_choices > self._max_open:
+            raise RequestError(
+                f"{num_choices} choices (prompts x n) are more than the {self._max_open} that may be open here",
+                param="n",
+            )
         if self._num_open + num_choices > self._max_open:
             raise RequestError(
                 f"the server is busy: {self._num_open} of at most {self._max_open} choices are open; try again later",

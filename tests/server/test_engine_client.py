@@ -130,6 +130,9 @@ def test_more_choices_than_there_is_room_for_are_refused() -> None:
                     await texts(client, request("ab", "two", n=2))
                 assert caught.value.status == 503
             assert await texts(client, request("ab", "three", n=3))
+            with pytest.raises(RequestError, match=r"4 choices .* are more than the 3") as caught:
+                await texts(client, request("ab", "four", n=4))
+            assert caught.value.status == 400  # trying again would not help
 
     asyncio.run(fill())
 
