@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import io
 import signal
 import sys
 import threading
@@ -43,6 +44,8 @@ def command(model: str, system: str | None, temperature: float, max_tokens: int 
     interactive = prompt is None and sys.stdin.isatty()
     if not interactive:
         prompt = _one_prompt(prompt)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # an emoji must not end the answer where the encoding is Latin-1
     from aphroquant.engine.engine import Engine
 
     engine = Engine(EngineConfig(model=model, max_num_seqs=1))

@@ -149,6 +149,13 @@ def test_a_prompt_that_cannot_run_ends_with_an_error(
     assert f"error: {message}\n" in capsys.readouterr().err
 
 
+def test_what_the_encoding_of_the_output_lacks_is_replaced() -> None:
+    command = [sys.executable, "-c", FAKE_CHAT, "--prompt", "caf\u00e9 \U0001f389 end"]
+    environment = os.environ | {"PYTHONIOENCODING": "latin-1"}
+    chat = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, timeout=60)
+    assert chat.stdout.decode("latin-1") == "[user caf\u00e9 ? end] \n", chat.stderr
+
+
 @pytest.mark.parametrize("temperature", ["nan", "200"])
 def test_a_temperature_out_of_range_is_a_usage_error(temperature: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["chat", "model", "--prompt", "x", "--temperature", temperature]) == 2
