@@ -14,6 +14,7 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 MAX_N = 128
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
+MAX_THREADS = 1024
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -157,6 +158,8 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1):
                 raise UsageError(f"{name} = {value!r} must be a whole number, at least 1")
+        if self.num_threads is not None and self.num_threads > MAX_THREADS:  # OpenMP crashes when it cannot start them
+            raise UsageError(f"num_threads = {self.num_threads} must be at most {MAX_THREADS}")
         for name, known in (("backend", ("auto", "reference", "cpu")), ("activations", ("int8", "float"))):
             if getattr(self, name) not in known:
                 raise UsageError(f"{name} = {getattr(self, name)!r} must be one of {', '.join(known)}")

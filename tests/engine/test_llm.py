@@ -199,3 +199,8 @@ def test_the_strongest_repetition_penalties_keep_logits_finite(llm: LLM) -> None
 def test_settings_that_are_not_whole_numbers_are_refused(setting: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match="must be a whole number"):
         LLM("anything", **setting)
+
+
+def test_a_number_of_threads_that_cannot_be_started_is_refused() -> None:
+    with pytest.raises(UsageError, match="num_threads = 100000 must be at most 1024"):
+        LLM("anything", num_threads=100_000)
