@@ -3,8 +3,8 @@
     contestants.py NAME MODEL PROMPT_TOKENS DECODE_TOKENS THREADS
 
 Each answer is a JSON line: first the versions, then {"prompt": tokens/s, "decode": tokens/s}. The prompt is timed up to
-the first new token, the decoding over the tokens after it, one at a time and greedily. Needs nothing of aphroquant for
-the other contestants, which may live in environments of their own.
+the first new token, the decoding over the tokens after it, one at a time and greedily. llama.cpp lives in an
+environment of its own, so nothing but the standard library is imported at the top.
 """
 
 from __future__ import annotations
@@ -109,19 +109,24 @@ def load_forward(model: Path, max_len: int, threads: int) -> Callable[[list[int]
 
 
 def load_transformers(dtype: str) -> Callable[[Path, int, int], Callable[[list[int]], Steps]]:
-    """The model's weights, dequantized, in transformers."""
+    """The dequantized weights as an ordinary dense model in transformers."""
 
     def load(model: Path, _: int, threads: int) -> Callable[[list[int]], Steps]:
         import torch
-        from transformers import AutoModelForCausalLM
-        from transformers.utils import logging
+        from transformers import AutoConfig, AutoModelForCausalLM
 
-        logging.disable_progress_bar()
+        from aphroquant.checkpoint import open_checkpoint
+
         torch.set_num_threads(threads)
         torch.set_grad_enabled(False)
-        network = AutoModelForCausalLM.from_pretrained(
-            model.parent, gguf_file=model.name, dtype=getattr(torch, dtype), local_files_only=True
-        )
+        checkpoint = open_checkpoint(model)
+        config = AutoConfig.for_model(**checkpoint.config)
+        network = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval()
+        weights = {name: checkpoint.read(name) for name in checkpoint.tensors}
+        missing, unexpected = network.load_state_dict(weights, strict=False)
+        assert not unexpected
+        assert set(missing) <= {"lm_head.weight"}  # tied to the embedding
+        network.tie_weights()
 
         def start(prompt: list[int]) -> Steps:
             tokens, past = torch.tensor([prompt]), None

@@ -16,7 +16,7 @@ from aphroquant.kernels.cpu.abi import CACHE_TYPES, DecoderStruct, LayerStruct, 
 from aphroquant.kernels.cpu.batch import batch_struct
 
 
-@pytest.fixture(params=["avx512", "avx2", "baseline"])
+@pytest.fixture(params=["avx512", "avx2_vnni", "avx2", "baseline"])
 def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
     """The test runs once for each instruction set of this processor."""
     if reason := library.obstacle():

@@ -3,46 +3,61 @@
 
 #include "dispatch.h"
 
-namespace baseline {
-extern const AqKernels kernels;
+#define AQ_DECLARE(name)          \
+  namespace name {                \
+  extern const AqKernels kernels; \
+  }
+AQ_DECLARE(baseline)
+
+namespace {
+
+struct Build {
+  const AqKernels* kernels;
+  bool runs;  // on this processor
+};
+
+}  // namespace
+
+#ifdef AQ_AVX2
+AQ_DECLARE(avx2)
+static bool runs_avx2() {
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 }
-#ifdef AQ_X86
-namespace avx2 {
-extern const AqKernels kernels;
-}
-namespace avx512 {
-extern const AqKernels kernels;
+#endif
+#ifdef AQ_AVX2_VNNI
+AQ_DECLARE(avx2_vnni)
+static bool runs_avx2_vnni() { return runs_avx2() && __builtin_cpu_supports("avxvnni"); }
+#endif
+#ifdef AQ_AVX512
+AQ_DECLARE(avx512)
+static bool runs_avx512() {
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vnni");
 }
 #endif
 
 namespace {
 
-bool runs(const AqKernels& kernels) {
-#ifdef AQ_X86
-  __builtin_cpu_init();
-  if (&kernels == &avx512::kernels) {
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vnni");
-  }
-  if (&kernels == &avx2::kernels) {
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  }
+const Build kBuilds[] = {// best first
+#ifdef AQ_AVX512
+                         {&avx512::kernels, runs_avx512()},
 #endif
-  return &kernels == &baseline::kernels;
-}
-
-const AqKernels* const kBuilds[] = {
-#ifdef AQ_X86
-    &avx512::kernels, &avx2::kernels,
+#ifdef AQ_AVX2_VNNI
+                         {&avx2_vnni::kernels, runs_avx2_vnni()},
 #endif
-    &baseline::kernels};
+#ifdef AQ_AVX2
+                         {&avx2::kernels, runs_avx2()},
+#endif
+                         {&baseline::kernels, true}};
 
 const AqKernels* best() {
-  for (const AqKernels* build : kBuilds) {
-    if (runs(*build)) return build;
+  for (const Build& build : kBuilds) {
+    if (build.runs) return build.kernels;
   }
-  return &baseline::kernels;
+  return nullptr;
 }
 
 const AqKernels* chosen = best();
@@ -56,18 +71,18 @@ AQ_EXPORT int32_t aq_abi_version(void) { return AQ_ABI_VERSION; }
 AQ_EXPORT const char* aq_instruction_sets(void) {
   static char names[64];
   names[0] = 0;
-  for (const AqKernels* build : kBuilds) {
-    if (!runs(*build)) continue;
+  for (const Build& build : kBuilds) {
+    if (!build.runs) continue;
     if (names[0] != 0) strcat(names, ",");
-    strcat(names, build->name);
+    strcat(names, build.kernels->name);
   }
   return names;
 }
 
 AQ_EXPORT int32_t aq_select(const char* name) {
-  for (const AqKernels* build : kBuilds) {
-    if (strcmp(build->name, name) != 0 || !runs(*build)) continue;
-    chosen = build;
+  for (const Build& build : kBuilds) {
+    if (!build.runs || strcmp(build.kernels->name, name) != 0) continue;
+    chosen = build.kernels;
     return 0;
   }
   return 1;

@@ -1,4 +1,4 @@
-// AVX2 with FMA and F16C: 16 lanes are two registers.
+// AVX2 with FMA and F16C: 16 lanes are two registers. With AVX-VNNI the integer dot products are single instructions.
 #pragma once
 
 #include <immintrin.h>
@@ -186,6 +186,9 @@ static inline I32 dot4(I32 total, Bytes codes, const int8_t* four) {
   int32_t word;
   memcpy(&word, four, 4);
   const __m256i repeated = _mm256_set1_epi32(word);
+#if defined(__AVXVNNI__)
+  return {_mm256_dpbusd_avx_epi32(total.lo, codes.lo, repeated), _mm256_dpbusd_avx_epi32(total.hi, codes.hi, repeated)};
+#else
   if constexpr (kBits < 8) {
     return {_mm256_add_epi32(total.lo, dot4_small(codes.lo, repeated)),
             _mm256_add_epi32(total.hi, dot4_small(codes.hi, repeated))};
@@ -199,6 +202,7 @@ static inline I32 dot4(I32 total, Bytes codes, const int8_t* four) {
     low.hi = _mm256_add_epi32(low.hi, _mm256_slli_epi32(dot4_small(upper_hi, repeated), 4));
     return add(total, low);
   }
+#endif
 }
 
 // The sums of 16 vectors' lanes as one vector, added in the same order as sum().
