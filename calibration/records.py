@@ -19,8 +19,13 @@ _ANSWERS = ("response", "completion", "output", "answer")
 
 def read_documents(path: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
     """The texts of one file: the whole of a text file, each record of a JSONL file."""
+    suffix = path.suffix.lower()
+    if suffix == ".json":
+        raise InputError(
+            f"{path}: is JSON, but calibration reads text and JSONL", hint="one object a line, in a .jsonl file"
+        )
     content = _read(path)
-    if path.suffix not in JSONL_SUFFIXES:
+    if suffix not in JSONL_SUFFIXES:
         yield content
         return
     for number, line in enumerate(content.split("\n"), 1):

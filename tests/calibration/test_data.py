@@ -152,3 +152,17 @@ def test_cutting_a_long_text_loses_nothing() -> None:
         pieces = data._pieces(text)
         assert len(pieces) > 1
         assert "".join(pieces) == text
+
+
+def test_the_kind_of_a_file_does_not_depend_on_the_case_of_its_name(tokenizer: Any, tmp_path: Path) -> None:
+    path = tmp_path / "RECORDS.JSONL"
+    path.write_text("no json\n")
+    with pytest.raises(InputError, match="line 1: is not valid JSON"):
+        calibration_windows(tokenizer, [path], samples=1, seq_len=2, seed=0)
+
+
+def test_a_json_document_is_not_taken_for_text(tokenizer: Any, tmp_path: Path) -> None:
+    path = tmp_path / "records.json"
+    path.write_text(json.dumps([{"text": "words " * 50}]))
+    with pytest.raises(InputError, match="is JSON, but calibration reads text and JSONL"):
+        calibration_windows(tokenizer, [path], samples=1, seq_len=2, seed=0)
