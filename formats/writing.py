@@ -76,7 +76,10 @@ def checked(module: str, weight: QuantizedWeight, expected: Scheme) -> None:
 
 def require_multiple(target: str, module: str, what: str, size: int, divisor: int) -> None:
     if size % divisor:
-        raise UsageError(f"{module}: {target} needs {what} = {size} to be a multiple of {divisor}")
+        raise UsageError(
+            f"{module}: {target} needs {what} = {size} to be a multiple of {divisor}",
+            hint="compressed-tensors holds layers of any shape; or leave this one dense with --ignore",
+        )
 
 
 def exact_cast(target: str, module: str, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:

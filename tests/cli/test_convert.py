@@ -89,6 +89,15 @@ def test_a_calibration_file_that_is_not_needed_is_not_read_and_it_says_so(
     assert "note: the calibration text is not read" in capsys.readouterr().err
 
 
+def test_more_threads_than_the_machine_has_do_no_harm(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
+    source, out = str(tiny_checkpoint("llama")), str(tmp_path / "out")
+    program = f"from aphroquant.cli import main; main(['convert', {source!r}, '--to', 'fp8', '--out', {out!r}, "
+    finished = subprocess.run(
+        [sys.executable, "-c", program + "'--threads', '100000'])"], capture_output=True, check=False
+    )
+    assert finished.returncode == 0
+
+
 @pytest.mark.parametrize("name", ["convert", "eval", "inspect"])
 def test_help_does_not_wait_for_torch(name: str) -> None:
     program = f"import sys; from aphroquant.cli import run; run(['{name}', '--help']); sys.exit('torch' in sys.modules)"
