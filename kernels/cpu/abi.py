@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
+from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p, sizeof
 from typing import Any
 
 import torch
 from torch import Tensor
-
-ABI_VERSION = 1
 
 DENSE_KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 KIND_CODES, KIND_FP8 = 3, 4
@@ -113,6 +111,10 @@ class BatchStruct(Structure):
         ("cos", c_void_p),
         ("sin", c_void_p),
     )
+
+
+# What aq_abi_version() gives: AQ_ABI_VERSION and the sizes of the structs.
+ABI_VERSION = 65536 + sum(sizeof(struct) for struct in (LinearStruct, LayerStruct, DecoderStruct, BatchStruct))
 
 
 def address(tensor: Tensor | None) -> int | None:

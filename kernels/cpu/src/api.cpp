@@ -66,7 +66,11 @@ const AqKernels* chosen = best();
 
 #define AQ_EXPORT extern "C" __attribute__((visibility("default")))
 
-AQ_EXPORT int32_t aq_abi_version(void) { return AQ_ABI_VERSION; }
+AQ_EXPORT int32_t aq_abi_version(void) {
+  // A field more or less is another interface, whether or not somebody thought of the number.
+  return AQ_ABI_VERSION * 65536 +
+         static_cast<int32_t>(sizeof(AqLinear) + sizeof(AqLayer) + sizeof(AqDecoder) + sizeof(AqBatch));
+}
 
 AQ_EXPORT const char* aq_instruction_sets(void) {
   static char names[64];
