@@ -32,7 +32,11 @@ TARGETS = ("awq", "gptq", "fp8", "compressed-tensors")
 @click.option(
     "--group-size", type=int, help="Weights that share a scale; -1: a whole row. Default: 128, 64 or 32, what fits."
 )
-@click.option("--symmetric", is_flag=True, default=None, help="No zero points.")
+@click.option(
+    "--symmetric/--asymmetric",
+    default=None,
+    help="Without or with zero points. Default: with, but for compressed-tensors without.",
+)
 @click.option("--scheme", metavar="NAME", help="w4a16, w8a16, w8a8-int8, fp8-dynamic, fp8-static or fp8-block.")
 @click.option("--solver", metavar="rtn|gptq|awq|awq-gptq", help="How to choose the numbers. Default: awq-gptq.")
 @click.option(
@@ -89,7 +93,7 @@ def command(
             scheme=scheme,
             bits=bits,
             group_size=group_size,
-            symmetric=symmetric or None,
+            symmetric=symmetric,
             solver=solver,
             calibration=calibration,
             samples=samples,

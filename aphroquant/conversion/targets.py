@@ -18,6 +18,8 @@ AUTOMATIC_GROUP_SIZES = (128, 64, 32)
 DEFAULT_SOLVER = "awq-gptq"
 DEFAULT_SOLVER_8_BITS = "rtn"
 DEFAULT_FP8 = "fp8-dynamic"
+# transformers 5.23 with compressed-tensors 0.20 runs packed weights with zero points only dequantized.
+SYMMETRIC_BY_DEFAULT = ("compressed-tensors",)
 
 _TOKEN_INPUTS = {"int": ActivationScheme("int"), "float": ActivationScheme("float")}
 _STATIC_INPUTS = ActivationScheme("float", dynamic=False, granularity="tensor")
@@ -75,7 +77,8 @@ def resolve_scheme(request: ConversionRequest, widths: Mapping[str, int]) -> Int
         return FIXED_SCHEMES[target][name]
     bits = _bits(request, name)
     size = _group_size(request, widths)
-    return IntegerScheme(bits, size, bool(request.symmetric))
+    symmetric = target in SYMMETRIC_BY_DEFAULT if request.symmetric is None else request.symmetric
+    return IntegerScheme(bits, size, symmetric)
 
 
 def resolve_solver(request: ConversionRequest, scheme: IntegerScheme | FloatScheme) -> Solver:

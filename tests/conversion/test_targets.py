@@ -104,3 +104,12 @@ def test_only_what_looks_at_activations_needs_calibration() -> None:
 def test_nonsense_values_are_usage_errors(options: dict[str, int]) -> None:
     with pytest.raises(UsageError):
         asked("awq", **options)
+
+
+@pytest.mark.parametrize(("target", "symmetric"), [("awq", False), ("gptq", False), ("compressed-tensors", True)])
+def test_zero_points_are_used_by_default_where_other_readers_run_them(target: str, symmetric: bool) -> None:
+    by_default = resolve_scheme(asked(target, bits=4), SMOLLM)
+    other = resolve_scheme(asked(target, bits=4, symmetric=not symmetric), SMOLLM)
+    assert isinstance(by_default, IntegerScheme)
+    assert isinstance(other, IntegerScheme)
+    assert (by_default.symmetric, other.symmetric) == (symmetric, not symmetric)
