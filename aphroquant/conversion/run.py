@@ -51,7 +51,8 @@ def convert(
     """Quantize the checkpoint `source` into the directory `out`, in the format `to`.
 
     Left out arguments take the best that the target and the model allow: 4 bits, the largest usual group size that
-    divides every layer, zero points (not for compressed-tensors), the solver with the lowest measured divergence, the bundled calibration texts.
+    divides every layer, zero points (not for compressed-tensors, whose other readers run them only dequantized), the
+    solver with the lowest measured divergence, the bundled calibration texts.
     A source that is quantized already, in numbers that `to` can hold, is repacked without loss unless other numbers
     are asked for. The directory appears only when it is complete. `samples` = 0 does without calibration (rtn, FP8).
     """
