@@ -24,7 +24,9 @@ from aphroquant.kernels.cpu.abi import (
 from aphroquant.kernels.cpu.grouped import GroupedWeight
 
 BLOCK = 16  # outputs of a block
-MAX_CHUNK = 64  # columns that share one scale of a row in the fast mode
+# Columns that share one scale of a row in the fast mode. 64 would make long prompts 8 % faster, and costs accuracy: the
+# KL divergence from unrounded inputs is 0.0052 instead of 0.0029 (SmolLM2-135M, AWQ, 1000 tokens of Wikipedia).
+MAX_CHUNK = 32
 MAX_ROW_CHUNK = 256  # with one scale a row: an 8-bit dot product of a chunk stays below 2**24, exact in float32
 
 
