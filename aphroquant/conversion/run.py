@@ -126,7 +126,10 @@ class _Conversion:
             return found
         if found:
             self._note(f"the source is quantized already and is quantized anew, with a loss, because {found}")
-        return make_plan(self.checkpoint, self.request)
+        plan = make_plan(self.checkpoint, self.request)
+        if partial := _partial_blocks(plan):
+            self._note(f"{partial} is no whole number of blocks, which transformers and some engines refuse")
+        return plan
 
     def _read_calibration(self) -> CalibrationData | None:
         if not isinstance(self.plan, ConversionPlan) or not self.plan.calibrates:
@@ -240,6 +243,15 @@ def _scheme_text(plan: Plan) -> str:
     if isinstance(plan, ConversionPlan):
         return str(plan.scheme)
     return ", ".join(sorted({str(scheme) for scheme in plan.schemes.values()}))
+
+
+def _partial_blocks(plan: ConversionPlan) -> str | None:
+    """The first module whose scales include one for a block cut short by the edge, with its shape."""
+    if not isinstance(plan.scheme, FloatScheme) or plan.scheme.block_shape is None:
+        return None
+    rows, columns = plan.scheme.block_shape
+    cut = (f"{name} {n}x{k}" for name, (n, k) in plan.modules.items() if n % rows or k % columns)
+    return next(cut, None)
 
 
 def _peak_memory() -> int:

@@ -331,3 +331,13 @@ def test_nothing_stays_of_the_sources_own_quantization(tiny_checkpoint: Tiny, tm
     assert "compression_config" not in written
     assert written["quantization_config"]["quant_method"] == "awq"
     assert not (tmp_path / "two" / "quantize_config.json").exists()
+
+
+@pytest.mark.parametrize(("hidden_size", "noted"), [(96, True), (128, False)])
+def test_blocks_cut_short_by_the_edge_of_a_layer_are_told(
+    tiny_checkpoint: Tiny, tmp_path: Path, hidden_size: int, noted: bool
+) -> None:
+    widths = {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 32, "intermediate_size": 128}
+    source = tiny_checkpoint("llama", hidden_size=hidden_size, **widths)
+    result = converted(source, tmp_path / "out", to="fp8", scheme="fp8-block", dry_run=True)
+    assert any("no whole number of blocks" in note for note in result.notes) == noted
