@@ -1,0 +1,28 @@
+"""Short checks of every kernel against a float64 reference, which `aphroquant doctor` runs.
+
+A folder beside this file lists its own in a module `self_test.py`, as a tuple SELF_TESTS.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class SelfTest:
+    """`run` gives a relative error, ||out - reference|| / ||reference||, which must not exceed `tolerance`."""
+
+    name: str
+    run: Callable[[], float]
+    tolerance: float
+
+
+def all_self_tests() -> list[SelfTest]:
+    """Of every folder that lists some."""
+    found: list[SelfTest] = []
+    for path in sorted(Path(__file__).parent.glob("*/self_test.py")):
+        found += importlib.import_module(f"aphroquant.kernels.cuda.{path.parent.name}.self_test").SELF_TESTS
+    return found
