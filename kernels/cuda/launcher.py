@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from ctypes import Structure, _SimpleCData, c_uint32, sizeof
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ from aphroquant.kernels.cuda.variants import Macro
 __all__ = ["Kernel", "TensorMap", "cuda_kernel"]
 
 _HEADER = "@4P12I"
-Argument = Tensor | Structure | _SimpleCData[Any] | None
+Argument: TypeAlias = "Tensor | Structure | _SimpleCData[Any] | None"
 
 _kernels: dict[tuple[str, str, tuple[tuple[str, Macro], ...]], Kernel] = {}
 _kernels_lock = threading.Lock()

@@ -1,4 +1,4 @@
-"""The order in which a weight's columns are packed: whole groups, padded so that one scale serves whole matrix steps."""
+"""The order in which a weight's columns are packed: whole groups, so that one scale serves whole matrix steps."""
 
 from __future__ import annotations
 

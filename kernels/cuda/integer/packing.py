@@ -1,13 +1,14 @@
 """Integer weights as the CUDA kernels read them: one layout for decode, batch and prefill.
 
-The kernels compute Y^T = W X^T, so the weight is the A operand of `mma.sync.m16n8k16`, and of `wgmma.m64nNk16` with A in
-registers: lane l of a warp holds rows l/4 and l/4 + 8 and columns 2 (l%4) + {0, 1} and + 8 of a 16 x 16 tile. Rows (output
-features) are padded to 64 and columns to 128. The codes are stored
+The kernels compute Y^T = W X^T, so the weight is the A operand of `mma.sync.m16n8k16`, and of `wgmma.m64nNk16` with A
+in registers: lane l of a warp holds rows l/4 and l/4 + 8 and columns 2 (l%4) + {0, 1} and + 8 of a 16 x 16 tile. Rows
+(output features) are padded to 64 and columns to 128. The codes are stored
 
-    [super rows of 64][chunks of 64 columns][4 tiles of 16 rows][planes][32 lanes][that lane's 32 codes of 4 k16-steps]
+    [super rows of 64][chunks of 64 columns][4 tiles of 16 rows][planes][32 lanes][a lane's 32 codes of 4 k16-steps]
 
-so that a chunk of a super row is contiguous, and so is a whole super row. In one k16-step a lane has 8 codes, two for each
-fragment register r = 0..3 (r & 1: row + 8; r >> 1: columns + 8); e = 0, 1 is the even or odd column. Bits of a lane:
+so that a chunk of a super row is contiguous, and so is a whole super row. In one k16-step a lane has 8 codes, two for
+each fragment register r = 0..3 (r & 1: row + 8; r >> 1: columns + 8); e = 0, 1 is the even or odd column. Bits of a
+lane:
 
     4 bits  16 bytes, word s = step s:                              code (r, e) at bit 4 r + 16 e
     2 bits  8 bytes, word v = steps 2v, 2v + 1, p = 4 (s % 2) + r:  code (p, e) at bit 2 p + 16 e
@@ -17,8 +18,8 @@ fragment register r = 0..3 (r & 1: row + 8; r >> 1: columns + 8); e = 0, 1 is th
 Both halves of a word thereby hold the two codes of one register at the same place: a shift, a mask and an OR with the
 exponent of 128 (bf16) or 1024 (fp16) make two numbers at once.
 
-Scales, zero points (uint8) and offsets are stored [super rows][groups][64], where row 16 t + 8 h + i of the 64 stands at
-8 i + 2 t + h: the eight values that a lane needs for its four tiles are contiguous.
+Scales, zero points (uint8) and offsets are stored [super rows][groups][64], where row 16 t + 8 h + i of the 64 stands
+at 8 i + 2 t + h: the eight values that a lane needs for its four tiles are contiguous.
 """
 
 from __future__ import annotations
@@ -199,11 +200,11 @@ def _planes(lanes: Tensor, bits: int) -> list[Tensor]:
     """Codes [..., lane, step, register, 2] -> planes uint8 [..., lane, bytes]."""
     if bits == 8:
         # byte (r % 2) + 2 e of word r / 2
-        plane = lanes.unflatten(-2, (2, 2)).transpose(-1, -2).flatten(-3)
+        plane = _split(lanes, -2, (2, 2)).transpose(-1, -2).flatten(-3)
         return [plane[..., :2, :].flatten(-2), plane[..., 2:, :].flatten(-2)]
     if bits == 4:
         return [_or_bytes(lanes, [[(byte % 2 * 2 + high, byte // 2) for high in (0, 1)] for byte in range(4)], 4)]
-    pairs = lanes.unflatten(-3, (2, 2)).flatten(-3, -2)  # [..., lane, word, pair, 2]
+    pairs = _split(lanes, -3, (2, 2)).flatten(-3, -2)  # [..., lane, word, pair, 2]
     two_bits = [[(byte % 2 * 4 + place, byte // 2) for place in range(4)] for byte in range(4)]
     low = _or_bytes(pairs & 3, two_bits, 2)
     return [low] if bits == 2 else [low, _high_plane(pairs >> 2)]
@@ -232,23 +233,30 @@ def _high_plane(bits: Tensor) -> Tensor:
     return torch.stack(columns, -1)
 
 
+def _split(values: Tensor, dim: int, sizes: tuple[int, ...]) -> Tensor:
+    """`values` with one dimension split into several; -1 for what is left."""
+    shape = list(values.shape)
+    dim %= len(shape)
+    return values.reshape(shape[:dim] + list(sizes) + shape[dim + 1 :])
+
+
 def _unpack_lanes(packed: Tensor, bits: int) -> Tensor:
     """uint8 [super rows, chunks, bytes] -> codes [super rows, chunks, tile, lane, step, register, 2]."""
-    tiles = packed.unflatten(-1, (TILES, -1))
+    tiles = _split(packed, -1, (TILES, -1))
     low = PLANE_BYTES[bits][0]
-    plane = tiles[..., : LANES * low].unflatten(-1, (LANES, low))
+    plane = _split(tiles[..., : LANES * low], -1, (LANES, low))
     if bits == 8:
-        second = tiles[..., LANES * low :].unflatten(-1, (LANES, low))
-        both = torch.stack([plane, second], -2).unflatten(-1, (2, 2, 2, 2))  # [plane, step, word, odd, register % 2]
+        second = _split(tiles[..., LANES * low :], -1, (LANES, low))
+        both = _split(torch.stack([plane, second], -2), -1, (2, 2, 2, 2))  # [plane, step, word, odd, register % 2]
         return both.transpose(-1, -2).flatten(-3, -2).flatten(-4, -3)
     if bits == 4:
-        halves = plane.unflatten(-1, (4, 2, 2))  # [step, odd, byte]: registers 0, 1 in byte 0
+        halves = _split(plane, -1, (4, 2, 2))  # [step, odd, byte]: registers 0, 1 in byte 0
         fields = torch.stack([halves & 15, halves >> 4], -1).flatten(-2)
         return fields.transpose(-1, -2)
-    halves = plane.unflatten(-1, (2, 2, 2))  # [word, odd, byte]
+    halves = _split(plane, -1, (2, 2, 2))  # [word, odd, byte]
     fields = torch.stack([halves >> (2 * place) & 3 for place in range(4)], -1).flatten(-2).transpose(-1, -2)
     if bits == 3:
-        high = tiles[..., LANES * low :].unflatten(-1, (LANES, 2, 2))  # [odd, byte]
-        places = torch.stack([high >> place & 1 for place in range(8)], -1).unflatten(-1, (4, 2))
+        high = _split(tiles[..., LANES * low :], -1, (LANES, 2, 2))  # [odd, byte]
+        places = _split(torch.stack([high >> place & 1 for place in range(8)], -1), -1, (4, 2))
         fields = fields | places.flatten(-3, -2).permute(0, 1, 2, 3, 6, 5, 4) << 2
-    return fields.unflatten(-2, (2, 4)).flatten(-4, -3)
+    return _split(fields, -2, (2, 4)).flatten(-4, -3)
