@@ -32,6 +32,7 @@ FORMATS: Mapping[str, Callable[[], type[Format]]] = {
     "awq": _lazy("awq", "Awq"),
     "bitsandbytes": _lazy("bitsandbytes", "BitsAndBytes"),
     "compressed-tensors": _lazy("compressed_tensors", "CompressedTensors"),
+    "exl3": _lazy("exl3", "Exl3"),
     "fp8": _lazy("fp8", "Fp8"),
     "gptq": _lazy("gptq", "Gptq"),
     "hqq": _lazy("hqq", "Hqq"),

@@ -15,6 +15,7 @@ from aphroquant.schemes.float8 import FloatScheme, Granularity
 from aphroquant.schemes.integer import IntegerScheme
 from aphroquant.schemes.kquant import KQuantScheme
 from aphroquant.schemes.lookup import TABLES, LookupScheme, ScaleKind, TableName
+from aphroquant.schemes.trellis import CodebookName, TrellisScheme
 from aphroquant.schemes.weight import QuantizedWeight, Scheme
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "ActivationScheme",
     "AdditiveScheme",
     "AffineScheme",
+    "CodebookName",
     "DenseScheme",
     "FloatScheme",
     "Granularity",
@@ -32,4 +34,5 @@ __all__ = [
     "ScaleKind",
     "Scheme",
     "TableName",
+    "TrellisScheme",
 ]

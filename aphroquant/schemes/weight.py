@@ -16,8 +16,18 @@ from aphroquant.schemes.float8 import FloatScheme
 from aphroquant.schemes.integer import IntegerScheme
 from aphroquant.schemes.kquant import KQuantScheme
 from aphroquant.schemes.lookup import LookupScheme
+from aphroquant.schemes.trellis import TrellisScheme
 
-Scheme = IntegerScheme | AffineScheme | FloatScheme | LookupScheme | AdditiveScheme | KQuantScheme | DenseScheme
+Scheme = (
+    IntegerScheme
+    | AffineScheme
+    | FloatScheme
+    | LookupScheme
+    | AdditiveScheme
+    | TrellisScheme
+    | KQuantScheme
+    | DenseScheme
+)
 
 _GLOBAL_SCALE_TOLERANCE = 2**-24 * (1 + 2**-20)  # one rounding to float32, seen from either side
 
@@ -50,6 +60,8 @@ class QuantizedWeight:
         """
         if self.shape != other.shape:
             return False
+        if self.scheme == other.scheme and all(_same_bits(self[name], other[name]) for name in self.tensors):
+            return True  # nothing to compute: the usual case of a repacked weight
         if "global_scale" in self.tensors and self.scheme == other.scheme:
             return all(_same_tensor(name, self[name], other[name]) for name in self.tensors)
         ours, theirs = self.dequantize(), other.dequantize()
@@ -85,5 +97,13 @@ class QuantizedWeight:
 def _same_tensor(name: str, ours: Tensor, theirs: Tensor) -> bool:
     if name in ("global_scale", "input_scale"):
         return torch.allclose(ours.double(), theirs.double(), rtol=_GLOBAL_SCALE_TOLERANCE, atol=0, equal_nan=True)
-    same_kind = ours.dtype == theirs.dtype and ours.shape == theirs.shape
-    return same_kind and torch.equal(ours.contiguous().view(torch.uint8), theirs.contiguous().view(torch.uint8))
+    return _same_bits(ours, theirs)
+
+
+def _same_bits(ours: Tensor, theirs: Tensor) -> bool:
+    if ours.dtype != theirs.dtype or ours.shape != theirs.shape:
+        return False
+    flat = [tensor.contiguous().flatten().view(torch.uint8) for tensor in (ours, theirs)]
+    if flat[0].numel() % 8 == 0:
+        flat = [tensor.view(torch.int64) for tensor in flat]  # compares eight times as many bytes at once
+    return torch.equal(*flat)
