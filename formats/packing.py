@@ -6,12 +6,17 @@ bit 0 being the lowest of the first word. The pattern repeats every `period` cod
 shift over the whole tensor. A code may straddle two words. `padded=True` is the older layout of compressed-tensors
 (before 0.18) for widths that do not divide 32: floor(32 / b) codes a word, the highest bits unused.
 
+Widths of 2, 4 and 8 bits, which nearly all files have, never straddle bytes: their codes are spread over the bytes of
+wider integers, and gathered from them, several at a time. At 4 bits that is ten times as fast, and makes repacking a
+checkpoint take about as long as copying it.
+
 Words are int32, as files store them; the sign bit is an ordinary bit.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -30,10 +35,12 @@ def num_words(count: int, bits: int, *, padded: bool = False) -> int:
 
 def pack(codes: Tensor, bits: int, dim: int = -1, *, padded: bool = False) -> Tensor:
     """Codes (integers 0 .. 2**bits - 1) packed along `dim` into int32 words; the last word is filled with zero bits."""
-    assert not codes.numel() or 0 <= int(codes.min()) <= int(codes.max()) < 2**bits, f"codes wider than {bits} bits"
     period, period_words = _period(bits, padded)
     rows = codes.movedim(dim, -1)
+    _check_range(rows, bits)
     count = rows.shape[-1]
+    if bits in _SPREADING and codes.dtype == torch.uint8 and count * bits % WORD_BITS == 0:
+        return _gather(rows.contiguous(), bits).movedim(-1, dim).contiguous()
     rows = torch.nn.functional.pad(rows, (0, -count % period))
     rows = rows.reshape(*rows.shape[:-1], rows.shape[-1] // period, period)  # [..., periods, period]
     words = torch.zeros(*rows.shape[:-1], period_words, dtype=torch.int32, device=codes.device)
@@ -48,10 +55,12 @@ def pack(codes: Tensor, bits: int, dim: int = -1, *, padded: bool = False) -> Te
 
 
 def unpack(words: Tensor, bits: int, count: int, dim: int = -1, *, padded: bool = False) -> Tensor:
-    """The first `count` codes along `dim`, uint8. Inverse of `pack`."""
+    """The first `count` codes along `dim`, uint8, contiguous along `dim`. Inverse of `pack`."""
     period, period_words = _period(bits, padded)
     rows = words.movedim(dim, -1)
     assert rows.shape[-1] >= num_words(count, bits, padded=padded), "too few words"
+    if bits in _SPREADING:
+        return _spread(rows.contiguous(), bits)[..., :count].movedim(-1, dim)
     rows = torch.nn.functional.pad(rows, (0, -rows.shape[-1] % period_words))
     rows = rows.reshape(*rows.shape[:-1], rows.shape[-1] // period_words, period_words)  # [..., periods, period_words]
     codes = torch.empty(*rows.shape[:-1], period, dtype=torch.uint8, device=words.device)
@@ -63,22 +72,68 @@ def unpack(words: Tensor, bits: int, count: int, dim: int = -1, *, padded: bool 
             low_bits = WORD_BITS - shift  # the arithmetic shift has filled the rest with sign bits
             field = (field & (2**low_bits - 1)) | (rows[..., word + 1] << low_bits)
         codes[..., position] = (field & mask).to(torch.uint8)
-    return codes.flatten(-2)[..., :count].movedim(-1, dim).contiguous()
+    return codes.flatten(-2)[..., :count].movedim(-1, dim)
 
 
 def pack_awq(codes: Tensor) -> Tensor:
-    """4-bit codes [rows, columns] as AWQ gemm stores them: int32 [rows, columns / 8], nibbles interleaved."""
-    order = torch.tensor(AWQ_ORDER, device=codes.device)
-    eights = codes.reshape(codes.shape[0], codes.shape[1] // AWQ_PACK, AWQ_PACK)  # [rows, columns / 8, 8]
-    return pack(eights[..., order].flatten(1), 4)
+    """4-bit codes uint8 [rows, columns] as AWQ gemm stores them: int32 [rows, columns / 8], nibbles interleaved.
+
+    Fast for a `codes` that is the transpose of a contiguous matrix, as a weight's are.
+    """
+    rows, columns = codes.shape
+    transposed = codes.T.contiguous()
+    _check_range(transposed, 4)
+    eights = transposed.to(torch.uint8).view(columns // AWQ_PACK, AWQ_PACK, rows)
+    words = torch.empty(columns // AWQ_PACK, rows, 4, dtype=torch.uint8, device=codes.device)
+    for byte in range(4):
+        low, high = AWQ_ORDER[2 * byte], AWQ_ORDER[2 * byte + 1]
+        words[..., byte] = eights[:, low] | (eights[:, high] << 4)
+    return words.view(torch.int32)[..., 0].T.contiguous()
 
 
 def unpack_awq(words: Tensor) -> Tensor:
-    """The codes [rows, columns], uint8. Inverse of `pack_awq`."""
-    codes = torch.empty(*words.shape, AWQ_PACK, dtype=torch.uint8, device=words.device)
-    for nibble, column in enumerate(AWQ_ORDER):
-        codes[..., column] = (words >> 4 * nibble) & 15
-    return codes.flatten(1)
+    """The codes [rows, columns], uint8, the transpose of a contiguous matrix. Inverse of `pack_awq`."""
+    rows, count = words.shape
+    stored = words.T.flatten().view(torch.uint8).view(count, rows, 4)  # flat: a dimension of one may have any stride
+    codes = torch.empty(count, AWQ_PACK, rows, dtype=torch.uint8, device=words.device)
+    for byte in range(4):
+        codes[:, AWQ_ORDER[2 * byte]] = stored[..., byte] & 15
+        codes[:, AWQ_ORDER[2 * byte + 1]] = stored[..., byte] >> 4
+    return codes.view(count * AWQ_PACK, rows).T
+
+
+# Codes of a byte, spread over the bytes of an integer of this type by these shifts and masks, and gathered again.
+_SPREADING: Mapping[int, tuple[torch.dtype, tuple[tuple[int, int], ...]]] = {
+    2: (torch.int32, ((12, 0x000F000F), (6, 0x03030303))),
+    4: (torch.int16, ((4, 0x0F0F),)),
+    8: (torch.uint8, ()),
+}
+
+
+def _spread(words: Tensor, bits: int) -> Tensor:
+    """All codes of contiguous words [..., n]: uint8 [..., n * 32 / bits]."""
+    wide, steps = _SPREADING[bits]
+    codes = words.flatten().view(torch.uint8).to(wide, copy=True)  # flat: a dimension of one may have any stride
+    for shift, mask in steps:
+        codes |= codes << shift
+        codes &= mask
+    return codes.view(torch.uint8).view(*words.shape[:-1], words.shape[-1] * (WORD_BITS // bits))
+
+
+def _gather(codes: Tensor, bits: int) -> Tensor:
+    """Contiguous codes that fill whole words, as words. Inverse of `_spread`."""
+    wide, steps = _SPREADING[bits]
+    words = codes.flatten().view(wide)
+    for index in reversed(range(len(steps))):
+        words = words | (words >> steps[index][0])
+        if index:
+            words &= steps[index - 1][1]
+    packed = words.to(torch.uint8, copy=True).view(torch.int32)
+    return packed.view(*codes.shape[:-1], codes.shape[-1] // (WORD_BITS // bits))
+
+
+def _check_range(codes: Tensor, bits: int) -> None:
+    assert not codes.numel() or 0 <= int(codes.min()) <= int(codes.max()) < 2**bits, f"codes wider than {bits} bits"
 
 
 def _period(bits: int, padded: bool) -> tuple[int, int]:

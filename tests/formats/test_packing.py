@@ -110,3 +110,25 @@ def test_the_number_of_words_is_what_packing_gives() -> None:
 def test_codes_too_wide_for_their_field_are_an_assertion() -> None:
     with pytest.raises(AssertionError, match="wider than 3 bits"):
         pack(torch.tensor([[8]]), 3)
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (1, 8), (8, 1), (1, 1), (3, 5), (16, 64)])
+def test_awq_nibbles_of_any_shape_however_it_lies_in_memory_come_back(shape: tuple[int, int]) -> None:
+    rows, words = shape
+    codes = codes_of(4, rows, words * 8)
+    for stored in (codes, codes.T.contiguous().T):
+        packed = pack_awq(stored)
+        assert packed.is_contiguous()
+        assert packed.shape == shape
+        assert torch.equal(unpack_awq(packed), codes)
+        assert torch.equal(unpack_awq(packed.T.contiguous().T), codes)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("shape", [(1, 32), (32, 1), (5, 64), (64, 3)])
+def test_codes_of_whole_bytes_come_back_from_transposed_memory(bits: int, shape: tuple[int, int]) -> None:
+    codes = codes_of(bits, *shape)
+    for dim in (0, 1):
+        words = pack(codes, bits, dim)
+        assert torch.equal(pack(codes.T.contiguous().T, bits, dim), words)
+        assert torch.equal(unpack(words.T.contiguous().T, bits, shape[dim], dim), codes)
