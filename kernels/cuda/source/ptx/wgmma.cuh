@@ -68,9 +68,10 @@ __device__ __forceinline__ void warpgroup_give_registers() {
 #define WGMMA_NAMES_13 "%104, %105, %106, %107, %108, %109, %110, %111"
 #define WGMMA_NAMES_14 "%112, %113, %114, %115, %116, %117, %118, %119"
 #define WGMMA_NAMES_15 "%120, %121, %122, %123, %124, %125, %126, %127"
-#define WGMMA_NAMES_HALF "%0, %1, %2, %3"
+#define WGMMA_NAMES_UP_TO_4 "%0, %1, %2, %3"
 #define WGMMA_FOUR(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define WGMMA_EIGHT(i) WGMMA_FOUR(i), WGMMA_FOUR(i + 4)
+#define WGMMA_OPERANDS_UP_TO_4 WGMMA_FOUR(0)
 #define WGMMA_NAMES_UP_TO_8 WGMMA_NAMES_0
 #define WGMMA_OPERANDS_UP_TO_8 WGMMA_EIGHT(0)
 #define WGMMA_NAMES_UP_TO_16 WGMMA_NAMES_UP_TO_8 ", " WGMMA_NAMES_1
@@ -88,38 +89,39 @@ __device__ __forceinline__ void warpgroup_give_registers() {
 #define WGMMA_NAMES_UP_TO_128 WGMMA_NAMES_UP_TO_96 ", " WGMMA_NAMES_12 ", " WGMMA_NAMES_13 ", " WGMMA_NAMES_14 ", " WGMMA_NAMES_15
 #define WGMMA_OPERANDS_UP_TO_128 WGMMA_OPERANDS_UP_TO_96, WGMMA_EIGHT(96), WGMMA_EIGHT(104), WGMMA_EIGHT(112), WGMMA_EIGHT(120)
 
-// `a0`.. are the positions of the operands after the accumulator. A 16-bit B is never transposed here.
-#define WGMMA_FROM_REGISTERS(name, n, shape, names, operands, a0, a1, a2, a3, b, p)                                 \
-    __device__ __forceinline__ void name(float(&d)[n / 2], const uint32_t(&a)[4], uint64_t descriptor,             \
-                                         int accumulate) {                                                         \
-        asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #p ", 0;\nwgmma.mma_async.sync.aligned.m64n" #n shape  \
-                     " {" names "}, {%" #a0 ", %" #a1 ", %" #a2 ", %" #a3 "}, %" #b ", p, 1, 1, 0;\n}"             \
-                     : operands                                                                                    \
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(descriptor), "r"(accumulate));               \
+// `count` is the number of accumulator registers, `r0`.. the positions of the operands after them.
+#define WGMMA_FROM_REGISTERS(name, shape, count, r0, r1, r2, r3, r4, r5)                                           \
+    __device__ __forceinline__ void name(float(&d)[count], const uint32_t(&a)[4], uint64_t descriptor,            \
+                                         int accumulate) {                                                        \
+        asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #r5 ", 0;\nwgmma.mma_async.sync.aligned." shape " {"    \
+                     WGMMA_NAMES_UP_TO_##count "}, {%" #r0 ", %" #r1 ", %" #r2 ", %" #r3 "}, %" #r4               \
+                     ", p, 1, 1, 0;\n}"                                                                           \
+                     : WGMMA_OPERANDS_UP_TO_##count                                                               \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(descriptor), "r"(accumulate));              \
     }
 
-#define WGMMA_FROM_SHARED(name, n, shape, names, operands, a, b, p, modes)                                          \
-    __device__ __forceinline__ void name(float(&d)[n / 2], uint64_t a_descriptor, uint64_t descriptor,             \
-                                         int accumulate) {                                                         \
-        asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #p ", 0;\nwgmma.mma_async.sync.aligned.m64n" #n shape  \
-                     " {" names "}, %" #a ", %" #b ", p, 1, 1" modes ";\n}"                                        \
-                     : operands                                                                                    \
-                     : "l"(a_descriptor), "l"(descriptor), "r"(accumulate));                                        \
+#define WGMMA_FROM_SHARED(name, shape, count, r0, r1, r2, modes)                                                   \
+    __device__ __forceinline__ void name(float(&d)[count], uint64_t a_descriptor, uint64_t descriptor,            \
+                                         int accumulate) {                                                        \
+        asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #r2 ", 0;\nwgmma.mma_async.sync.aligned." shape " {"    \
+                     WGMMA_NAMES_UP_TO_##count "}, %" #r0 ", %" #r1 ", p, 1, 1" modes ";\n}"                      \
+                     : WGMMA_OPERANDS_UP_TO_##count                                                               \
+                     : "l"(a_descriptor), "l"(descriptor), "r"(accumulate));                                       \
     }
 
-#define WGMMA_ALL(n, names, operands, r0, r1, r2, r3, r4, r5)                                                       \
-    WGMMA_FROM_REGISTERS(wgmma_bf16, n, "k16.f32.bf16.bf16", names, operands, r0, r1, r2, r3, r4, r5)               \
-    WGMMA_FROM_REGISTERS(wgmma_f16, n, "k16.f32.f16.f16", names, operands, r0, r1, r2, r3, r4, r5)                  \
-    WGMMA_FROM_SHARED(wgmma_bf16, n, "k16.f32.bf16.bf16", names, operands, r0, r1, r2, ", 0, 0")                    \
-    WGMMA_FROM_SHARED(wgmma_f16, n, "k16.f32.f16.f16", names, operands, r0, r1, r2, ", 0, 0")                       \
-    WGMMA_FROM_SHARED(wgmma_e4m3, n, "k32.f32.e4m3.e4m3", names, operands, r0, r1, r2, "")
+#define WGMMA_ALL(n, count, r0, r1, r2, r3, r4, r5)                                                                \
+    WGMMA_FROM_REGISTERS(wgmma_bf16, "m64n" #n "k16.f32.bf16.bf16", count, r0, r1, r2, r3, r4, r5)                 \
+    WGMMA_FROM_REGISTERS(wgmma_f16, "m64n" #n "k16.f32.f16.f16", count, r0, r1, r2, r3, r4, r5)                    \
+    WGMMA_FROM_SHARED(wgmma_bf16, "m64n" #n "k16.f32.bf16.bf16", count, r0, r1, r2, ", 0, 0")                      \
+    WGMMA_FROM_SHARED(wgmma_f16, "m64n" #n "k16.f32.f16.f16", count, r0, r1, r2, ", 0, 0")                         \
+    WGMMA_FROM_SHARED(wgmma_e4m3, "m64n" #n "k32.f32.e4m3.e4m3", count, r0, r1, r2, "")
 
-WGMMA_ALL(8, WGMMA_NAMES_HALF, PACK(WGMMA_FOUR(0)), 4, 5, 6, 7, 8, 9)
-WGMMA_ALL(16, WGMMA_NAMES_UP_TO_8, PACK(WGMMA_OPERANDS_UP_TO_8), 8, 9, 10, 11, 12, 13)
-WGMMA_ALL(32, WGMMA_NAMES_UP_TO_16, PACK(WGMMA_OPERANDS_UP_TO_16), 16, 17, 18, 19, 20, 21)
-WGMMA_ALL(64, WGMMA_NAMES_UP_TO_32, PACK(WGMMA_OPERANDS_UP_TO_32), 32, 33, 34, 35, 36, 37)
-WGMMA_ALL(96, WGMMA_NAMES_UP_TO_48, PACK(WGMMA_OPERANDS_UP_TO_48), 48, 49, 50, 51, 52, 53)
-WGMMA_ALL(128, WGMMA_NAMES_UP_TO_64, PACK(WGMMA_OPERANDS_UP_TO_64), 64, 65, 66, 67, 68, 69)
-WGMMA_ALL(160, WGMMA_NAMES_UP_TO_80, PACK(WGMMA_OPERANDS_UP_TO_80), 80, 81, 82, 83, 84, 85)
-WGMMA_ALL(192, WGMMA_NAMES_UP_TO_96, PACK(WGMMA_OPERANDS_UP_TO_96), 96, 97, 98, 99, 100, 101)
-WGMMA_ALL(256, WGMMA_NAMES_UP_TO_128, PACK(WGMMA_OPERANDS_UP_TO_128), 128, 129, 130, 131, 132, 133)
+WGMMA_ALL(8, 4, 4, 5, 6, 7, 8, 9)
+WGMMA_ALL(16, 8, 8, 9, 10, 11, 12, 13)
+WGMMA_ALL(32, 16, 16, 17, 18, 19, 20, 21)
+WGMMA_ALL(64, 32, 32, 33, 34, 35, 36, 37)
+WGMMA_ALL(96, 48, 48, 49, 50, 51, 52, 53)
+WGMMA_ALL(128, 64, 64, 65, 66, 67, 68, 69)
+WGMMA_ALL(160, 80, 80, 81, 82, 83, 84, 85)
+WGMMA_ALL(192, 96, 96, 97, 98, 99, 100, 101)
+WGMMA_ALL(256, 128, 128, 129, 130, 131, 132, 133)
