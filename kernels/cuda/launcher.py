@@ -28,7 +28,7 @@ from aphroquant.kernels.cuda.native_launcher import Header, launch_function
 from aphroquant.kernels.cuda.tensor_map import TensorMap
 from aphroquant.kernels.cuda.variants import Macro
 
-__all__ = ["Kernel", "TensorMap", "cuda_kernel"]
+__all__ = ["Argument", "Kernel", "TensorMap", "cuda_kernel"]
 
 _HEADER = "@4P12I"
 Argument: TypeAlias = "Tensor | Structure | _SimpleCData[Any] | None"

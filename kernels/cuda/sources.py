@@ -7,7 +7,7 @@ import re
 from functools import cache
 from pathlib import Path
 
-SOURCE_ROOT = Path(__file__).parent / "source"
+SOURCE_ROOT = (Path(__file__).parent / "source").resolve()  # kernels/ is reached through a link in a checkout
 _INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]*"([^"]+)"', re.MULTILINE)
 
 

@@ -1,4 +1,4 @@
-// Integer types, for which NVRTC has no header, and the tensor map that the bulk copy engine reads.
+// Integer types, for which NVRTC has no header.
 #pragma once
 
 #ifdef __CUDACC_RTC__
@@ -13,8 +13,3 @@ using uint64_t = unsigned long long;
 #else
 #include <stdint.h>
 #endif
-
-// CUtensorMap, made by launcher.TensorMap on the host. A parameter: `const __grid_constant__ TensorMap map`.
-struct alignas(64) TensorMap {
-  uint64_t opaque[16];
-};
