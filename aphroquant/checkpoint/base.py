@@ -22,9 +22,12 @@ from aphroquant.errors import InputError
 from aphroquant.formats.base import Format
 from aphroquant.models.spec import DecoderSpec, decoder_spec
 from aphroquant.schemes import DenseScheme, QuantizedWeight, Scheme
+from aphroquant.schemes.rows import split_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+PIECE_ELEMENTS = 2**24  # 64 MiB as float32: of a matrix that is read in pieces
 
 # Stored beside a quantized weight under the same module name, and no part of it.
 COMPANIONS = frozenset({"bias", "k_scale", "v_scale", "q_scale", "kv_scale", "output_scale"})
@@ -67,6 +70,12 @@ class Checkpoint(ABC):
     def read(self, name: str) -> Tensor:
         """One stored tensor, in memory of its own (GGUF: dequantized to float32)."""
 
+    def read_pieces(self, name: str) -> Iterator[Tensor]:
+        """What `read` gives, flattened, in consecutive pieces of at most about PIECE_ELEMENTS elements."""
+        flat = self.read(name).flatten()
+        for start in range(0, flat.numel(), PIECE_ELEMENTS):
+            yield flat[start : start + PIECE_ELEMENTS]
+
     @abstractmethod
     def schemes(self) -> Mapping[str, Scheme]:
         """Every module with a two-dimensional weight, embeddings and head included, from headers alone."""
@@ -74,6 +83,10 @@ class Checkpoint(ABC):
     @abstractmethod
     def weight(self, module: str) -> QuantizedWeight:
         """The weight of one module of `schemes`, in canonical form."""
+
+    def weight_pieces(self, module: str, max_elements: int = PIECE_ELEMENTS) -> Iterator[QuantizedWeight]:
+        """The weight as consecutive rows (`split_rows`), so that what is made of it need not be whole in memory."""
+        yield from split_rows(self.weight(module), max_elements)
 
     @abstractmethod
     def tokenizer(self) -> PreTrainedTokenizerBase:

@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from aphroquant.checkpoint.base import COMPANIONS, Checkpoint, TensorInfo, naming, read_json, suffix
+from aphroquant.checkpoint.base import (
+    COMPANIONS,
+    PIECE_ELEMENTS,
+    Checkpoint,
+    TensorInfo,
+    naming,
+    read_json,
+    suffix,
+)
 from aphroquant.checkpoint.safetensors_header import StoredTensor, read_header
 from aphroquant.checkpoint.tensor_io import as_tensor, read_bytes
 from aphroquant.checkpoint.tokenizer import load_tokenizer
 from aphroquant.errors import InputError
 from aphroquant.formats.base import Format, Part, TensorHeader
 from aphroquant.schemes import DenseScheme, QuantizedWeight, Scheme
+from aphroquant.schemes.rows import rows_per_piece
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -62,6 +71,14 @@ class SafetensorsCheckpoint(Checkpoint):
         info = self.info(name)
         tensor = self._stored[name][1]
         return as_tensor(read_bytes(info.file, name, tensor.begin, tensor.nbytes), tensor.dtype, tensor.shape)
+
+    def read_pieces(self, name: str) -> Iterator[Tensor]:
+        info = self.info(name)
+        _, _, begin, nbytes = self._stored[name][1]
+        size = PIECE_ELEMENTS * info.dtype.itemsize
+        for offset in range(0, nbytes, size):
+            buffer = read_bytes(info.file, name, begin + offset, min(size, nbytes - offset))
+            yield buffer.view(info.dtype)
 
     def _read_part(self, name: str, entry: int | None) -> Tensor:
         """A stored tensor, or one entry along its first dimension, without reading the others."""
@@ -123,6 +140,20 @@ class SafetensorsCheckpoint(Checkpoint):
             weight = self.format.read(module, stored)
             weight.check(module)
         return weight
+
+    def weight_pieces(self, module: str, max_elements: int = PIECE_ELEMENTS) -> Iterator[QuantizedWeight]:
+        if not isinstance(self._schemes.get(module), DenseScheme):
+            yield from super().weight_pieces(module, max_elements)
+            return
+        name = f"{module}.weight"
+        info, stored = self.info(name), self._stored[name][1]
+        rows, columns = info.shape
+        size = rows_per_piece(columns, max_elements)
+        for start in range(0, rows, size):
+            shape = (min(size, rows - start), columns)
+            nbytes = shape[0] * columns * info.dtype.itemsize
+            buffer = read_bytes(info.file, name, stored.begin + start * columns * info.dtype.itemsize, nbytes)
+            yield QuantizedWeight.dense(as_tensor(buffer, info.dtype, shape))
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return load_tokenizer(self.directory)

@@ -80,8 +80,13 @@ def read_header(path: Path) -> Header:
     return Header(tensors, metadata)
 
 
-def encode_header(tensors: Mapping[str, StoredTensor], metadata: Mapping[str, str]) -> bytes:
-    """Length and JSON of a header, padded so that the data starts at a multiple of 8; `begin` counts from the data."""
+def encode_header(
+    tensors: Mapping[str, StoredTensor], metadata: Mapping[str, str], *, length: int | None = None
+) -> bytes:
+    """Length and JSON of a header, padded so that the data starts at a multiple of 8, or at `length`.
+
+    `begin` of the tensors counts from the data.
+    """
     entries: dict[str, Any] = {METADATA_KEY: dict(metadata)}
     for name, (dtype, shape, begin, nbytes) in tensors.items():
         entries[name] = {
@@ -90,7 +95,7 @@ def encode_header(tensors: Mapping[str, StoredTensor], metadata: Mapping[str, st
             "data_offsets": [begin, begin + nbytes],
         }
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-len(text) % 8 if length is None else length - 8 - len(text))
     return struct.pack("<Q", len(text)) + text
 
 
