@@ -1,0 +1,547 @@
+// y = x W^T + bias for a few tokens and an integer weight: every byte of the weight is read once, at the speed of memory.
+//
+// The weight is the A operand of mma.sync m16n8k16 and the tokens are its 8 columns, so that one conversion of a code
+// serves all tokens. A cluster of CLUSTER blocks owns super rows of 64 outputs; its blocks split the columns, WARP_COLUMNS
+// warps of a block split them further, and WARP_ROWS super rows are worked on at a time. Each warp streams its own part
+// through its own ring of shared memory, filled by the bulk copy engine: no block-wide barrier while streaming. The first
+// STAGES loads of every warp are issued before waiting for the previous kernel (the weight does not depend on it), and two
+// blocks fit a multiprocessor, so that one kernel fills its rings while the one before it ends.
+//
+// Sums are made in one fixed order, without atomics: each scale group in the tensor core's float32 accumulators, groups of
+// a warp one after the other, then warps, then blocks (through distributed shared memory).
+#include "integer_dequantize.cuh"
+#include "ptx/dynamic_shared.cuh"
+#include "ptx/grid_dependency.cuh"
+#include "ptx/warp_matrix.cuh"
+#include "types.cuh"
+#if __CUDA_ARCH__ >= 900
+#include "ptx/barrier.cuh"
+#include "ptx/bulk_copy.cuh"
+#include "ptx/cluster.cuh"
+#else
+#include "ptx/async_copy.cuh"
+#endif
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#ifndef CODE_BITS
+#define CODE_BITS 4
+#endif
+#ifndef GROUP_SIZE  // packed columns that share a scale
+#define GROUP_SIZE 128
+#endif
+#ifndef ZERO_KIND  // 0: symmetric, 1: zero points, 2: offsets
+#define ZERO_KIND 0
+#endif
+#ifndef BF16_INPUTS  // x and y: 1 bfloat16, 0 float16
+#define BF16_INPUTS 1
+#endif
+#ifndef SCALE_TYPE  // 0: float16, 1: bfloat16, 2: float32
+#define SCALE_TYPE 1
+#endif
+#ifndef OUT_FEATURES
+#define OUT_FEATURES 4096
+#endif
+#ifndef IN_FEATURES
+#define IN_FEATURES 4096
+#endif
+#ifndef PADDED_COLUMNS
+#define PADDED_COLUMNS 4096
+#endif
+#ifndef HAS_COLUMNS  // x is gathered by the packed columns' inputs
+#define HAS_COLUMNS 0
+#endif
+#ifndef HAS_BIAS
+#define HAS_BIAS 0
+#endif
+#ifndef TOKEN_TILES  // of 8 tokens
+#define TOKEN_TILES 1
+#endif
+#ifndef NUM_CLUSTERS
+#define NUM_CLUSTERS 32
+#endif
+#ifndef CLUSTER
+#if __CUDA_ARCH__ >= 900
+#define CLUSTER 4
+#else
+#define CLUSTER 1
+#endif
+#endif
+#ifndef WARP_ROWS
+#define WARP_ROWS 2
+#endif
+#ifndef WARP_COLUMNS
+#define WARP_COLUMNS 4
+#endif
+#ifndef STAGES
+#define STAGES 3
+#endif
+#ifndef UNIT_CHUNKS  // chunks of 64 columns in a stage
+#define UNIT_CHUNKS 2
+#endif
+#ifndef PHASES  // parts in which a block's slice of x is held
+#define PHASES 1
+#endif
+#ifndef BLOCKS_PER_MULTIPROCESSOR
+#define BLOCKS_PER_MULTIPROCESSOR 2
+#endif
+
+constexpr bool kBf16 = BF16_INPUTS != 0;
+constexpr int kWarps = WARP_ROWS * WARP_COLUMNS, kThreads = kWarps * 32;
+constexpr int kSuperRows = (OUT_FEATURES + 63) / 64;
+constexpr int kChunkBytes = 64 * 8 * CODE_BITS, kTileBytes = kChunkBytes / 4;
+constexpr int kUnitColumns = UNIT_CHUNKS * 64;
+constexpr int kUnits = PADDED_COLUMNS / kUnitColumns;
+constexpr int kSplits = CLUSTER * WARP_COLUMNS;
+constexpr int kMaxUnits = (kUnits + kSplits - 1) / kSplits;  // of a warp in a super row
+constexpr int kTurns = (kSuperRows + NUM_CLUSTERS - 1) / NUM_CLUSTERS;
+constexpr int kPasses = (kTurns + WARP_ROWS - 1) / WARP_ROWS;
+
+// A weight with one scale a row and no zero points is scaled at the end.
+constexpr bool kRowScales = GROUP_SIZE == PADDED_COLUMNS && ZERO_KIND == 0;
+constexpr int kGroups = (PADDED_COLUMNS + GROUP_SIZE - 1) / GROUP_SIZE;
+constexpr int kUnitGroups = GROUP_SIZE < kUnitColumns ? kUnitColumns / GROUP_SIZE : 1;
+constexpr int kGroupSteps = (GROUP_SIZE < kUnitColumns ? GROUP_SIZE : kUnitColumns) / 16;
+constexpr int kScaleSize = SCALE_TYPE == 2 ? 4 : 2;
+constexpr int kCodeBytes = UNIT_CHUNKS * kChunkBytes;
+constexpr int kScaleBytes = kRowScales ? 0 : kUnitGroups * 64 * kScaleSize;
+constexpr int kZeroBytes = ZERO_KIND == 0 ? 0 : kUnitGroups * 64 * (ZERO_KIND == 1 ? 1 : kScaleSize);
+constexpr int kStageBytes = kCodeBytes + kScaleBytes + kZeroBytes;
+
+// Shared memory: rings | partial sums of warps | partial sums of blocks | x | barriers.
+constexpr int kMaxTokens = TOKEN_TILES * 8;
+constexpr int kRingBytes = kWarps * STAGES * kStageBytes;
+constexpr int kPartialStride = 68;  // floats between tokens of a warp's partial sums: no bank conflicts
+constexpr int kPartialBytes = kWarps * kMaxTokens * kPartialStride * 4;
+constexpr bool kPartialsInRing = kPasses == 1 && kPartialBytes <= kRingBytes;
+constexpr int kOwnRows = WARP_ROWS * 64 / CLUSTER;
+constexpr int kReceivedFloats = CLUSTER > 1 ? kMaxTokens * WARP_ROWS * 64 : 0;  // of all blocks
+constexpr int kReceivedBuffers = kPasses > 1 ? 2 : 1;
+constexpr int kPhaseUnits = (kMaxUnits + PHASES - 1) / PHASES;
+constexpr int kSegment = kPhaseUnits * kUnitColumns;  // columns of x that a warp needs in a phase
+constexpr int kInputStride = WARP_COLUMNS * kSegment * 2 + 16;  // bytes
+constexpr int kReceivedOffset = kRingBytes + (kPartialsInRing ? 0 : kPartialBytes);
+constexpr int kBarrierOffset = kReceivedOffset + kReceivedFloats * kReceivedBuffers * 4;
+constexpr int kInputOffset = kBarrierOffset + (kWarps * STAGES * 8 + 127) / 128 * 128;
+#ifdef INPUT_OFFSET  // what the host takes them for
+static_assert(INPUT_OFFSET == kInputOffset && INPUT_STRIDE == kInputStride, "host and kernel agree on shared memory");
+#endif
+
+static_assert(CODE_BITS == 2 || CODE_BITS == 3 || CODE_BITS == 4 || CODE_BITS == 8, "bits of a stored code");
+static_assert(PADDED_COLUMNS % 128 == 0 && IN_FEATURES <= PADDED_COLUMNS * (HAS_COLUMNS ? 16 : 1), "padded columns");
+static_assert(GROUP_SIZE % 16 == 0 && (GROUP_SIZE % kUnitColumns == 0 || kUnitColumns % GROUP_SIZE == 0),
+              "groups and stages must fit");
+static_assert(UNIT_CHUNKS == 1 || UNIT_CHUNKS == 2, "columns are padded to two chunks");
+static_assert(WARP_ROWS * 64 % CLUSTER == 0 && kOwnRows % 4 == 0, "each block of a cluster owns as many rows");
+
+using Element = uint16_t;
+
+__device__ __forceinline__ int split_start(int split) { return static_cast<int>(static_cast<int64_t>(split) * kUnits / kSplits); }
+
+// The super row that this warp works on in a pass, or one past the end.
+__device__ __forceinline__ int super_row(int cluster, int pass, int row_part) {
+    return (pass * WARP_ROWS + row_part) * NUM_CLUSTERS + cluster;
+}
+
+__device__ __forceinline__ float to_float(Element value) {
+    if (kBf16) return __uint_as_float(static_cast<uint32_t>(value) << 16);
+    return __half2float(__ushort_as_half(value));
+}
+
+__device__ __forceinline__ Element from_float(float value) {
+    if (kBf16) return __bfloat16_as_ushort(__float2bfloat16_rn(value));
+    return __half_as_ushort(__float2half_rn(value));
+}
+
+// Eight stored values in a row as float32: the scales or offsets of a lane's rows in its four tiles.
+__device__ __forceinline__ void load_values(const uint8_t* line, int group_row, float (&values)[8]) {
+    if (SCALE_TYPE == 2) {
+        const float4 low = reinterpret_cast<const float4*>(line)[group_row * 2];
+        const float4 high = reinterpret_cast<const float4*>(line)[group_row * 2 + 1];
+        values[0] = low.x, values[1] = low.y, values[2] = low.z, values[3] = low.w;
+        values[4] = high.x, values[5] = high.y, values[6] = high.z, values[7] = high.w;
+        return;
+    }
+    const uint4 packed = reinterpret_cast<const uint4*>(line)[group_row];
+    const uint32_t words[4] = {packed.x, packed.y, packed.z, packed.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        if (SCALE_TYPE == 1) {
+            values[2 * i] = __uint_as_float(words[i] << 16);
+            values[2 * i + 1] = __uint_as_float(words[i] & 0xFFFF0000u);
+        } else {
+            values[2 * i] = __half2float(__ushort_as_half(static_cast<uint16_t>(words[i])));
+            values[2 * i + 1] = __half2float(__ushort_as_half(static_cast<uint16_t>(words[i] >> 16)));
+        }
+    }
+}
+
+struct Weight {
+    const uint8_t* codes;
+    const uint8_t* scales;
+    const uint8_t* zeros;  // zero points or offsets
+};
+
+// Copies one unit's bytes into a slot of a warp's ring; all lanes call it.
+__device__ __forceinline__ void load_unit(uint8_t* slot, uint64_t* filled, const Weight& weight, int row, int unit,
+                                          int lane) {
+    const uint8_t* codes = weight.codes + (static_cast<int64_t>(row) * kUnits + unit) * kCodeBytes;
+    const int64_t group = static_cast<int64_t>(row) * kGroups + unit * kUnitColumns / GROUP_SIZE;
+    const uint8_t* scales = weight.scales + group * (64 * kScaleSize);
+    const uint8_t* zeros = weight.zeros + group * (64 * (ZERO_KIND == 1 ? 1 : kScaleSize));
+#if __CUDA_ARCH__ >= 900
+    if (lane != 0) return;
+    const uint32_t target = shared_address(slot), barrier = shared_address(filled);
+    mbarrier_arrive_expect(barrier, kStageBytes);
+    bulk_load(target, codes, kCodeBytes, barrier, kCacheEvictFirst);
+    if (kScaleBytes) bulk_load(target + kCodeBytes, scales, kScaleBytes, barrier, kCacheEvictFirst);
+    if (kZeroBytes) bulk_load(target + kCodeBytes + kScaleBytes, zeros, kZeroBytes, barrier, kCacheEvictFirst);
+#else
+    for (int i = lane * 16; i < kStageBytes; i += 32 * 16) {
+        const uint8_t* source = i < kCodeBytes                 ? codes + i
+                                : i < kCodeBytes + kScaleBytes ? scales + (i - kCodeBytes)
+                                                               : zeros + (i - kCodeBytes - kScaleBytes);
+        copy_async<16>(slot + i, source, true);
+    }
+#endif
+}
+
+// Walks a warp's units, super row by super row.
+struct Cursor {
+    int pass, unit;
+    __device__ __forceinline__ void advance(int num_units) {
+        if (++unit == num_units) unit = 0, ++pass;
+    }
+};
+
+// One part of the block's slice of x to shared memory, as [tokens][WARP_COLUMNS segments].
+__device__ __forceinline__ void load_input(uint8_t* input, const Element* x, const int32_t* columns, int num_tokens,
+                                           int rank, int phase) {
+    constexpr int kVectors = WARP_COLUMNS * kSegment / 8;
+    constexpr bool kWide = IN_FEATURES % 8 == 0 && !HAS_COLUMNS;
+    for (int i = threadIdx.x; i < num_tokens * kVectors; i += kThreads) {
+        const int token = i / kVectors, vector = i % kVectors;
+        const int part = vector / (kSegment / 8), place = vector % (kSegment / 8) * 8;
+        const int column = (split_start(rank * WARP_COLUMNS + part) + phase * kPhaseUnits) * kUnitColumns + place;
+        const Element* row = x + static_cast<int64_t>(token) * IN_FEATURES;
+        uint4 value = make_uint4(0, 0, 0, 0);
+        if (kWide) {
+            if (column < IN_FEATURES) value = *reinterpret_cast<const uint4*>(row + column);
+        } else {
+            Element items[8];
+#pragma unroll
+            for (int item = 0; item < 8; ++item) {
+                int source = column + item;
+                if (HAS_COLUMNS) source = source < PADDED_COLUMNS ? columns[source] : -1;
+                items[item] = source >= 0 && source < IN_FEATURES ? row[source] : Element(0);
+            }
+            value = make_uint4(items[0] | items[1] << 16, items[2] | items[3] << 16, items[4] | items[5] << 16,
+                               items[6] | items[7] << 16);
+        }
+        *reinterpret_cast<uint4*>(input + token * kInputStride + vector * 16) = value;
+    }
+}
+
+using Sums = float[4][TOKEN_TILES][4];
+
+// The k16-steps of one scale group (kGroupSteps of them) for one tile, scaled and added to the sums.
+struct Group {
+    float scales[8];
+    float offsets[8];
+    uint8_t zeros[8];
+};
+
+__device__ __forceinline__ void load_group(const uint8_t* slot, int group, int lane, Group& values) {
+    if (kRowScales) return;
+    load_values(slot + kCodeBytes + group * 64 * kScaleSize, lane / 4, values.scales);
+    const uint8_t* zeros = slot + kCodeBytes + kScaleBytes;
+    if (ZERO_KIND == 1) {
+        const uint2 bytes = reinterpret_cast<const uint2*>(zeros + group * 64)[lane / 4];
+#pragma unroll
+        for (int i = 0; i < 8; ++i) values.zeros[i] = (i < 4 ? bytes.x : bytes.y) >> (i % 4 * 8) & 0xFF;
+    } else if (ZERO_KIND == 2) {
+        load_values(zeros + group * 64 * kScaleSize, lane / 4, values.offsets);
+    }
+}
+
+template <int STEP>
+__device__ __forceinline__ void multiply_step(const LaneCodes<CODE_BITS> (&codes)[UNIT_CHUNKS],
+                                              const ZeroPair<CODE_BITS, kBf16>& zeros,
+                                              const uint32_t (&inputs)[UNIT_CHUNKS * 4][TOKEN_TILES][2],
+                                              float (&products)[TOKEN_TILES][4]) {
+    uint32_t fragment[4];
+    dequantize<CODE_BITS, kBf16, ZERO_KIND != 1, STEP % 4>(codes[STEP / 4], zeros, fragment);
+#pragma unroll
+    for (int token_tile = 0; token_tile < TOKEN_TILES; ++token_tile) {
+        multiply_add<kBf16>(products[token_tile], fragment, inputs[STEP][token_tile][0], inputs[STEP][token_tile][1]);
+    }
+}
+
+template <int FIRST, int LAST>
+__device__ __forceinline__ void multiply_steps(const LaneCodes<CODE_BITS> (&codes)[UNIT_CHUNKS],
+                                               const ZeroPair<CODE_BITS, kBf16>& zeros,
+                                               const uint32_t (&inputs)[UNIT_CHUNKS * 4][TOKEN_TILES][2],
+                                               float (&products)[TOKEN_TILES][4]) {
+    if constexpr (FIRST < LAST) {
+        multiply_step<FIRST>(codes, zeros, inputs, products);
+        multiply_steps<FIRST + 1, LAST>(codes, zeros, inputs, products);
+    }
+}
+
+template <int GROUP>
+__device__ __forceinline__ void multiply_groups(const uint8_t* slot,
+                                                const uint32_t (&inputs)[UNIT_CHUNKS * 4][TOKEN_TILES][2], int lane,
+                                                Sums& sums) {
+    Group values;
+    load_group(slot, GROUP, lane, values);
+    float input_sums[TOKEN_TILES][4];
+    if constexpr (ZERO_KIND == 2) {  // sums of x over the group, as a product with ones: the layout that offsets need
+        const uint32_t one = PairConstants<kBf16>::kOne;
+        const uint32_t ones[4] = {one, one, one, one};
+#pragma unroll
+        for (int token_tile = 0; token_tile < TOKEN_TILES; ++token_tile) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) input_sums[token_tile][i] = 0.0f;
+#pragma unroll
+            for (int step = GROUP * kGroupSteps; step < (GROUP + 1) * kGroupSteps; ++step) {
+                multiply_add<kBf16>(input_sums[token_tile], ones, inputs[step][token_tile][0],
+                                    inputs[step][token_tile][1]);
+            }
+        }
+    }
+#pragma unroll
+    for (int tile = 0; tile < 4; ++tile) {
+        LaneCodes<CODE_BITS> codes[UNIT_CHUNKS];
+#pragma unroll
+        for (int chunk = 0; chunk < UNIT_CHUNKS; ++chunk) {
+            codes[chunk] = load_codes<CODE_BITS>(slot + chunk * kChunkBytes + tile * kTileBytes, lane);
+        }
+        ZeroPair<CODE_BITS, kBf16> zeros;
+        if (ZERO_KIND == 1) {
+            zeros.set(0, values.zeros[tile * 2]);
+            zeros.set(1, values.zeros[tile * 2 + 1]);
+        }
+        if constexpr (kRowScales) {
+            multiply_steps<0, UNIT_CHUNKS * 4>(codes, zeros, inputs, sums[tile]);
+            continue;
+        }
+        float products[TOKEN_TILES][4] = {};
+        multiply_steps<GROUP * kGroupSteps, (GROUP + 1) * kGroupSteps>(codes, zeros, inputs, products);
+#pragma unroll
+        for (int token_tile = 0; token_tile < TOKEN_TILES; ++token_tile) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const float scale = values.scales[tile * 2 + i / 2];
+                sums[tile][token_tile][i] += scale * products[token_tile][i];
+                if (ZERO_KIND == 2) {
+                    const float offset = values.offsets[tile * 2 + i / 2] + scale * static_cast<float>(1 << (CODE_BITS - 1));
+                    sums[tile][token_tile][i] += offset * input_sums[token_tile][i];
+                }
+            }
+        }
+    }
+    if constexpr (GROUP + 1 < kUnitGroups) multiply_groups<GROUP + 1>(slot, inputs, lane, sums);
+}
+
+// Adds one unit's product to the sums. `input` is the unit's first column of token 0.
+__device__ __forceinline__ void multiply_unit(const uint8_t* slot, const uint8_t* input, int num_tokens, int lane,
+                                              Sums& sums) {
+    uint32_t inputs[UNIT_CHUNKS * 4][TOKEN_TILES][2];
+#pragma unroll
+    for (int token_tile = 0; token_tile < TOKEN_TILES; ++token_tile) {
+        const int token = min(token_tile * 8 + lane % 8, num_tokens - 1);  // what stands in unused columns is dropped
+#pragma unroll
+        for (int pair = 0; pair < UNIT_CHUNKS * 2; ++pair) {
+            uint32_t matrices[4];
+            load_matrices<false>(matrices, input + token * kInputStride + pair * 64 + lane / 8 * 16);
+            inputs[pair * 2][token_tile][0] = matrices[0], inputs[pair * 2][token_tile][1] = matrices[1];
+            inputs[pair * 2 + 1][token_tile][0] = matrices[2], inputs[pair * 2 + 1][token_tile][1] = matrices[3];
+        }
+    }
+    multiply_groups<0>(slot, inputs, lane, sums);
+}
+
+// A warp's sums to shared memory, as [tokens][kPartialStride].
+__device__ __forceinline__ void store_partials(float* partials, const Sums& sums, int num_tokens, int lane) {
+#pragma unroll
+    for (int token_tile = 0; token_tile < TOKEN_TILES; ++token_tile) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const int token = token_tile * 8 + lane % 4 * 2 + i % 2;
+            if (token >= num_tokens) continue;
+#pragma unroll
+            for (int tile = 0; tile < 4; ++tile) {
+                partials[token * kPartialStride + tile * 16 + i / 2 * 8 + lane / 4] = sums[tile][token_tile][i];
+            }
+        }
+    }
+}
+
+// The sum over the warps of a block that share rows, for four rows of a token.
+__device__ __forceinline__ float4 sum_partials(const float* partials, int row_part, int token, int row) {
+    const float* first = partials + (row_part * WARP_COLUMNS * kMaxTokens + token) * kPartialStride + row;
+    float4 sum = *reinterpret_cast<const float4*>(first);
+#pragma unroll
+    for (int part = 1; part < WARP_COLUMNS; ++part) {
+        const float4 more = *reinterpret_cast<const float4*>(first + part * kMaxTokens * kPartialStride);
+        sum.x += more.x, sum.y += more.y, sum.z += more.z, sum.w += more.w;
+    }
+    return sum;
+}
+
+// Scales, bias, rounding and the store of four outputs of a token.
+__device__ __forceinline__ void store_outputs(float4 sum, int first, int token, const uint8_t* scales,
+                                              const float* bias, Element* y) {
+    if (first >= OUT_FEATURES) return;
+    const float sums[4] = {sum.x, sum.y, sum.z, sum.w};
+    Element items[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const int output = first + i;
+        float value = sums[i];
+        if (kRowScales) {
+            const int row = output % 64, place = row % 8 * 8 + row / 16 * 2 + row / 8 % 2;
+            const int64_t index = static_cast<int64_t>(output / 64) * 64 + place;
+            if (SCALE_TYPE == 2) value *= reinterpret_cast<const float*>(scales)[index];
+            if (SCALE_TYPE == 1) {
+                value *= __uint_as_float(static_cast<uint32_t>(reinterpret_cast<const uint16_t*>(scales)[index]) << 16);
+            }
+            if (SCALE_TYPE == 0) value *= __half2float(reinterpret_cast<const __half*>(scales)[index]);
+        }
+        if (HAS_BIAS && output < OUT_FEATURES) value += bias[output];
+        items[i] = from_float(value);
+    }
+    Element* target = y + static_cast<int64_t>(token) * OUT_FEATURES + first;
+    if (OUT_FEATURES % 4 == 0) {
+        *reinterpret_cast<uint2*>(target) = make_uint2(items[0] | items[1] << 16, items[2] | items[3] << 16);
+    } else {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            if (first + i < OUT_FEATURES) target[i] = items[i];
+        }
+    }
+}
+
+__device__ __forceinline__ void store_remote(float* local, int rank, float4 value) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(cluster_map(shared_address(local), rank)),
+                 "f"(value.x), "f"(value.y), "f"(value.z), "f"(value.w)
+                 : "memory");
+#endif
+}
+
+// Adds up what the warps and blocks have of a pass's rows, and stores it.
+__device__ __forceinline__ void finish_pass(uint8_t* shared, const float* partials, int pass, int cluster, int rank,
+                                            int num_tokens, const Weight& weight, const float* bias, Element* y) {
+    constexpr int kQuads = WARP_ROWS * 16;
+    float* received = reinterpret_cast<float*>(shared + kReceivedOffset) + pass % kReceivedBuffers * kReceivedFloats;
+    __syncthreads();
+    for (int i = threadIdx.x; i < num_tokens * kQuads; i += kThreads) {
+        const int token = i / kQuads, row = i % kQuads * 4;  // of the pass
+        const float4 sum = sum_partials(partials, row / 64, token, row % 64);
+        if (CLUSTER > 1) {
+            const int owner = row / kOwnRows;
+            store_remote(received + (rank * kMaxTokens + token) * kOwnRows + row % kOwnRows, owner, sum);
+        } else {
+            store_outputs(sum, super_row(cluster, pass, row / 64) * 64 + row % 64, token, weight.scales, bias, y);
+        }
+    }
+#if __CUDA_ARCH__ >= 900
+    if (CLUSTER > 1) {
+        cluster_arrive();
+        cluster_wait();
+        constexpr int kOwnQuads = kOwnRows / 4;
+        for (int i = threadIdx.x; i < num_tokens * kOwnQuads; i += kThreads) {
+            const int token = i / kOwnQuads, own = i % kOwnQuads * 4, row = rank * kOwnRows + own;
+            const float* first = received + token * kOwnRows + own;
+            float4 sum = *reinterpret_cast<const float4*>(first);
+#pragma unroll
+            for (int source = 1; source < CLUSTER; ++source) {
+                const float4 more = *reinterpret_cast<const float4*>(first + source * kMaxTokens * kOwnRows);
+                sum.x += more.x, sum.y += more.y, sum.z += more.z, sum.w += more.w;
+            }
+            store_outputs(sum, super_row(cluster, pass, row / 64) * 64 + row % 64, token, weight.scales, bias, y);
+        }
+    }
+#endif
+    if (kPasses > 1 && CLUSTER == 1) __syncthreads();  // the next pass's partial sums come to the same place
+}
+
+// x: [num_tokens, IN_FEATURES], y: [num_tokens, OUT_FEATURES], num_tokens <= kMaxTokens.
+extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_MULTIPROCESSOR)
+    integer_decode(const uint8_t* codes, const uint8_t* scales, const uint8_t* zeros, const Element* x,
+                   const int32_t* columns, const float* bias, Element* y, int num_tokens) {
+    uint8_t* shared = dynamic_shared();
+    const Weight weight{codes, scales, zeros};
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int row_part = warp / WARP_COLUMNS, column_part = warp % WARP_COLUMNS;
+#if __CUDA_ARCH__ >= 900
+    const int rank = CLUSTER > 1 ? static_cast<int>(cluster_rank()) : 0;
+#else
+    const int rank = 0;
+#endif
+    const int cluster = blockIdx.x / CLUSTER;
+    const int split = rank * WARP_COLUMNS + column_part;
+    const int first_unit = split_start(split), num_units = split_start(split + 1) - first_unit;
+    uint8_t* ring = shared + warp * STAGES * kStageBytes;
+    uint64_t* barriers = reinterpret_cast<uint64_t*>(shared + kBarrierOffset) + warp * STAGES;
+
+#if __CUDA_ARCH__ >= 900
+    if (CLUSTER > 1) cluster_arrive();
+    if (lane == 0) {
+        for (int stage = 0; stage < STAGES; ++stage) mbarrier_init(shared_address(barriers + stage), 1);
+        mbarrier_init_fence();
+    }
+    __syncwarp();
+#endif
+    Cursor next{0, 0};
+    auto load_next = [&](int stage) {
+        const int row = super_row(cluster, next.pass, row_part);
+        if (next.pass < kPasses && row < kSuperRows && num_units > 0) {
+            load_unit(ring + stage * kStageBytes, barriers + stage, weight, row, first_unit + next.unit, lane);
+            next.advance(num_units);
+        }
+#if __CUDA_ARCH__ < 900
+        copy_async_commit();
+#endif
+    };
+    for (int stage = 0; stage < STAGES; ++stage) load_next(stage);
+    grid_dependency_launch();
+    grid_dependency_wait();
+#if __CUDA_ARCH__ >= 900
+    if (CLUSTER > 1) cluster_wait();  // the other blocks' shared memory can be written from here on
+#endif
+
+    uint8_t* input = shared + kInputOffset;
+    float* partials = reinterpret_cast<float*>(shared + (kPartialsInRing ? 0 : kRingBytes));
+    int stage = 0, parity = 0;
+    for (int pass = 0; pass < kPasses; ++pass) {
+        const bool has_row = super_row(cluster, pass, row_part) < kSuperRows;
+        Sums sums = {};
+        for (int phase = 0; phase < PHASES; ++phase) {
+            if (PHASES > 1 || pass == 0) {
+                if (PHASES > 1 && pass + phase > 0) __syncthreads();
+                load_input(input, x, columns, num_tokens, rank, phase);
+                __syncthreads();
+            }
+            const int count = min(kPhaseUnits, num_units - phase * kPhaseUnits);
+            for (int unit = 0; unit < count && has_row; ++unit) {
+#if __CUDA_ARCH__ >= 900
+                mbarrier_wait(shared_address(barriers + stage), parity);
+#else
+                copy_async_wait<STAGES - 1>();
+                __syncwarp();
+#endif
+                multiply_unit(ring + stage * kStageBytes, input + (column_part * kSegment + unit * kUnitColumns) * 2,
+                              num_tokens, lane, sums);
+                __syncwarp();
+                load_next(stage);
+                if (++stage == STAGES) stage = 0, parity ^= 1;
+            }
+        }
+        if (kPartialsInRing) __syncthreads();  // all warps have read their rings
+        store_partials(partials + warp * kMaxTokens * kPartialStride, sums, num_tokens, lane);
+        finish_pass(shared, partials, pass, cluster, rank, num_tokens, weight, bias, y);
+    }
+}
