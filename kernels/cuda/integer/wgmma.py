@@ -23,7 +23,7 @@ _SCALE_TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 class WgmmaTile:
     """How the kernel cuts a product: a block multiplies warpgroups * tiles * 64 rows of the weight with `tokens`.
 
-    `split` blocks share the columns of a tile, `multicast` blocks their tokens; `persistent` blocks take tile after tile.
+    `split` blocks share the columns of a tile, `multicast` blocks their tokens; `persistent` ones take tile after tile.
     """
 
     tokens: int

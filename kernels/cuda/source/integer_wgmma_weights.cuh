@@ -1,0 +1,117 @@
+// A warpgroup's share of the weight in a stage: codes to fragments, scaled.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "integer_dequantize.cuh"
+#include "integer_wgmma_shape.cuh"
+
+constexpr bool kScalesFit = SCALE_TYPE == (BFLOAT ? 1 : 0);  // exactly, in the type of the inputs
+
+__device__ __forceinline__ float number_of(uint32_t bits16) {
+    const uint16_t bits = static_cast<uint16_t>(bits16);
+    return SCALE_TYPE == 1 ? __bfloat162float(__ushort_as_bfloat16(bits)) : __half2float(__ushort_as_half(bits));
+}
+
+// `value` rounded to the type of the inputs, twice, and what the rounding took away.
+__device__ __forceinline__ uint32_t round_pair(float value, float& rest) {
+    uint32_t bits;
+    if (kIsBf16) {
+        const __nv_bfloat16 rounded = __float2bfloat16_rn(value);
+        rest = value - __bfloat162float(rounded);
+        bits = __bfloat16_as_ushort(rounded);
+    } else {
+        const __half rounded = __float2half_rn(value);
+        rest = value - __half2float(rounded);
+        bits = __half_as_ushort(rounded);
+    }
+    return bits | bits << 16;
+}
+
+__device__ __forceinline__ uint32_t multiply_pair(uint32_t a, uint32_t b) {
+    uint32_t d;
+    if (kIsBf16) {
+        asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+    } else {
+        asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+    }
+    return d;
+}
+
+// The two rows' values of one group, each twice in a word. A value that the type of the inputs cannot hold comes as a
+// rounded number and the rest.
+struct PairValue {
+    uint32_t rounded[2];
+    uint32_t rest[2];
+
+    // `values`: the group's line in shared memory; `place`: of this lane's first row in it.
+    __device__ __forceinline__ void load(const uint8_t* values, int place, float factor) {
+        if (kScalesFit) {
+            const uint32_t both = *reinterpret_cast<const uint32_t*>(values + place * 2);
+            rounded[0] = __byte_perm(both, 0, 0x1010);
+            rounded[1] = __byte_perm(both, 0, 0x3232);
+            return;
+        }
+        float exact[2];
+        if (SCALE_TYPE == 2) {
+            const float2 both = *reinterpret_cast<const float2*>(values + place * 4);
+            exact[0] = both.x, exact[1] = both.y;
+        } else {
+            const uint32_t both = *reinterpret_cast<const uint32_t*>(values + place * 2);
+            exact[0] = number_of(both & 0xFFFF), exact[1] = number_of(both >> 16);
+        }
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            float left, nothing;
+            rounded[half] = round_pair(exact[half] * factor, left);
+            rest[half] = round_pair(left, nothing);
+        }
+    }
+};
+
+// What a lane needs of one group for one tile of 64 rows.
+struct GroupValues {
+    PairValue scale;
+    PairValue offset;
+    ZeroPair<CODE_BITS, kIsBf16> zeros;
+
+    __device__ __forceinline__ void load(const uint8_t* weights, int group, int place, float factor) {
+        if (GROUP != 0) scale.load(weights + kCodeBytes + group * 64 * kScaleBytes, place, factor);
+        if (ZEROS == 1) {
+            const uint8_t* line = weights + kCodeBytes + kScaleStage + group * 64;
+            const uint32_t both = *reinterpret_cast<const uint16_t*>(line + place);
+            zeros.set(0, both & 0xFF);
+            zeros.set(1, both >> 8);
+        }
+        if (ZEROS == 2) {
+            zeros.set(0, 0);
+            zeros.set(1, 0);
+            offset.load(weights + kCodeBytes + kScaleStage + kZeroStage + group * 64 * kScaleBytes, place, factor);
+        }
+    }
+
+    __device__ __forceinline__ void apply(uint32_t (&fragment)[4]) const {
+        if (GROUP == 0) return;
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
+            const int half = r % 2;
+            const uint32_t code = fragment[r];
+            if (kScalesFit && ZEROS != 2) {
+                fragment[r] = multiply_pair(code, scale.rounded[half]);
+                continue;
+            }
+            // Smallest terms first, so that only the last rounding counts.
+            uint32_t sum = ZEROS == 2 && !kScalesFit ? offset.rest[half] : 0;
+            if (!kScalesFit) {
+                sum = ZEROS == 2 ? fused_multiply_add_pair<kIsBf16>(code, scale.rest[half], sum)
+                                 : multiply_pair(code, scale.rest[half]);
+            }
+            if (ZEROS == 2) {
+                const uint32_t offsets = offset.rounded[half];
+                sum = kScalesFit ? offsets : fused_multiply_add_pair<kIsBf16>(offsets, PairConstants<kIsBf16>::kOne, sum);
+            }
+            fragment[r] = fused_multiply_add_pair<kIsBf16>(code, scale.rounded[half], sum);
+        }
+    }
+};
