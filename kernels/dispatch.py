@@ -1,4 +1,7 @@
-"""Which kernels run: the compiled CPU library where it can be used, else plain torch. A choice carries its reason."""
+"""Which kernels run: CUDA if asked for, the compiled CPU library where it can be used, else plain torch.
+
+A choice carries its reason.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from torch import Tensor
 from aphroquant.errors import UsageError
 from aphroquant.schemes import QuantizedWeight
 
-BACKENDS = ("auto", "reference", "cpu")
+BACKENDS = ("auto", "reference", "cpu", "cuda")
 
 
 class PreparedLinear(Protocol):
@@ -68,7 +71,8 @@ class CpuBackend:
 
 
 def select_backend(name: str = "auto", *, activations: str = "int8") -> Backend:
-    """The backend called `name`. "auto" falls back to the reference with one warning a process.
+    """The backend called `name`. "auto" takes the CPU's, and falls back to the reference with one
+    warning a process.
 
     `activations`: the input of weight-only integer layers on the CPU, "int8" (fast) or "float" (exact).
     """
@@ -80,6 +84,8 @@ def select_backend(name: str = "auto", *, activations: str = "int8") -> Backend:
         raise UsageError(f"activations = {activations!r} must be int8 or float")
     if name == "reference":
         return ReferenceBackend("asked for")
+    if name == "cuda":
+        return _cuda_backend()
     reason = obstacle()
     if reason is None:
         return CpuBackend(f"compiled for this processor ({instruction_sets()[0]})", activations)
@@ -89,6 +95,15 @@ def select_backend(name: str = "auto", *, activations: str = "int8") -> Backend:
         )
     warn_fallback()
     return ReferenceBackend(reason)
+
+
+def _cuda_backend() -> Backend:
+    from aphroquant.kernels.cuda.backend import CudaBackend
+    from aphroquant.kernels.cuda.device import architecture, obstacle
+
+    if reason := obstacle():
+        raise UsageError(f"backend cuda cannot be used: {reason}", hint="`aphroquant doctor` shows what is usable")
+    return CudaBackend(f"compiled for this GPU ({architecture()})")
 
 
 @cache

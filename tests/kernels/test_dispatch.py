@@ -59,10 +59,16 @@ def test_the_reference_on_demand_warns_of_nothing(no_library: None) -> None:
 
 
 def test_unknown_names_are_refused() -> None:
-    with pytest.raises(UsageError, match="must be one of auto, reference, cpu"):
+    with pytest.raises(UsageError, match="must be one of auto, reference, cpu, cuda"):
         select_backend("gpu")
     with pytest.raises(UsageError, match="must be int8 or float"):
         select_backend("reference", activations="fp8")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_cuda_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"backend cuda cannot be used: torch .* (without CUDA|finds no GPU)"):
+        select_backend("cuda")
 
 
 def test_the_environment_chooses_the_instruction_set(compiled: None) -> None:
