@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import torch
@@ -144,7 +145,13 @@ class LookupScheme(BaseScheme):
 
     def dequantize(self, tensors: Mapping[str, Tensor], shape: tuple[int, int], work: torch.dtype) -> Tensor:
         codes, scales = tensors["codes"], self.block_scales(tensors, work)
-        values = self.table_values(work).to(codes.device)[codes.int()]  # [N, K]
+        values = _table_on(self, work, codes.device)[codes.int()]  # [N, K]
         if self.flattened:
             return (values.flatten() * scales.repeat_interleave(self.block_size)[: codes.numel()]).reshape(shape)
         return values * scales.repeat_interleave(self.block_size, 1)[:, : shape[1]]
+
+
+@cache
+def _table_on(scheme: LookupScheme, work: torch.dtype, device: torch.device) -> Tensor:
+    """Copied to a device once: a graph that is captured there may not copy from the processor's memory."""
+    return scheme.table_values(work).to(device)
