@@ -39,10 +39,10 @@ __device__ __forceinline__ void emit(Output* target, const float (&values)[COUNT
 }
 
 // The scale of a row from its threads' largest magnitudes, written once; 1 where nothing is quantized.
-template <int THREADS>
+template <int NUM_THREADS>
 __device__ __forceinline__ float row_scale(unsigned absmax_bits, unsigned* scratch, float* target) {
   if (!QUANTIZES) return 1.0f;
-  const float scale = dynamic_scale(block_max<THREADS>(absmax_bits, scratch), TOP_CODE);
+  const float scale = dynamic_scale(block_max<NUM_THREADS>(absmax_bits, scratch), TOP_CODE);
   if (threadIdx.x == 0) *target = scale;
   return scale;
 }

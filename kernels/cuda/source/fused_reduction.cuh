@@ -17,23 +17,23 @@ __device__ __forceinline__ unsigned lane_max(unsigned x) {
   return x;
 }
 
-// `scratch` holds THREADS / 32 words, and may be used again only after another __syncthreads.
-template <int THREADS>
+// `scratch` holds NUM_THREADS / 32 words, and may be used again only after another __syncthreads.
+template <int NUM_THREADS>
 __device__ __forceinline__ float block_sum(float x, float* scratch) {
-  static_assert(THREADS % 32 == 0 && THREADS <= 1024, "whole warps");
+  static_assert(NUM_THREADS % 32 == 0 && NUM_THREADS <= 1024, "whole warps");
   x = lane_sum<32>(x);
-  if (THREADS == 32) return x;
+  if (NUM_THREADS == 32) return x;
   if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = x;
   __syncthreads();
-  return lane_sum<32>(threadIdx.x % 32 < THREADS / 32 ? scratch[threadIdx.x % 32] : 0.0f);
+  return lane_sum<32>(threadIdx.x % 32 < NUM_THREADS / 32 ? scratch[threadIdx.x % 32] : 0.0f);
 }
 
-template <int THREADS>
+template <int NUM_THREADS>
 __device__ __forceinline__ unsigned block_max(unsigned x, unsigned* scratch) {
-  static_assert(THREADS % 32 == 0 && THREADS <= 1024, "whole warps");
+  static_assert(NUM_THREADS % 32 == 0 && NUM_THREADS <= 1024, "whole warps");
   x = lane_max<32>(x);
-  if (THREADS == 32) return x;
+  if (NUM_THREADS == 32) return x;
   if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = x;
   __syncthreads();
-  return lane_max<32>(threadIdx.x % 32 < THREADS / 32 ? scratch[threadIdx.x % 32] : 0u);
+  return lane_max<32>(threadIdx.x % 32 < NUM_THREADS / 32 ? scratch[threadIdx.x % 32] : 0u);
 }

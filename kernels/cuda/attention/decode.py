@@ -1,0 +1,155 @@
+"""Attention of one new token a sequence."""
+
+from __future__ import annotations
+
+from ctypes import Structure, c_float, c_int32, c_void_p
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from aphroquant.kernels.cuda.attention.shape import TILE, AttentionShape, softmax_scale
+from aphroquant.kernels.cuda.fused.elements import element_macro
+from aphroquant.kernels.cuda.launcher import cuda_kernel
+
+if TYPE_CHECKING:
+    from aphroquant.engine.kv_cache import LayerCache
+
+MAX_SPLITS = 64
+BLOCKS_PER_MULTIPROCESSOR = 2  # that a launch should have room for, over all splits
+
+
+@dataclass(frozen=True)
+class DecodeTuning:
+    """How the kernel is cut: warps of a block, stages of copies a warp, tiles of 16 tokens in a stage."""
+
+    warps: int = 4
+    stages: int = 3
+    tiles: int = 1
+    min_tokens: int = 256  # of a split: below, merging costs more than it saves
+
+
+class DecodeArguments(Structure):
+    """`Arguments` of attention_decode.cu."""
+
+    _fields_ = (
+        ("queries", c_void_p),
+        ("keys", c_void_p),
+        ("values", c_void_p),
+        ("key_scales", c_void_p),
+        ("value_scales", c_void_p),
+        ("block_tables", c_void_p),
+        ("context_lens", c_void_p),
+        ("output", c_void_p),
+        ("partial_results", c_void_p),
+        ("partial_sums", c_void_p),
+        ("counters", c_void_p),
+        ("table_stride", c_int32),
+        ("sliding_window", c_int32),
+        ("min_tokens", c_int32),
+        ("scale", c_float),
+    )
+
+
+class DecodeWorkspace:
+    """Memory for the parts of split contexts, shared by all layers. It must outlive the graphs captured with it."""
+
+    def __init__(self, shape: AttentionShape, max_sequences: int, max_splits: int, device: torch.device) -> None:
+        places = max_sequences * shape.num_kv_heads
+        self.max_sequences, self.max_splits = max_sequences, max_splits
+        self.results = torch.empty(places * max_splits * shape.group * shape.head_dim, device=device)
+        self.sums = torch.empty(places * max_splits * shape.group * 2, device=device)
+        self.counters = torch.zeros(places, dtype=torch.int32, device=device)
+
+
+def num_splits(num_sequences: int, num_kv_heads: int, multiprocessors: int) -> int:
+    """Splits of each context, so that a launch fills the GPU whatever the batch."""
+    wanted = BLOCKS_PER_MULTIPROCESSOR * multiprocessors
+    return max(1, min(MAX_SPLITS, -(-wanted // (num_sequences * num_kv_heads))))
+
+
+class PagedDecode:
+    """softmax(scale * q k^T) v for one query a sequence, over the cache that holds its key and value already."""
+
+    def __init__(
+        self, shape: AttentionShape, dtype: torch.dtype, scale: float, tuning: DecodeTuning | None = None
+    ) -> None:
+        self._shape = shape
+        self._tuning = tuning or choose_tuning(shape)
+        self._scale = softmax_scale(scale)
+        macros = {
+            **shape.macros(),
+            "WARPS": self._tuning.warps,
+            "STAGES": self._tuning.stages,
+            "TILES": self._tuning.tiles,
+        } | element_macro(dtype)
+        self._kernel = cuda_kernel("attention_decode.cu", "attention_decode", macros)
+        self._shared_bytes = shared_bytes(shape, self._tuning)
+
+    def __call__(
+        self,
+        queries: Tensor,
+        cache: LayerCache,
+        block_tables: Tensor,
+        context_lens: Tensor,
+        workspace: DecodeWorkspace,
+        *,
+        splits: int,
+        sliding_window: int | None = None,
+        programmatic: bool = False,
+    ) -> Tensor:
+        """Like queries [S, heads, d]. block_tables int32 [S, ...], context_lens int32 [S]; 0 gives zeros."""
+        output = torch.empty_like(queries)
+        num_sequences = queries.shape[0]
+        if not num_sequences:
+            return output
+        assert num_sequences <= workspace.max_sequences
+        assert splits <= workspace.max_splits
+        arguments = DecodeArguments(
+            queries.data_ptr(),
+            cache.keys.data_ptr(),
+            cache.values.data_ptr(),
+            _address(cache.key_scales),
+            _address(cache.value_scales),
+            block_tables.data_ptr(),
+            context_lens.data_ptr(),
+            output.data_ptr(),
+            workspace.results.data_ptr(),
+            workspace.sums.data_ptr(),
+            workspace.counters.data_ptr(),
+            block_tables.stride(0),
+            sliding_window or 0,
+            self._tuning.min_tokens,
+            self._scale,
+        )
+        self._kernel.launch(
+            grid=(splits, self._shape.num_kv_heads, num_sequences),
+            block=(self._tuning.warps * 32, 1, 1),
+            args=[arguments],
+            shared_bytes=self._shared_bytes,
+            programmatic=programmatic,
+        )
+        return output
+
+
+def choose_tuning(shape: AttentionShape) -> DecodeTuning:
+    """Stages of about 8 KiB: enough on their way to hide the latency of memory, and two blocks a multiprocessor."""
+    tile_bytes = TILE * shape.vector_bytes()
+    tiles = 2 if tile_bytes <= 4096 + TILE * 8 else 1
+    warps = 4 if tile_bytes <= 12288 else 2
+    stages = max(2, min(4, 98304 // (warps * tile_bytes * tiles)))
+    return DecodeTuning(warps=warps, stages=stages, tiles=tiles)
+
+
+def shared_bytes(shape: AttentionShape, tuning: DecodeTuning) -> int:
+    """Dynamic shared memory of a block: the copies on their way, later the results of its warps."""
+    has_scales = "token_head" in (shape.key.scaling, shape.value.scaling)
+    items = shape.key.dtype.itemsize + shape.value.dtype.itemsize
+    tile_bytes = TILE * shape.head_dim * items + (2 * TILE * 4 if has_scales else 0)
+    copies = tuning.warps * tuning.stages * tuning.tiles * tile_bytes
+    return max(copies, tuning.warps * shape.group * shape.head_dim * 4)
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()

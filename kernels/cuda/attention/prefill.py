@@ -1,0 +1,107 @@
+"""Causal attention of several new tokens a sequence: prompts, chunks of them, mixed batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from ctypes import Structure, c_float, c_int32, c_void_p
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from aphroquant.kernels.cuda.attention.shape import AttentionShape, softmax_scale
+from aphroquant.kernels.cuda.fused.elements import element_macro
+from aphroquant.kernels.cuda.launcher import cuda_kernel
+
+if TYPE_CHECKING:
+    from aphroquant.engine.kv_cache import LayerCache
+
+_CONTEXT_TILE = 64  # tokens, as in attention_prefill.cu
+_WARPS = 4
+
+
+class PrefillArguments(Structure):
+    """`Arguments` of attention_prefill.cu."""
+
+    _fields_ = (
+        ("queries", c_void_p),
+        ("keys", c_void_p),
+        ("values", c_void_p),
+        ("key_scales", c_void_p),
+        ("value_scales", c_void_p),
+        ("block_tables", c_void_p),
+        ("context_lens", c_void_p),
+        ("query_start", c_void_p),
+        ("tiles", c_void_p),
+        ("output", c_void_p),
+        ("table_stride", c_int32),
+        ("sliding_window", c_int32),
+        ("scale", c_float),
+    )
+
+
+def query_tiles(query_lens: Sequence[int], context_lens: Sequence[int], rows_per_token: int, tile_rows: int) -> Tensor:
+    """The blocks of a launch, int32 [tiles, 2]: sequence and first row; those with the most context first."""
+    tiles = []
+    for sequence, (query_len, context_len) in enumerate(zip(query_lens, context_lens, strict=True)):
+        for row in range(0, query_len * rows_per_token, tile_rows):
+            visible = context_len - query_len + (row + tile_rows) // rows_per_token
+            tiles.append((-visible, sequence, row))
+    return torch.tensor([(sequence, row) for _, sequence, row in sorted(tiles)], dtype=torch.int32).view(-1, 2)
+
+
+class PagedPrefill:
+    """softmax(scale * q k^T) v where a token sees what came before it, over the cache that holds the batch already."""
+
+    def __init__(self, shape: AttentionShape, dtype: torch.dtype, scale: float, *, warps: int = _WARPS) -> None:
+        self._shape, self._warps = shape, warps
+        self._scale = softmax_scale(scale)
+        macros = {**shape.macros(), "WARPS": warps} | element_macro(dtype)
+        self._kernel = cuda_kernel("attention_prefill.cu", "attention_prefill", macros)
+        self._shared_bytes = 2 * _CONTEXT_TILE * (2 * (shape.head_dim * 2 + 16) + 2 * 4)
+
+    def tiles(self, query_lens: Sequence[int], context_lens: Sequence[int]) -> Tensor:
+        """What `__call__` wants as `tiles`, still on the CPU: the same for all layers."""
+        return query_tiles(query_lens, context_lens, self._shape.group, self._warps * 16)
+
+    def __call__(
+        self,
+        queries: Tensor,
+        output: Tensor,
+        cache: LayerCache,
+        block_tables: Tensor,
+        context_lens: Tensor,
+        query_start: Tensor,
+        tiles: Tensor,
+        *,
+        sliding_window: int | None = None,
+        programmatic: bool = False,
+    ) -> None:
+        """Write into `output`, like queries [T, heads, d]; rows of sequences without tiles are left alone.
+
+        block_tables int32 [S, ...], context_lens int32 [S], query_start int32 [S + 1], all on the device.
+        """
+        if not tiles.shape[0]:
+            return
+        arguments = PrefillArguments(
+            queries.data_ptr(),
+            cache.keys.data_ptr(),
+            cache.values.data_ptr(),
+            0 if cache.key_scales is None else cache.key_scales.data_ptr(),
+            0 if cache.value_scales is None else cache.value_scales.data_ptr(),
+            block_tables.data_ptr(),
+            context_lens.data_ptr(),
+            query_start.data_ptr(),
+            tiles.data_ptr(),
+            output.data_ptr(),
+            block_tables.stride(0),
+            sliding_window or 0,
+            self._scale,
+        )
+        self._kernel.launch(
+            grid=(tiles.shape[0], self._shape.num_kv_heads, 1),
+            block=(self._warps * 32, 1, 1),
+            args=[arguments],
+            shared_bytes=self._shared_bytes,
+            programmatic=programmatic,
+        )

@@ -1,0 +1,1 @@
+"""What stands between the linear layers of a decoder, each in one pass over its data."""
