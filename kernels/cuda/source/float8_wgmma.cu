@@ -1,0 +1,217 @@
+// FP8 weights times FP8 tokens on Hopper: Y^T = W X^T by wgmma, both from shared memory.
+//
+// One warp fetches 128 columns a stage of both by tensor maps; the other warpgroups multiply. With SCALES 0, scales of rows
+// and tokens (or of the whole tensors) multiply the finished sums. With SCALES 1 each token has a scale for every 128
+// columns, and each block of SCALE_ROWS x 128 weights has one: the product of 128 columns is summed up by the tensor
+// cores, scaled, and added in float32, which also keeps long sums exact where the tensor cores alone would not.
+//
+// Few tokens: the columns of a tile are split among the blocks of a cluster (see wgmma_tile.cuh).
+#include "float8_wgmma_shape.cuh"
+#include "ptx/barrier.cuh"
+#include "ptx/bulk_copy.cuh"
+#include "ptx/dynamic_shared.cuh"
+#include "ptx/grid_dependency.cuh"
+#include "ptx/wgmma.cuh"
+#include "wgmma_output.cuh"
+#include "wgmma_tile.cuh"
+
+struct Problem {
+    Extent extent;
+    int token_stride, row_stride;  // of the scales: 0 where one serves all (SCALES 0)
+    int padded_tokens;             // length of a line of token scales (SCALES 1)
+    int scale_columns;             // blocks of weight scales in a line (SCALES 1)
+    const float* token_scales;     // [tokens] or [1]; SCALES 1: [steps][padded tokens]
+    const float* row_scales;       // [rows] or [1]; SCALES 1: [blocks of rows][blocks of columns]
+    Output output;
+};
+
+// A read that is never moved in front of the wait for the kernel that wrote it.
+__device__ __forceinline__ float load_written(const float* address) {
+    float value;
+    asm volatile("ld.global.f32 %0, [%1];" : "=f"(value) : "l"(address) : "memory");
+    return value;
+}
+
+__device__ __forceinline__ void fetch_weights(const Block& block, const TensorMap* map, int stage, const Place& place,
+                                              int step, uint64_t cache) {
+    mbarrier_arrive_expect(block.full(stage), kInputBytes + kCodeBytes + kTokenScaleBytes);
+    const uint32_t target = block.shared + kWeightStart + stage * kWeightBytes;
+    tensor_load(target, map, step * 128, place.row(), block.full(stage), cache);
+}
+
+__device__ __forceinline__ void fetch_inputs(const Block& block, const TensorMap* map, const Problem& problem, int stage,
+                                             const Place& place, int step) {
+    constexpr int kPart = TOKENS / MULTICAST;
+    const int first = block.sharer * kPart;
+    const uint32_t target = block.shared + stage * kInputBytes + first * 128, barrier = block.full(stage);
+    if (MULTICAST == 1) {
+        tensor_load(target, map, step * 128, place.token() + first, barrier, kCacheEvictLast);
+    } else {
+        const uint16_t blocks = ((1 << MULTICAST) - 1) << (block.split * MULTICAST);
+        tensor_load_multicast(target, map, step * 128, place.token() + first, barrier, blocks, kCacheEvictLast);
+    }
+    if (SCALES == 1) {
+        const int64_t line = static_cast<int64_t>(step) * problem.padded_tokens + place.token();
+        bulk_load(block.shared + kWeightStart + stage * kWeightBytes + kCodeBytes, problem.token_scales + line,
+                  kTokenScaleBytes, barrier, kCacheEvictNormal);
+    }
+}
+
+// The product of one stage, issued and committed.
+__device__ __forceinline__ void multiply_stage(const Block& block, int stage, int warpgroup,
+                                               float (&sums)[TILES][kAccumulators], int& accumulate) {
+    const uint64_t inputs = wgmma_descriptor(block.shared + stage * kInputBytes);
+    const uint64_t weights =
+        wgmma_descriptor(block.shared + kWeightStart + stage * kWeightBytes + warpgroup * TILES * 64 * 128);
+    wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+#pragma unroll
+        for (int tile = 0; tile < TILES; ++tile) {
+            wgmma_e4m3(sums[tile], weights + tile * (64 * 128 / 16) + k * 2, inputs + k * 2, accumulate);
+        }
+        accumulate = 1;
+    }
+    wgmma_commit();
+}
+
+__device__ __forceinline__ void pin(float (&sums)[TILES][kAccumulators]) {
+#pragma unroll
+    for (int tile = 0; tile < TILES; ++tile) {
+#pragma unroll
+        for (int i = 0; i < kAccumulators; ++i) wgmma_pin(sums[tile][i]);
+    }
+}
+
+// sums += part, scaled by one number a tile and one a token.
+__device__ __forceinline__ void add_scaled(float (&sums)[TILES][kAccumulators],
+                                           const float (&part)[TILES][kAccumulators], const float (&row_scales)[TILES],
+                                           const float* token_scales) {
+    const float2* pairs = reinterpret_cast<const float2*>(token_scales) + threadIdx.x % 4;
+#pragma unroll
+    for (int j = 0; j < TOKENS / 8; ++j) {
+        const float2 tokens = pairs[j * 4];
+#pragma unroll
+        for (int tile = 0; tile < TILES; ++tile) {
+            const float scales[2] = {tokens.x * row_scales[tile], tokens.y * row_scales[tile]};
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                sums[tile][4 * j + i] = fmaf(part[tile][4 * j + i], scales[i % 2], sums[tile][4 * j + i]);
+            }
+        }
+    }
+}
+
+__device__ __forceinline__ void accumulate_blocks(const Block& block, Ring& ring, const Problem& problem,
+                                                  const Place& place, int warpgroup,
+                                                  float (&sums)[TILES][kAccumulators]) {
+    float part[TILES][kAccumulators];
+    const float* lines[TILES];
+#pragma unroll
+    for (int tile = 0; tile < TILES; ++tile) {
+#pragma unroll
+        for (int i = 0; i < kAccumulators; ++i) sums[tile][i] = 0.0f;
+        const int row = place.row() + (warpgroup * TILES + tile) * 64;
+        const int line = (row < problem.extent.rows ? row : problem.extent.rows - 1) / SCALE_ROWS;
+        lines[tile] = problem.row_scales + static_cast<int64_t>(line) * problem.scale_columns;
+    }
+    for (int step = block.first_step; step < block.end_step; ++step, ring.advance()) {
+        float row_scales[TILES];
+#pragma unroll
+        for (int tile = 0; tile < TILES; ++tile) row_scales[tile] = __ldg(lines[tile] + step);
+        mbarrier_wait(block.full(ring.stage), ring.phase);
+        int accumulate = 0;
+        multiply_stage(block, ring.stage, warpgroup, part, accumulate);
+        wgmma_wait<0>();
+        pin(part);
+        const uint8_t* scales = block.memory + kWeightStart + ring.stage * kWeightBytes + kCodeBytes;
+        add_scaled(sums, part, row_scales, reinterpret_cast<const float*>(scales));
+        __syncwarp();
+        block.release(ring.stage);
+    }
+}
+
+__device__ __forceinline__ void accumulate_all(const Block& block, Ring& ring, int warpgroup,
+                                               float (&sums)[TILES][kAccumulators]) {
+    int accumulate = 0, used = -1;
+    for (int step = block.first_step; step < block.end_step; ++step, ring.advance()) {
+        mbarrier_wait(block.full(ring.stage), ring.phase);
+        multiply_stage(block, ring.stage, warpgroup, sums, accumulate);
+        wgmma_wait<1>();
+        if (used >= 0) block.release(used);
+        used = ring.stage;
+    }
+    wgmma_wait<0>();
+    pin(sums);
+    block.release(used);
+}
+
+__device__ __forceinline__ void scale_sums(const Problem& problem, const Place& place, int warpgroup,
+                                           float (&sums)[TILES][kAccumulators]) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
+    float rows[TILES][2];
+#pragma unroll
+    for (int tile = 0; tile < TILES; ++tile) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int row = place.row() + (warpgroup * TILES + tile) * 64 + warp * 16 + half * 8 + lane / 4;
+            rows[tile][half] = row < problem.extent.rows ? problem.row_scales[row * problem.row_stride] : 0.0f;
+        }
+    }
+#pragma unroll
+    for (int j = 0; j < TOKENS / 8; ++j) {
+#pragma unroll
+        for (int odd = 0; odd < 2; ++odd) {
+            const int token = place.token() + 8 * j + lane % 4 * 2 + odd;
+            if (token >= problem.extent.tokens) continue;
+            const float scale = load_written(problem.token_scales + token * problem.token_stride);
+#pragma unroll
+            for (int tile = 0; tile < TILES; ++tile) {
+                sums[tile][4 * j + odd] *= scale * rows[tile][0];
+                sums[tile][4 * j + 2 + odd] *= scale * rows[tile][1];
+            }
+        }
+    }
+}
+
+__device__ __forceinline__ void consume(const Block& block, const Problem& problem, int warpgroup) {
+    Ring ring;
+    float sums[TILES][kAccumulators];
+    for (Tiles tiles(problem.extent); tiles.more(); tiles.next()) {
+        const Place place = tiles.place(block.sharer);
+        if (SCALES == 1) {
+            accumulate_blocks(block, ring, problem, place, warpgroup, sums);
+        } else {
+            accumulate_all(block, ring, warpgroup, sums);
+            scale_sums(problem, place, warpgroup, sums);
+        }
+        put_out(problem.output, problem.extent, block, sums, warpgroup, place);
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS)
+    float8_wgmma(const __grid_constant__ TensorMap inputs, const __grid_constant__ TensorMap weights,
+                 const __grid_constant__ Problem problem) {
+    grid_dependency_launch();
+    const Block block = enter_block(dynamic_shared(), problem.extent);
+    if (threadIdx.x >= kConsumers) {
+        warpgroup_give_registers<kProducerRegisters>();
+        if (threadIdx.x == kConsumers) {
+            const uint64_t cache = problem.extent.token_tiles == 1 ? kCacheEvictFirst : kCacheEvictNormal;
+            produce(
+                block, Tiles(problem.extent),
+                [&](int stage, const Place& place, int step) {
+                    fetch_weights(block, &weights, stage, place, step, cache);
+                },
+                [&](int stage, const Place& place, int step) {
+                    fetch_inputs(block, &inputs, problem, stage, place, step);
+                });
+        }
+        __syncwarp();
+        if (SPLIT > 1) cluster_arrive(), cluster_wait();
+    } else {
+        warpgroup_take_registers<kConsumerRegisters>();
+        consume(block, problem, threadIdx.x / 128);
+    }
+    leave_block();
+}

@@ -1,0 +1,142 @@
+// From accumulators to the output: transposed through shared memory, so that global memory sees whole lines.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "ptx/barrier.cuh"
+#include "ptx/cluster.cuh"
+#include "ptx/store_matrices.cuh"
+#include "wgmma_tile.cuh"
+
+struct Output {
+    void* values;      // [tokens][rows]
+    const void* bias;  // [rows] or null
+
+    __device__ __forceinline__ float bias_of(int row, int rows) const {
+        if (bias == nullptr || row >= rows) return 0.0f;
+        if (kIsBf16) return __bfloat162float(static_cast<const __nv_bfloat16*>(bias)[row]);
+        return __half2float(static_cast<const __half*>(bias)[row]);
+    }
+};
+
+__device__ __forceinline__ uint32_t output_pair(float low, float high) {
+    uint32_t pair;
+    if (kIsBf16) {
+        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    } else {
+        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    }
+    return pair;
+}
+
+// Eight outputs of one token, or fewer at the edge.
+__device__ __forceinline__ void store_outputs(const Output& output, const Extent& extent, int token, int row,
+                                              const uint4& values) {
+    uint16_t* target = static_cast<uint16_t*>(output.values) + static_cast<int64_t>(token) * extent.rows + row;
+    if (extent.rows % 8 == 0) {
+        if (row < extent.rows) *reinterpret_cast<uint4*>(target) = values;
+        return;
+    }
+    const uint32_t words[4] = {values.x, values.y, values.z, values.w};
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        if (row + i < extent.rows) target[i] = static_cast<uint16_t>(words[i / 2] >> (i % 2 * 16));
+    }
+}
+
+// A warpgroup's tiles, complete. `staging` is its own, `first_row` and `first_token` those of its tiles.
+__device__ __forceinline__ void store_tile(const Output& output, const Extent& extent,
+                                           const float (&sums)[TILES][kAccumulators], uint8_t* staging, int warpgroup,
+                                           int first_row, int first_token) {
+    const int thread = threadIdx.x % 128, lane = thread % 32, warp = thread / 32;
+    named_barrier_sync(1 + warpgroup, 128);  // the tile before is out
+#pragma unroll
+    for (int tile = 0; tile < TILES; ++tile) {
+        const int row = first_row + tile * 64 + warp * 16 + lane / 4;
+        const float biases[2] = {output.bias_of(row, extent.rows), output.bias_of(row + 8, extent.rows)};
+        // Lane l gives the place of row l % 8 of matrix l / 8: 8 rows h = 0, 1 of the weight, then 8 more tokens.
+        const int token = lane / 16 * 8 + lane % 8, column = tile * 64 + warp * 16 + lane / 8 % 2 * 8;
+        const uint32_t place = shared_address(staging) + (token * kOutputStride + column) * 2;
+#pragma unroll
+        for (int j = 0; j < TOKENS / 8; j += 2) {
+            uint32_t pairs[4];
+#pragma unroll
+            for (int matrix = 0; matrix < 4; ++matrix) {
+                const int half = matrix % 2, first = 4 * (j + matrix / 2) + 2 * half;
+                pairs[matrix] = output_pair(sums[tile][first] + biases[half], sums[tile][first + 1] + biases[half]);
+            }
+            store_matrices_transposed(place + j * 8 * kOutputStride * 2, pairs);
+        }
+    }
+    named_barrier_sync(1 + warpgroup, 128);
+    constexpr int kVectors = TILES * 8;
+    for (int i = thread; i < TOKENS * kVectors; i += 128) {
+        const int token = i / kVectors, column = i % kVectors * 8;
+        if (first_token + token >= extent.tokens) break;
+        const uint4 values = *reinterpret_cast<const uint4*>(staging + (token * kOutputStride + column) * 2);
+        store_outputs(output, extent, first_token + token, first_row + column, values);
+    }
+}
+
+// A warpgroup's tiles, to be added to those of the other blocks.
+__device__ __forceinline__ void stage_partial(const float (&sums)[TILES][kAccumulators], float* staging,
+                                              int warpgroup) {
+    const int thread = threadIdx.x % 128, lane = thread % 32, warp = thread / 32;
+#pragma unroll
+    for (int tile = 0; tile < TILES; ++tile) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int row = (warpgroup * TILES + tile) * 64 + warp * 16 + half * 8 + lane / 4;
+            float* place = staging + lane % 4 * 2 * kPartialStride + row;
+#pragma unroll
+            for (int j = 0; j < TOKENS / 8; ++j) {
+                place[j * 8 * kPartialStride] = sums[tile][4 * j + 2 * half];
+                place[(j * 8 + 1) * kPartialStride] = sums[tile][4 * j + 2 * half + 1];
+            }
+        }
+    }
+}
+
+// This block's share of the tokens, summed over the blocks that share the tile, always in the same order.
+__device__ __forceinline__ void store_sums(const Output& output, const Extent& extent, const Block& block,
+                                           const float* staging, const Place& place) {
+    constexpr int kShare = TOKENS / SPLIT, kVectors = kRows / 8;
+    const uint32_t own = shared_address(staging);
+    uint32_t parts[SPLIT];
+#pragma unroll
+    for (int i = 0; i < SPLIT; ++i) parts[i] = cluster_map(own, i * MULTICAST + block.sharer);
+    for (int i = threadIdx.x; i < kShare * kVectors; i += kConsumers) {
+        const int token = static_cast<int>(block.split) * kShare + i / kVectors, column = i % kVectors * 8;
+        if (place.token() + token >= extent.tokens) break;
+        float sums[8];
+#pragma unroll
+        for (int k = 0; k < 8; ++k) sums[k] = output.bias_of(place.row() + column + k, extent.rows);
+#pragma unroll
+        for (int part = 0; part < SPLIT; ++part) {
+            const uint32_t source = parts[part] + (token * kPartialStride + column) * 4;
+            const float4 low = cluster_load_float4(source), high = cluster_load_float4(source + 16);
+            sums[0] += low.x, sums[1] += low.y, sums[2] += low.z, sums[3] += low.w;
+            sums[4] += high.x, sums[5] += high.y, sums[6] += high.z, sums[7] += high.w;
+        }
+        const uint4 values = {output_pair(sums[0], sums[1]), output_pair(sums[2], sums[3]),
+                              output_pair(sums[4], sums[5]), output_pair(sums[6], sums[7])};
+        store_outputs(output, extent, place.token() + token, place.row() + column, values);
+    }
+}
+
+// What a multiplying warpgroup does with its finished, scaled sums.
+__device__ __forceinline__ void put_out(const Output& output, const Extent& extent, const Block& block,
+                                        const float (&sums)[TILES][kAccumulators], int warpgroup, const Place& place) {
+    if (!PERSISTENT) named_barrier_sync(15, kConsumers);  // all have read the stages that the output overwrites
+    if constexpr (SPLIT == 1) {
+        uint8_t* staging = block.memory + kOutputStart + warpgroup * TOKENS * kOutputStride * 2;
+        store_tile(output, extent, sums, staging, warpgroup, place.row() + warpgroup * TILES * 64, place.token());
+    } else {
+        float* staging = reinterpret_cast<float*>(block.memory + kOutputStart);
+        stage_partial(sums, staging, warpgroup);
+        cluster_arrive();
+        cluster_wait();
+        store_sums(output, extent, block, staging, place);
+    }
+}

@@ -1,0 +1,142 @@
+// What the wgmma kernels share: how a block's tile is cut, its ring of stages in shared memory, and who does what.
+//
+// They compute Y^T = W X^T. A block multiplies kRows rows of W with TOKENS rows of X, WARPGROUPS * TILES * 64 by TOKENS.
+// The blocks of a cluster are SPLIT parts of the columns times MULTICAST neighbours in the rows that share their tokens.
+// Before this header come kInputBytes and kWeightBytes of a stage, each a multiple of 16.
+#pragma once
+
+#include "ptx/barrier.cuh"
+#include "ptx/cluster.cuh"
+#include "ptx/grid_dependency.cuh"
+#include "types.cuh"
+#include "wgmma_macros.cuh"
+
+// The results on their way out: [token][row], rows padded against bank conflicts; float while blocks still add up.
+constexpr int kOutputStride = TILES * 64 + 8;
+constexpr int kPartialStride = kRows + 4;
+constexpr int kOutputBytes = SPLIT > 1 ? TOKENS * kPartialStride * 4 : WARPGROUPS * TOKENS * kOutputStride * 2;
+
+constexpr int kWeightStart = STAGES * kInputBytes;
+constexpr int kStagesEnd = kWeightStart + STAGES * kWeightBytes;
+constexpr int kOutputStart = PERSISTENT ? (kStagesEnd + 127) / 128 * 128 : 0;
+constexpr int kPayload = kOutputStart + kOutputBytes > kStagesEnd ? kOutputStart + kOutputBytes : kStagesEnd;
+constexpr int kBarrierStart = (kPayload + 7) / 8 * 8;
+constexpr int kSharedBytes = kBarrierStart + STAGES * 16 + 1024;  // the start is moved to a multiple of 1024
+
+static_assert(kSharedBytes <= 227 * 1024 / BLOCKS - (BLOCKS > 1 ? 1024 : 0), "more shared memory than there is");
+
+constexpr int kTokenGroup = 8;  // tiles of tokens that are worked on side by side, so that L2 holds their inputs
+
+struct Extent {
+    int rows, tokens, steps;  // steps: stages that the columns fill
+    int row_tiles, token_tiles;
+};
+
+// Which stage comes next, and in which phase its barriers are.
+struct Ring {
+    int stage = 0;
+    uint32_t phase = 0;
+    __device__ __forceinline__ void advance() {
+        if (++stage == STAGES) stage = 0, phase ^= 1;
+    }
+};
+
+struct Place {
+    int row_tile, token_tile;
+    __device__ __forceinline__ int row() const { return row_tile * kRows; }
+    __device__ __forceinline__ int token() const { return token_tile * TOKENS; }
+};
+
+struct Block {
+    uint32_t shared;  // its address, a multiple of 1024
+    uint8_t* memory;
+    uint32_t sharer, split;  // its part in the cluster
+    int first_step, end_step;
+
+    __device__ __forceinline__ uint32_t full(int stage) const { return shared + kBarrierStart + stage * 16; }
+    __device__ __forceinline__ uint32_t empty(int stage) const { return full(stage) + 8; }
+
+    // A multiplying warp is done with a stage; every block that writes into it must know.
+    __device__ __forceinline__ void release(int stage) const {
+        if (threadIdx.x % 32 != 0) return;
+        if constexpr (MULTICAST == 1) {
+            mbarrier_arrive(empty(stage));
+        } else {
+#pragma unroll
+            for (int i = 0; i < MULTICAST; ++i) mbarrier_arrive_remote(empty(stage), split * MULTICAST + i);
+        }
+    }
+};
+
+// The tiles of a cluster, one after another: groups of token tiles, in them all row tiles, in them the group's tokens.
+struct Tiles {
+    int clusters_of_rows, token_tiles, index, stride;
+
+    __device__ __forceinline__ explicit Tiles(const Extent& extent)
+        : clusters_of_rows((extent.row_tiles + MULTICAST - 1) / MULTICAST),
+          token_tiles(extent.token_tiles),
+          index(blockIdx.x / kCluster),
+          stride(PERSISTENT ? gridDim.x / kCluster : 1 << 30) {}
+
+    __device__ __forceinline__ bool more() const { return index < clusters_of_rows * token_tiles; }
+    __device__ __forceinline__ void next() { index += stride; }
+    __device__ __forceinline__ Place place(uint32_t sharer) const {
+        const int size = clusters_of_rows * kTokenGroup, group = index / size, rest = index % size;
+        const int left = token_tiles - group * kTokenGroup, width = left < kTokenGroup ? left : kTokenGroup;
+        return {rest / width * MULTICAST + static_cast<int>(sharer), group * kTokenGroup + rest % width};
+    }
+};
+
+// Sets up a block: its barriers, and its part of the work.
+__device__ __forceinline__ Block enter_block(uint8_t* memory, const Extent& extent) {
+    memory += (1024 - shared_address(memory) % 1024) % 1024;
+    const uint32_t rank = kCluster > 1 ? cluster_rank() : 0, split = rank / MULTICAST;
+    const Block block{shared_address(memory),
+                      memory,
+                      rank % MULTICAST,
+                      split,
+                      extent.steps * static_cast<int>(split) / SPLIT,
+                      extent.steps * static_cast<int>(split + 1) / SPLIT};
+    if (threadIdx.x == 0) {
+        for (int stage = 0; stage < STAGES; ++stage) {
+            mbarrier_init(block.full(stage), 1);
+            mbarrier_init(block.empty(stage), WARPGROUPS * 4 * MULTICAST);
+        }
+        mbarrier_init_fence();
+    }
+    __syncthreads();
+    if (kCluster > 1) cluster_arrive(), cluster_wait();
+    return block;
+}
+
+// Every thread, at the end: other blocks may still read this one's memory or arrive at its barriers.
+__device__ __forceinline__ void leave_block() {
+    if (kCluster > 1) cluster_arrive(), cluster_wait();
+}
+
+// The fetching thread's loop: `weights(stage, place, step)` arms a stage's barrier and fetches what no kernel in front
+// writes, which the first stages do not wait for; `inputs(stage, place, step)` the rest.
+template <typename Weights, typename Inputs>
+__device__ __forceinline__ void produce(const Block& block, Tiles tiles, const Weights& weights, const Inputs& inputs) {
+    const int steps = block.end_step - block.first_step, ahead = steps < STAGES ? steps : STAGES;
+    Ring ring;
+    bool first = true;
+#pragma unroll 1
+    for (; tiles.more(); tiles.next(), first = false) {
+        const Place place = tiles.place(block.sharer);
+        int step = block.first_step;
+        if (first) {
+#pragma unroll 1
+            for (int i = 0; i < ahead; ++i) weights(i, place, step + i);
+            grid_dependency_wait();
+#pragma unroll 1
+            for (int i = 0; i < ahead; ++i, ++step, ring.advance()) inputs(i, place, step);
+        }
+#pragma unroll 1
+        for (; step < block.end_step; ++step, ring.advance()) {
+            mbarrier_wait(block.empty(ring.stage), ring.phase ^ 1);
+            weights(ring.stage, place, step);
+            inputs(ring.stage, place, step);
+        }
+    }
+}
