@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import sys
 from collections.abc import Sequence
@@ -10,6 +9,7 @@ from typing import Any
 
 import click
 
+from aphroquant.cli.lazy import LazyGroup
 from aphroquant.errors import EXIT_INTERRUPTED, AphroquantError
 
 COMMANDS = {
@@ -18,29 +18,18 @@ COMMANDS = {
     "inspect": "Show what a checkpoint is made of.",
     "serve": "Serve a model over an OpenAI-compatible HTTP API.",
     "chat": "Talk to a model in the terminal.",
+    "bench": "Measure speed on this machine.",
+    "doctor": "Show what is usable here, and test each kernel.",
 }
 _MODULES = {"eval": "evaluate"}  # eval.py would shadow the builtin in its own package
 
 
-class _LazyGroup(click.Group):
-    """Knows all commands' names and help lines, and imports a command's module when it is needed."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(COMMANDS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in COMMANDS:
-            return None
-        module = importlib.import_module(f"aphroquant.cli.{_MODULES.get(cmd_name, cmd_name)}")
-        command: click.Command = module.command
-        return command
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl(list(COMMANDS.items()))
-
-
-@click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=LazyGroup,
+    commands_help=COMMANDS,
+    modules={name: f"aphroquant.cli.{_MODULES.get(name, name)}" for name in COMMANDS},
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 @click.version_option(package_name="aphroquant")
 def cli() -> None:
     """Quantize a Hugging Face checkpoint, prove its quality, and serve it."""

@@ -1,4 +1,4 @@
-"""Short checks of every kernel against a float64 reference, which `aphroquant doctor` runs.
+"""The self-tests of the CUDA kernels.
 
 A folder beside this file lists its own in a module `self_test.py`: a tuple SELF_TESTS, or a function `self_tests()`
 that gives those which the GPU found has the features for.
@@ -7,18 +7,11 @@ that gives those which the GPU found has the features for.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
+from aphroquant.kernels.self_test import SelfTest
 
-@dataclass(frozen=True)
-class SelfTest:
-    """`run` gives a relative error, ||out - reference|| / ||reference||, which must not exceed `tolerance`."""
-
-    name: str
-    run: Callable[[], float]
-    tolerance: float
+__all__ = ["SelfTest", "all_self_tests"]
 
 
 def all_self_tests() -> list[SelfTest]:

@@ -34,9 +34,20 @@ class KernelVariant:
     tested: bool = True
     prebuilt: bool = True
 
+    def runs_on(self, architecture: str) -> bool:
+        """Newer GPUs run what the newest listed one without features of its own ("a") runs."""
+        if architecture in self.architectures:
+            return True
+        plain = [_number(name) for name in self.architectures if not name.endswith("a")]
+        return bool(plain) and _number(architecture) >= min(plain)
+
     def __str__(self) -> str:
         settings = ", ".join(f"{name}={value}" for name, value in self.macros.items())
         return f"{self.entry}({settings})"
+
+
+def _number(architecture: str) -> int:
+    return int(architecture.removeprefix("sm_").rstrip("a"))
 
 
 def all_variants() -> list[KernelVariant]:
@@ -45,3 +56,8 @@ def all_variants() -> list[KernelVariant]:
     for path in sorted(Path(__file__).parent.glob("*/variants.py")):
         found += importlib.import_module(f"aphroquant.kernels.cuda.{path.parent.name}.variants").VARIANTS
     return found
+
+
+def prebuilt_variants(architecture: str) -> list[KernelVariant]:
+    """Those worth having in the cache of a GPU of that architecture."""
+    return [variant for variant in all_variants() if variant.prebuilt and variant.runs_on(architecture)]
