@@ -31,6 +31,7 @@ from aphroquant.kernels.cuda.variants import Macro
 __all__ = ["Argument", "Kernel", "TensorMap", "cuda_kernel"]
 
 _HEADER = "@4P12I"
+_NO_CLUSTER = (0, 0, 0)
 Argument: TypeAlias = "Tensor | Structure | _SimpleCData[Any] | None"
 
 _kernels: dict[tuple[str, str, tuple[tuple[str, Macro], ...]], Kernel] = {}
@@ -59,6 +60,7 @@ class _Signature:
     offsets: ctypes.Array[c_uint32]
     offsets_address: int
     sizes: tuple[int, ...]
+    first_tensor: int | None
 
 
 class Kernel:
@@ -100,14 +102,10 @@ class Kernel:
         `programmatic`: may start before the kernel in front of it in the stream ends, and must wait for it by
         griddepcontrol.wait before it reads what that one writes. Has no effect below compute capability 9.0.
         """
-        types = tuple(map(type, args))
-        signature = self._signatures.get(types)
-        device = next((arg.get_device() for arg in args if isinstance(arg, Tensor)), None)
-        if device is None:
-            device = torch.cuda.current_device()
-        function = self._functions.get(device) or self._load(device)
-        if signature is None:
-            signature = self._sign(args, function)
+        signature = self._signatures.get(tuple(map(type, args))) or self._sign(args)
+        first = signature.first_tensor
+        device = torch.cuda.current_device() if first is None else args[first].get_device()  # type: ignore[union-attr]
+        function = self._functions.get(device) or self._load(device, signature)
         record = signature.record.pack(
             function.handle,
             function.context,
@@ -116,32 +114,35 @@ class Kernel:
             len(args),
             *grid,
             *block,
-            *(cluster or (0, 0, 0)),
+            *(cluster or _NO_CLUSTER),
             shared_bytes,
             programmatic and function.capability_major >= 9,
-            *[convert(arg) for convert, arg in zip(signature.convert, args, strict=True)],
+            *[convert(arg) for convert, arg in zip(signature.convert, args)],  # noqa: B905
         )
         if result := self._launch(record):
             self._explain(result, function, grid, block, shared_bytes, cluster)
 
-    def _load(self, device: int) -> LoadedFunction:
+    def _load(self, device: int, signature: _Signature) -> LoadedFunction:
         if device < 0:
             raise UsageError(f"the first tensor argument of {self!r} is on the CPU, but the kernel runs on a GPU")
-        return self.on(device)
+        function = self.on(device)
+        self._check(signature, function)
+        return function
 
-    def _sign(self, args: Sequence[Argument], function: LoadedFunction) -> _Signature:
+    def _sign(self, args: Sequence[Argument]) -> _Signature:
         signature = sign(args)
-        actual = function.parameters
-        if actual is not None:
-            found = tuple(
-                (offset - sizeof(Header), size) for offset, size in zip(signature.offsets, signature.sizes, strict=True)
-            )
-            if found != actual:
-                raise UsageError(
-                    f"{self!r} takes parameters of (offset, bytes) {actual}, but the arguments are {found}"
-                )
+        for function in self._functions.values():
+            self._check(signature, function)
         self._signatures[tuple(map(type, args))] = signature
         return signature
+
+    def _check(self, signature: _Signature, function: LoadedFunction) -> None:
+        """What no compiler checks between Python and the GPU: as many parameters, each of the same size."""
+        if function.parameters is None:
+            return
+        sizes = tuple(size for _, size in function.parameters)
+        if sizes != signature.sizes:
+            raise UsageError(f"{self!r} takes parameters of {list(sizes)} bytes, but got {list(signature.sizes)}")
 
     def _explain(
         self,
@@ -176,7 +177,14 @@ def sign(args: Sequence[Argument]) -> _Signature:
         converters.append(convert)
         end += padding + size
     array = (c_uint32 * max(1, len(offsets)))(*offsets)
-    return _Signature(struct.Struct("".join(formats)), tuple(converters), array, ctypes.addressof(array), tuple(sizes))
+    return _Signature(
+        record=struct.Struct("".join(formats)),
+        convert=tuple(converters),
+        offsets=array,
+        offsets_address=ctypes.addressof(array),
+        sizes=tuple(sizes),
+        first_tensor=next((i for i, arg in enumerate(args) if isinstance(arg, Tensor)), None),
+    )
 
 
 _SCALARS = {

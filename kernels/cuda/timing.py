@@ -54,5 +54,5 @@ def time_replays(calls: Sequence[Callable[[], object]], replays: int = 15) -> li
 
 def read_bandwidth(num_bytes: int = 4 << 30) -> float:
     """Bytes a second that a plain read of device memory reaches: the ceiling for kernels that stream weights."""
-    memory = torch.ones(num_bytes // 4, dtype=torch.int32, device="cuda")
+    memory = torch.ones(num_bytes // 4, device="cuda")
     return num_bytes / (min(time_replays([lambda: torch.sum(memory)], 8)) * 1e-6)

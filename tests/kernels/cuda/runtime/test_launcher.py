@@ -89,7 +89,7 @@ def test_what_is_asked_for_reaches_the_driver(stub_driver: Path, kind: str) -> N
     end = f"parameters {where.removeprefix('x is at ')} (nil) {{7 2.5 -0.25}} -3"
     assert first == f"{start}attribute 6: 1 0 0 {end}"
     assert second == f"function 0xf context 0xc0 stream 0x57aea grid 9 1 1 block 32 1 1 shared 0 {end}"
-    assert "launch_probe(BITS=4) takes parameters of (offset, bytes) ((0, 8)," in refused
+    assert "launch_probe(BITS=4) takes parameters of [8, 8, 16, 1] bytes, but got [8, 8, 16, 1, 8]" in refused
     failed = run("0xbad")[-1]
     assert "launching launch_probe(BITS=4) with grid (1, 2, 3)" in failed
     assert "CUDA error 700 (CUDA_ERROR_ILLEGAL_ADDRESS" in failed
