@@ -55,12 +55,12 @@ class DecodeArguments(Structure):
 class DecodeWorkspace:
     """Memory for the parts of split contexts, shared by all layers. It must outlive the graphs captured with it."""
 
-    def __init__(self, shape: AttentionShape, max_sequences: int, max_splits: int, device: torch.device) -> None:
-        places = max_sequences * shape.num_kv_heads
-        self.max_sequences, self.max_splits = max_sequences, max_splits
-        self.results = torch.empty(places * max_splits * shape.group * shape.head_dim, device=device)
-        self.sums = torch.empty(places * max_splits * shape.group * 2, device=device)
-        self.counters = torch.zeros(places, dtype=torch.int32, device=device)
+    def __init__(self, shape: AttentionShape, max_sequences: int, max_parts: int, device: torch.device) -> None:
+        """`max_parts`: the largest product of sequences and splits of a launch."""
+        self.max_sequences, self.max_parts = max_sequences, max_parts
+        self.results = torch.empty(max_parts * shape.num_heads * shape.head_dim, device=device)
+        self.sums = torch.empty(max_parts * shape.num_heads * 2, device=device)
+        self.counters = torch.zeros(max_sequences * shape.num_kv_heads, dtype=torch.int32, device=device)
 
 
 def num_splits(num_sequences: int, num_kv_heads: int, multiprocessors: int) -> int:
@@ -96,16 +96,20 @@ class PagedDecode:
         workspace: DecodeWorkspace,
         *,
         splits: int,
+        output: Tensor | None = None,
         sliding_window: int | None = None,
         programmatic: bool = False,
     ) -> Tensor:
-        """Like queries [S, heads, d]. block_tables int32 [S, ...], context_lens int32 [S]; 0 gives zeros."""
-        output = torch.empty_like(queries)
+        """Like queries [S, heads, d], into `output` if given. block_tables int32 [S, ...], context_lens int32 [S].
+
+        A sequence without context gives zeros.
+        """
+        output = torch.empty_like(queries) if output is None else output
         num_sequences = queries.shape[0]
         if not num_sequences:
             return output
         assert num_sequences <= workspace.max_sequences
-        assert splits <= workspace.max_splits
+        assert num_sequences * splits <= workspace.max_parts
         arguments = DecodeArguments(
             queries.data_ptr(),
             cache.keys.data_ptr(),

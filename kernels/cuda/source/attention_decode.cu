@@ -58,7 +58,7 @@ constexpr int STEP = TILES * TILE;   // tokens that a warp takes at a time
 constexpr int HEAD_TILES = (GROUP + 7) / 8;
 constexpr int HEADS = HEAD_TILES * 8;
 constexpr int NUM_HEADS = GROUP * NUM_KV_HEADS;
-constexpr float LOWEST = -INFINITY;
+#define LOWEST __int_as_float(0xff800000)  // minus infinity
 static_assert(GROUP >= 1 && GROUP <= 16, "the query heads of a KV head are the rows of one tile");
 static_assert(HEAD_DIM % 16 == 0, "channels come in products of 16");
 static_assert(BLOCK_SIZE % TILE == 0, "a tile lies in one page");

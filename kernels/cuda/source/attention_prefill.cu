@@ -48,7 +48,7 @@ constexpr int ROW_BYTES = HEAD_DIM * 2 + 16;
 constexpr int TILE_BYTES = TILE * ROW_BYTES;
 constexpr int SCALES_BYTES = TILE * 4;
 constexpr int STAGE_BYTES = 2 * TILE_BYTES + 2 * SCALES_BYTES;
-constexpr float LOWEST = -INFINITY;
+#define LOWEST __int_as_float(0xff800000)  // minus infinity
 static_assert(HEAD_DIM % 16 == 0, "channels come in products of 16");
 
 struct Arguments {

@@ -42,7 +42,7 @@ constexpr int HALF = ROTARY_DIM / 2;
 constexpr int REST = HEAD_DIM - ROTARY_DIM;
 static_assert(ROTARY_DIM % 2 == 0 && ROTARY_DIM <= HEAD_DIM, "rotary positions pair channels");
 constexpr int WIDTH = vector_width(HALF | HEAD_DIM, 8);  // divides both
-constexpr int lanes_for(int vectors) { return vectors <= 1 ? 1 : vectors > 16 ? 32 : 2 * lanes_for((vectors + 1) / 2); }
+__host__ __device__ constexpr int lanes_for(int vectors) { return vectors <= 1 ? 1 : vectors > 16 ? 32 : 2 * lanes_for((vectors + 1) / 2); }
 constexpr int LANES = lanes_for(HALF / WIDTH);
 constexpr int ITEMS = (HALF / WIDTH + LANES - 1) / LANES;
 constexpr int REST_ITEMS = (REST / WIDTH + LANES - 1) / LANES;

@@ -30,7 +30,7 @@ def run(shape: cases.AttentionShape, case: cases.Case, queries: Tensor, *, split
         tuning: DecodeTuning | None = None) -> Tensor:  # fmt: skip
     scale = shape.head_dim**-0.5
     kernel = PagedDecode(shape, queries.dtype, scale, tuning)
-    workspace = DecodeWorkspace(shape, queries.shape[0], splits, queries.device)
+    workspace = DecodeWorkspace(shape, queries.shape[0], queries.shape[0] * splits, queries.device)
     out = kernel(queries, case.cache, case.tables, case.context_lens, workspace, splits=splits, sliding_window=window)
     assert not workspace.counters.any()
     return out

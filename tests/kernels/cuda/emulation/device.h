@@ -162,6 +162,7 @@ inline float __uint_as_float(unsigned bits) {
   std::memcpy(&x, &bits, 4);
   return x;
 }
+inline float __int_as_float(unsigned bits) { return __uint_as_float(bits); }
 inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
   const uint64_t bytes = uint64_t(y) << 32 | x;
   unsigned result = 0;
