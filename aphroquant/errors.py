@@ -3,7 +3,8 @@
     AphroquantError            1  internal error (also any other exception)
     ├── UsageError             2  a parameter is wrong, or does not fit the model
     ├── InputError             3  a file, checkpoint or text cannot be read, or holds something unsupported
-    ├── GateError              4  the result was written and measured, and missed a quality gate
+    ├── GateError              4  the result was written and measured, and missed a quality gate; inspect --verify
+    │                             found errors, or the two checkpoints of inspect A B differ
     ├── ResourceError          5  out of disk or memory
     └── RequestError           -  one request to the engine or server is wrong (HTTP 4xx); the engine goes on
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 EXIT_OK = 0
 EXIT_INTERRUPTED = 130
+MAX_MESSAGE = 1000  # characters: messages quote files, which may hold anything
 
 
 class AphroquantError(Exception):
@@ -23,9 +25,9 @@ class AphroquantError(Exception):
     exit_code = 1
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
-        super().__init__(message)
-        self.message = message
-        self.hint = hint
+        self.message = _one_line(message)
+        self.hint = None if hint is None else _one_line(hint)
+        super().__init__(self.message)
 
 
 class UsageError(AphroquantError):
@@ -41,7 +43,7 @@ class InputError(AphroquantError):
 
 
 class GateError(AphroquantError):
-    """The result missed a quality gate."""
+    """The result missed a quality gate, or a checkpoint is not what it was checked to be."""
 
     exit_code = 4
 
@@ -60,3 +62,10 @@ class RequestError(AphroquantError):
         self.param = param
         self.status = status
         self.code = code
+
+
+def _one_line(text: str) -> str:
+    """The text as one line that a terminal shows as it stands, its middle left out if it is long."""
+    words = " ".join(text.split())
+    plain = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in words)
+    return plain if len(plain) <= MAX_MESSAGE else f"{plain[: MAX_MESSAGE - 300]} ... {plain[-290:]}"

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from typing import Any
 
+import regex  # type: ignore[import-untyped]
 import torch
 from torch import Tensor
 
@@ -13,6 +16,9 @@ from aphroquant.errors import InputError
 from aphroquant.formats.base import TensorHeader
 
 SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MATCH_SECONDS = 0.25
+MAX_PATTERN = 2000  # characters
+MAX_SHOWN = 120
 
 
 def headers_of(tensors: Mapping[str, Tensor]) -> dict[str, TensorHeader]:
@@ -67,11 +73,36 @@ def read_group_size(config: Mapping[str, Any], *names: str, default: int | None 
 
 
 def matches(pattern: str, module: str) -> bool:
-    """Whether the regular expression matches from the start of the module's name, as the field's readers do it."""
+    """Whether the regular expression matches from the start of the module's name, as the field's readers do it.
+
+    A pattern is part of a file, and some take ages by design: InputError for one that does.
+    """
+    compiled = _compiled(pattern)
     try:
-        return re.match(pattern, module) is not None
-    except re.error as error:
-        raise InputError(f"quantization_config: {pattern!r} is not a regular expression: {error}") from error
+        return compiled.match(module, timeout=MATCH_SECONDS) is not None
+    except TimeoutError as error:
+        raise InputError(
+            f"quantization_config: {pattern[:MAX_SHOWN]!r} takes more than {MATCH_SECONDS:g} seconds to match {module}",
+            hint="write the pattern without repetitions inside repetitions",
+        ) from error
+
+
+@lru_cache(maxsize=4096)
+def _compiled(pattern: str) -> Any:
+    """For the engine that can be stopped; `re`, which the field's readers use, says what is an expression."""
+    if len(pattern) > MAX_PATTERN:
+        raise InputError(
+            f"quantization_config: {pattern[:MAX_SHOWN]!r} has {len(pattern)} characters, at most {MAX_PATTERN}"
+        )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of sets that later versions may read otherwise
+            re.compile(pattern)
+            return regex.compile(pattern)
+    except (re.error, regex.error, RecursionError, OverflowError) as error:
+        raise InputError(
+            f"quantization_config: {pattern[:MAX_SHOWN]!r} is not a regular expression: {error}"
+        ) from error
 
 
 def require(module: str, headers: Mapping[str, TensorHeader], name: str, dtypes: Iterable[torch.dtype]) -> TensorHeader:

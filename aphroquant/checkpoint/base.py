@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from aphroquant.checkpoint.carried import carried_files
+from aphroquant.checkpoint.files import read_small
 from aphroquant.errors import InputError
 from aphroquant.formats.base import Format
 from aphroquant.models.spec import DecoderSpec, decoder_spec
@@ -173,9 +174,7 @@ def suffix(name: str) -> str:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON file that holds an object. InputError naming the file otherwise."""
     try:
-        value = json.loads(path.read_bytes())
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
+        value = json.loads(read_small(path))
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: is not valid JSON: {error}") from error
     if not isinstance(value, dict):

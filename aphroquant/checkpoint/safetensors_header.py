@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from aphroquant.checkpoint.files import opened
 from aphroquant.errors import InputError
 
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
@@ -64,13 +64,9 @@ class Header(NamedTuple):
 
 def read_header(path: Path) -> Header:
     """The tensors of one file, by name. InputError naming the file and the tensor for any contradiction."""
-    try:
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            length = _header_length(file.read(8), size, path)
-            entries = _parse(file.read(length), path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
+    with opened(path) as (file, size):
+        length = _header_length(file.read(8), size, path)
+        entries = _parse(file.read(length), path)
     metadata = entries.pop(METADATA_KEY, {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise InputError(f"{path}: {METADATA_KEY} must map strings to strings")

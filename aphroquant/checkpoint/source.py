@@ -8,6 +8,7 @@ from pathlib import Path
 
 from aphroquant.checkpoint.base import Checkpoint
 from aphroquant.checkpoint.directory import SafetensorsCheckpoint
+from aphroquant.checkpoint.files import opened
 from aphroquant.errors import InputError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
@@ -38,11 +39,8 @@ def open_checkpoint(source: str | Path, *, revision: str | None = None) -> Check
 
 
 def _starts_with_magic(path: Path) -> bool:
-    try:
-        with path.open("rb") as file:
-            return file.read(4) == _GGUF_MAGIC
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
+    with opened(path) as (file, _):
+        return file.read(4) == _GGUF_MAGIC
 
 
 def _not_a_checkpoint(path: Path) -> InputError:

@@ -8,24 +8,22 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from aphroquant.checkpoint.files import opened
 from aphroquant.errors import InputError
 
 
 def read_bytes(path: Path, name: str, begin: int, nbytes: int) -> Tensor:
     """uint8 [nbytes] from offset `begin`. `name` is the tensor, for the message."""
     buffer = torch.empty(nbytes, dtype=torch.uint8)
-    try:
-        with path.open("rb", buffering=0) as file:
-            file.seek(begin)
-            view = buffer.numpy().data
-            done = 0
-            while done < nbytes:  # one read gives at most 2 GiB
-                count = file.readinto(view[done:])
-                if not count:
-                    raise InputError(f"{path}: {name}: the file ends {nbytes - done} bytes too early")
-                done += count
-    except OSError as error:
-        raise InputError(f"{path}: {name}: cannot be read: {error.strerror or error}") from error
+    with opened(path) as (file, _):
+        file.seek(begin)
+        view = buffer.numpy().data
+        done = 0
+        while done < nbytes:  # one read gives at most 2 GiB
+            count = file.readinto(view[done:])
+            if not count:
+                raise InputError(f"{path}: {name}: the file ends {nbytes - done} bytes too early")
+            done += count
     return buffer
 
 

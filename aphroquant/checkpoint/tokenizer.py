@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from aphroquant.checkpoint.files import check_ordinary
 from aphroquant.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
+_OPENED = ("*.json", "*.model", "*.txt", "*.jinja")  # by transformers, whatever they are
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
@@ -20,6 +22,9 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
             f"{directory}: there is no tokenizer",
             hint="copy tokenizer.json and tokenizer_config.json beside the weights",
         )
+    for pattern in _OPENED:
+        for path in sorted(directory.glob(pattern)):
+            check_ordinary(path)
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     # Without config.json AutoTokenizer has no model type to choose a class by; tokenizer.json says it all.
@@ -28,8 +33,8 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
         tokenizer: PreTrainedTokenizerBase = choose.from_pretrained(
             directory, trust_remote_code=False, local_files_only=True
         )
-    except MemoryError:
+    except (MemoryError, KeyboardInterrupt, SystemExit):
         raise
-    except Exception as error:
-        raise InputError(f"{directory}: the tokenizer cannot be loaded: {error}") from error
+    except BaseException as error:  # panics of the tokenizers library are no Exceptions
+        raise InputError(f"{directory}: the tokenizer cannot be loaded: {type(error).__name__}: {error}") from error
     return tokenizer

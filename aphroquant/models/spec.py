@@ -89,7 +89,7 @@ class DecoderSpec:
 def decoder_spec(config: Mapping[str, Any]) -> DecoderSpec:
     """The spec of a Hugging Face config.json. Raises InputError for an unknown family or a missing or odd key."""
     family = config.get("model_type")
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         raise InputError(
             f"config.json: model_type {family!r} is not supported; known are {', '.join(sorted(FAMILIES))}",
         )
@@ -191,12 +191,15 @@ _ROPE_NUMBERS: dict[str, tuple[str, ...]] = {
 
 def _rope(config: Mapping[str, Any]) -> RopeSpec:
     # transformers 5 writes rope_parameters; older files have rope_theta and rope_scaling.
-    parameters = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    found = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(found, Mapping):
+        raise InputError(f"config.json: rope_parameters = {found!r} must be an object")
+    parameters = dict(found)
     if nested := next((key for key, value in parameters.items() if isinstance(value, Mapping)), None):
         raise InputError(f"config.json: rope parameters of their own for {nested!r} layers are not supported")
     theta = _number({**config, **{k: v for k, v in parameters.items() if v is not None}}, "rope_theta", 10000.0)
     kind = parameters.get("rope_type") or parameters.get("type") or "default"
-    if kind not in _ROPE_NUMBERS:
+    if not isinstance(kind, str) or kind not in _ROPE_NUMBERS:
         raise InputError(f"config.json: rope scaling {kind!r} is not supported; known are {', '.join(_ROPE_NUMBERS)}")
     rotary_share = parameters.get("partial_rotary_factor", config.get("partial_rotary_factor"))
     if rotary_share not in (None, 1, 1.0):
@@ -240,6 +243,8 @@ def _layer_types(config: Mapping[str, Any], num_layers: int) -> list[str] | None
     layer_types = config.get("layer_types")
     if layer_types is None:
         return None
+    if not isinstance(layer_types, list):
+        raise InputError(f"config.json: layer_types = {layer_types!r} must be a list")
     if len(layer_types) != num_layers:
         raise InputError(f"config.json: layer_types has {len(layer_types)} entries for {num_layers} layers")
     for kind in layer_types:
