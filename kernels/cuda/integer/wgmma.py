@@ -85,20 +85,20 @@ class WgmmaTile:
 
 class _Problem(ctypes.Structure):
     _fields_ = (
+        ("rows", c_int32),
+        ("tokens", c_int32),
+        ("steps", c_int32),
+        ("row_tiles", c_int32),
+        ("token_tiles", c_int32),
+        ("groups", c_int32),
+        ("scale_factor", c_float),
+        ("output_factor", c_float),
         ("codes", c_void_p),
         ("scales", c_void_p),
         ("zeros", c_void_p),
         ("offsets", c_void_p),
+        ("values", c_void_p),
         ("bias", c_void_p),
-        ("output", c_void_p),
-        ("tokens", c_int32),
-        ("rows", c_int32),
-        ("chunks", c_int32),
-        ("groups", c_int32),
-        ("row_tiles", c_int32),
-        ("token_tiles", c_int32),
-        ("scale_factor", c_float),
-        ("output_factor", c_float),
     )
 
 
@@ -125,27 +125,27 @@ def wgmma_multiply(
 ) -> Tensor:
     """x [T, >= packed columns or in_features] in packed column order -> [T, N]. `exponent`: of `scale_exponent`.
 
-    The rows of x must begin at multiples of 16 bytes.
+    The rows of x must begin at multiples of 16 bytes; bias is float32.
     """
     tokens = x.shape[0]
     if out is None:
         out = x.new_empty(tokens, packed.out_features)
     row_tiles, token_tiles = -(-packed.out_features // tile.rows), -(-tokens // tile.tokens)
     problem = _Problem(
+        packed.out_features,
+        tokens,
+        packed.padded_columns // (CHUNK * tile.chunks),
+        row_tiles,
+        token_tiles,
+        packed.scales.shape[1],
+        2.0**exponent,
+        2.0**-exponent,
         packed.codes.data_ptr(),
         packed.scales.data_ptr(),
         0 if packed.zeros is None else packed.zeros.data_ptr(),
         0 if packed.offsets is None else packed.offsets.data_ptr(),
-        0 if bias is None else bias.data_ptr(),
         out.data_ptr(),
-        tokens,
-        packed.out_features,
-        packed.padded_columns // CHUNK,
-        packed.scales.shape[1],
-        row_tiles,
-        token_tiles,
-        2.0**exponent,
-        2.0**-exponent,
+        0 if bias is None else bias.data_ptr(),
     )
     clusters = -(-row_tiles // tile.multicast) * token_tiles
     if tile.persistent:

@@ -92,9 +92,8 @@ struct GroupValues {
     }
 
     __device__ __forceinline__ void apply(uint32_t (&fragment)[4]) const {
-        if (GROUP == 0) return;
 #pragma unroll
-        for (int r = 0; r < 4; ++r) {
+        for (int r = 0; r < (GROUP == 0 ? 0 : 4); ++r) {
             const int half = r % 2;
             const uint32_t code = fragment[r];
             if (kScalesFit && ZEROS != 2) {

@@ -1,22 +1,17 @@
 // From accumulators to the output: transposed through shared memory, so that global memory sees whole lines.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include "ptx/barrier.cuh"
 #include "ptx/cluster.cuh"
 #include "ptx/store_matrices.cuh"
 #include "wgmma_tile.cuh"
 
 struct Output {
-    void* values;      // [tokens][rows]
-    const void* bias;  // [rows] or null
+    void* values;       // [tokens][rows]
+    const float* bias;  // [rows] or null
 
     __device__ __forceinline__ float bias_of(int row, int rows) const {
-        if (bias == nullptr || row >= rows) return 0.0f;
-        if (kIsBf16) return __bfloat162float(static_cast<const __nv_bfloat16*>(bias)[row]);
-        return __half2float(static_cast<const __half*>(bias)[row]);
+        return bias == nullptr || row >= rows ? 0.0f : bias[row];
     }
 };
 
