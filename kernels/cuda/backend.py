@@ -33,16 +33,17 @@ class CudaBackend:
     """Layers on torch's current GPU."""
 
     reason: str
+    dtype: torch.dtype = torch.bfloat16  # of inputs and results
     name: str = "cuda"
 
     def prepare(self, weight: QuantizedWeight, bias: Tensor | None) -> PreparedLinear:
         from aphroquant.kernels.cuda.operator import RegisteredLinear
 
-        return RegisteredLinear(prepare(weight, bias))
+        return RegisteredLinear(prepare(weight, bias, self.dtype))
 
 
-def prepare(weight: QuantizedWeight, bias: Tensor | None) -> PreparedLinear:
-    """The layer in the layout of its kernel, on torch's current GPU."""
+def prepare(weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype) -> PreparedLinear:
+    """The layer in the layout of its kernel, on torch's current GPU, for inputs of that dtype."""
     from aphroquant.kernels.cuda.dequantizing import DenseLinear, DequantizingLinear
 
     device = torch.device("cuda", torch.cuda.current_device())
@@ -51,7 +52,7 @@ def prepare(weight: QuantizedWeight, bias: Tensor | None) -> PreparedLinear:
     if fallback_reason(weight.scheme):
         return DequantizingLinear(weight, bias, device)
     module, name = LAYERS[type(weight.scheme)]
-    layer: PreparedLinear = getattr(importlib.import_module(f"{PACKAGE}.{module}"), name)(weight, bias)
+    layer: PreparedLinear = getattr(importlib.import_module(f"{PACKAGE}.{module}"), name)(weight, bias, dtype, device)
     return layer
 
 
