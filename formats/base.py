@@ -38,6 +38,10 @@ class Place(NamedTuple):
     entry: int | None = None
 
 
+# How a KV cache is quantized, in the words of compressed-tensors' kv_cache_scheme: num_bits, type, strategy, ...
+CacheScheme = Mapping[str, Any]
+
+
 class Format(ABC):
     """One on-disk layout for quantized linear layers. Module names are dotted paths without a tensor suffix."""
 
@@ -82,6 +86,14 @@ class Format(ABC):
     def place(self, module: str, suffix: str) -> Place:
         """Where `suffix` of `module` is stored. Inverse of `locate`."""
         return Place(f"{module}.{suffix}")
+
+    def cache_scheme(self) -> CacheScheme | None:
+        """What the config says of the scales of a quantized KV cache; None if nothing."""
+        return None
+
+    def with_cache_scheme(self, scheme: CacheScheme) -> Self:
+        """The same, saying that there are scales of a KV cache, if this format's config has a place for it."""
+        return self
 
     def side_files(self) -> dict[str, Any]:
         """JSON files beside config.json that readers of this format look for: name -> content."""

@@ -12,7 +12,7 @@ settings, and older files have them in `hf_quant_config.json` only; both are wri
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from aphroquant.errors import InputError, UsageError
 from aphroquant.formats import fp4, reading, writing
-from aphroquant.formats.base import Format, TensorHeader
+from aphroquant.formats.base import CacheScheme, Format, TensorHeader
 from aphroquant.schemes import ActivationScheme, FloatScheme, LookupScheme, QuantizedWeight, Scheme
 
 LAYOUT_VERSION = "0.47.0"  # the release of the library whose layout is written
@@ -37,6 +37,12 @@ ALGORITHMS: Mapping[Scheme, str] = {
 }
 NAMES = tuple(dict.fromkeys(ALGORITHMS.values()))
 MIXED = "MIXED_PRECISION"
+SETTINGS_FILE = "hf_quant_config.json"
+_CACHES: Mapping[str, dict[str, Any]] = {
+    "FP8": {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True},
+    "INT8": {"num_bits": 8, "type": "int", "strategy": "tensor", "dynamic": False, "symmetric": True},
+}
+_ALGORITHM = "quant_algo"  # in a cache's scheme: the name that this format has for it
 _TENSORS = {"weight", "weight_scale", "weight_scale_2", "input_scale"}
 
 
@@ -50,6 +56,7 @@ class ModelOpt(Format):
     algorithm: str
     layers: Mapping[str, str]
     ignore: tuple[str, ...] = ()
+    kv_cache_algorithm: str | None = None
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
@@ -64,7 +71,8 @@ class ModelOpt(Format):
             if not isinstance(entry, Mapping):
                 raise InputError(f"quantization_config: {where} = {entry!r} must be an object")
             layers[module] = _algorithm(entry.get("quant_algo"), f"{where}.quant_algo", NAMES)
-        return cls(algorithm, layers, reading.read_names(settings, "ignore", "exclude_modules"))
+        names = reading.read_names(settings, "ignore", "exclude_modules")
+        return cls(algorithm, layers, names, _cache_algorithm(settings))
 
     @classmethod
     def for_schemes(cls, schemes: Mapping[str, Scheme], dense_modules: list[str]) -> Self:
@@ -85,17 +93,29 @@ class ModelOpt(Format):
             config["config_groups"] = {f"group_{number}": group for number, group in enumerate(groups)}
         if self.algorithm == MIXED:
             config["quantized_layers"] = self._quantized_layers()
+        if self.kv_cache_algorithm == "FP8":
+            config["kv_cache_scheme"] = {"dynamic": False, "num_bits": 8, "type": "float"}
         return config | {"producer": {"name": "modelopt", "version": LAYOUT_VERSION}}
 
     def side_files(self) -> dict[str, Any]:
-        settings: dict[str, Any] = {"quant_algo": self.algorithm, "kv_cache_quant_algo": None}
+        settings: dict[str, Any] = {"quant_algo": self.algorithm, "kv_cache_quant_algo": self.kv_cache_algorithm}
         if self.algorithm == MIXED:
             settings["quantized_layers"] = self._quantized_layers()
         elif "FP4" in self.algorithm:
             settings["group_size"] = BLOCK
         settings["exclude_modules"] = list(self.ignore)
         producer = {"name": "modelopt", "version": LAYOUT_VERSION}
-        return {"hf_quant_config.json": {"producer": producer, "quantization": settings}}
+        return {SETTINGS_FILE: {"producer": producer, "quantization": settings}}
+
+    def cache_scheme(self) -> CacheScheme | None:
+        if self.kv_cache_algorithm is None:
+            return None
+        return _CACHES.get(self.kv_cache_algorithm, {}) | {_ALGORITHM: self.kv_cache_algorithm}
+
+    def with_cache_scheme(self, scheme: CacheScheme) -> Self:
+        numbers = scheme.get("num_bits"), scheme.get("type")
+        fitting = (name for name, cache in _CACHES.items() if (cache["num_bits"], cache["type"]) == numbers)
+        return replace(self, kv_cache_algorithm=scheme.get(_ALGORITHM) or next(fitting, None))
 
     def scheme(self, module: str, headers: Mapping[str, TensorHeader]) -> Scheme | None:
         dtype = headers["weight"].dtype if "weight" in headers else None
@@ -162,6 +182,15 @@ class ModelOpt(Format):
         if isinstance(scheme, FloatScheme) != (dtype == FP8):
             raise InputError(f"{module}.weight is {dtype}, although quantization_config says {algorithm}")
         return scheme
+
+
+def _cache_algorithm(settings: Mapping[str, Any]) -> str | None:
+    """Under its own name, or as a description of the numbers, which config.json has."""
+    named = settings.get("kv_cache_quant_algo")
+    if named is not None:
+        return reading.read_text(settings, "kv_cache_quant_algo", default="").upper()
+    described = reading.read_mapping(settings, "kv_cache_scheme")
+    return "FP8" if (described.get("num_bits"), described.get("type")) == (8, "float") else None
 
 
 def _algorithm(value: Any, where: str, known: tuple[str, ...]) -> str:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+TEMPLATES_FOLDER = "additional_chat_templates"  # transformers' own, for templates with names
 # No *.py: code in a checkpoint is neither run nor passed on. No README: it describes the source.
 CARRIED_PATTERNS = (
     "tokenizer.json",
-    "tokenizer_config.json",
     "tokenizer.model",
     "tokenizer.model.v*",
     "spiece.model",
@@ -21,20 +21,31 @@ CARRIED_PATTERNS = (
     "*.tiktoken",
     "chat_template.*",
     "*.jinja",
-    "generation_config.json",
-    "preprocessor_config.json",
-    "processor_config.json",
+    "*_config.json",  # of the tokenizer, generation, processors of images, sound and video
     "LICENSE*",
     "LICENCE*",
     "NOTICE*",
     "USE_POLICY*",
 )
+# How the source was quantized: the target has its own.
+_DESCRIBES_SOURCE = ("quant*_config.json", "hf_quant_config.json", "adapter_config.json")
 
 
 def carried_files(directory: Path) -> list[Path]:
-    """The files of `directory` to carry over, by name."""
-    return sorted(
-        path
-        for path in directory.iterdir()
-        if path.is_file() and any(fnmatchcase(path.name, pattern) for pattern in CARRIED_PATTERNS)
-    )
+    """The files of `directory` to carry over, by name, and those of its folder of chat templates."""
+    found = sorted(path for path in directory.iterdir() if path.is_file() and _is_carried(path.name))
+    folder = directory / TEMPLATES_FOLDER
+    if folder.is_dir():
+        found += sorted(path for path in folder.iterdir() if path.is_file() and path.suffix == ".jinja")
+    return found
+
+
+def carried_name(path: Path) -> str:
+    """Under which name one of `carried_files` is written, its folder included."""
+    return f"{TEMPLATES_FOLDER}/{path.name}" if path.parent.name == TEMPLATES_FOLDER else path.name
+
+
+def _is_carried(name: str) -> bool:
+    if any(fnmatchcase(name, pattern) for pattern in _DESCRIBES_SOURCE):
+        return False
+    return any(fnmatchcase(name, pattern) for pattern in CARRIED_PATTERNS)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from aphroquant.checkpoint.base import Checkpoint, TensorInfo, naming, read_json
+from aphroquant.checkpoint.base import PIECE_ELEMENTS, Checkpoint, TensorInfo, naming, read_json
 from aphroquant.checkpoint.gguf_model import hugging_face_config
 from aphroquant.checkpoint.gguf_names import ROPE_FACTORS, hugging_face_name, permuted_heads, unpermuted_rows
 from aphroquant.checkpoint.gguf_reader import GgufTensor, read_gguf_header
@@ -21,6 +21,7 @@ from aphroquant.errors import InputError
 from aphroquant.formats.base import Format
 from aphroquant.formats.gguf import decode
 from aphroquant.schemes import DenseScheme, QuantizedWeight, Scheme
+from aphroquant.schemes.rows import rows_per_piece
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,6 +37,7 @@ class GgufCheckpoint(Checkpoint):
         self.source = source
         header = read_gguf_header(path)
         self.metadata = header.metadata
+        self._spans = header.spans
         stored = dict(header.tensors)
         factors = stored.pop(ROPE_FACTORS, None)  # becomes part of the config
         self._stored = {hugging_face_name(name): tensor for name, tensor in stored.items()}
@@ -43,6 +45,7 @@ class GgufCheckpoint(Checkpoint):
             raise InputError(f"{path}: two tensors have the same Hugging Face name")
         self._global_scales = self._take_global_scales()
         rope_factors = None if factors is None else self._decode(ROPE_FACTORS, factors).float()
+        self.rope_factors = rope_factors  # as the file has them, of which `config` holds only what they follow from
         with naming(path):
             self.config = hugging_face_config(header.metadata, stored, rope_factors)
         self.tensors = {name: self._tensor_info(name, tensor) for name, tensor in self._stored.items()}
@@ -83,6 +86,29 @@ class GgufCheckpoint(Checkpoint):
         ordered = {key: tensor[rows] if tensor.ndim else tensor for key, tensor in weight.tensors.items()}
         return QuantizedWeight(weight.scheme, ordered, weight.shape)
 
+    def read_pieces(self, name: str) -> Iterator[Tensor]:
+        module = name.removesuffix(".weight")
+        if name not in self.tensors or module == name or module not in self._schemes:
+            yield from super().read_pieces(name)
+            return
+        for piece in self.weight_pieces(module):
+            dense = piece["weight"] if isinstance(piece.scheme, DenseScheme) else piece.dequantize()
+            yield dense.to(self.tensors[name].dtype).flatten()
+
+    def weight_pieces(self, module: str, max_elements: int = PIECE_ELEMENTS) -> Iterator[QuantizedWeight]:
+        name = f"{module}.weight"
+        if module not in self._schemes or self._row_order(name) is not None:
+            yield from super().weight_pieces(module, max_elements)
+            return
+        tensor = self._stored[name]
+        rows, columns = tensor.shape
+        nbytes = tensor.nbytes // rows  # of a row, which is a whole number of blocks
+        size = rows_per_piece(columns, max_elements)
+        for start in range(0, rows, size):
+            count = min(size, rows - start)
+            place = tensor._replace(shape=(count, columns), begin=tensor.begin + start * nbytes, nbytes=count * nbytes)
+            yield self._weight(name, place)
+
     def carried_files(self) -> list[Path]:
         """What lies beside the file if a tokenizer does: a folder of nothing but GGUF files tells nothing."""
         return super().carried_files() if self._has_tokenizer_beside else []
@@ -103,6 +129,13 @@ class GgufCheckpoint(Checkpoint):
         path = directory / "tokenizer_config.json"
         settings = {**read_json(path), "tokenizer_class": "PreTrainedTokenizerFast"}
         path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    def stored_metadata(self) -> dict[str, bytes]:
+        """Every metadata value as the bytes of the file, its type included."""
+        return {
+            key: read_bytes(self.path, key, begin, end - begin).numpy().tobytes()
+            for key, (begin, end) in self._spans.items()
+        }
 
     @property
     def _has_tokenizer_beside(self) -> bool:

@@ -13,7 +13,8 @@ from aphroquant.formats.gguf import BlockType
 from aphroquant.formats.gguf.block_types import TYPE_IDS
 
 ALIGNMENT = 32
-Value = bool | int | float | str | Sequence[str] | NDArray[np.generic]
+# bytes: a value of another file, its type included, as it stands there.
+Value = bool | int | float | str | Sequence[str] | NDArray[np.generic] | bytes
 
 _STRING, _ARRAY, _BOOL, _U32, _F32, _U64 = 8, 9, 7, 4, 6, 10
 _ARRAY_TYPES = {"int32": 5, "float32": 6, "uint32": 4}
@@ -53,6 +54,8 @@ def encode_header(metadata: Mapping[str, Value], tensors: Mapping[str, PlacedTen
 
 
 def _value(key: str, value: Value) -> bytes:
+    if isinstance(value, bytes):
+        return value
     if isinstance(value, bool):
         return struct.pack("<IB", _BOOL, value)
     if isinstance(value, int):

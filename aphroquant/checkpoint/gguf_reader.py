@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from aphroquant.checkpoint.files import is_pickle, opened, pickle_error
 from aphroquant.errors import InputError
 from aphroquant.formats.gguf import BLOCK_TYPES, UNREADABLE_TYPES, BlockType
 
@@ -49,19 +50,20 @@ class GgufTensor(NamedTuple):
 
 
 class GgufHeader(NamedTuple):
+    """`spans` are where each metadata value stands in the file, its type included: (begin, end)."""
+
     metadata: dict[str, Any]
     tensors: dict[str, GgufTensor]
+    spans: dict[str, tuple[int, int]]
 
 
 def read_gguf_header(path: Path) -> GgufHeader:
     """Metadata (arrays of numbers as numpy arrays, of strings as lists) and tensors, checked in full."""
-    try:
-        if path.stat().st_size == 0:  # cannot be mapped
+    with opened(path) as (file, size):
+        if size == 0:  # cannot be mapped
             raise InputError(f"{path}: is empty")
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             return _parse(_Cursor(content, path))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
 class _Cursor:
@@ -115,8 +117,9 @@ class _Cursor:
 
 
 def _parse(cursor: _Cursor) -> GgufHeader:
-    if cursor.take(4, "the magic number") != MAGIC:
-        raise cursor.fail("is not a GGUF file")
+    magic = cursor.take(4, "the magic number")
+    if magic != MAGIC:
+        raise pickle_error(cursor.path) if is_pickle(magic) else cursor.fail("is not a GGUF file")
     version = cursor.u32("the version")
     if version not in VERSIONS:
         kind = "big-endian" if version.bit_length() > 16 else f"version {version}"
@@ -124,13 +127,28 @@ def _parse(cursor: _Cursor) -> GgufHeader:
     num_tensors = cursor.count("the number of tensors", 24)
     num_pairs = cursor.count("the number of metadata entries", 13)
     metadata: dict[str, Any] = {}
+    spans = {}
     for _ in range(num_pairs):
         key = cursor.name("a metadata key")
         if key in metadata:
             raise cursor.fail(f"the metadata key {key} stands twice")
+        begin = cursor.position
         metadata[key] = _value(cursor, key)
+        spans[key] = begin, cursor.position
+    _check_split(cursor, metadata)
     placed = [_tensor_info(cursor) for _ in range(num_tensors)]
-    return GgufHeader(metadata, _place(cursor, placed, _alignment(cursor, metadata)))
+    return GgufHeader(metadata, _place(cursor, placed, _alignment(cursor, metadata)), spans)
+
+
+def _check_split(cursor: _Cursor, metadata: dict[str, Any]) -> None:
+    count = metadata.get("split.count", 0)
+    if not isinstance(count, int) or count > 1:
+        number = metadata.get("split.no", 0)
+        part = number + 1 if isinstance(number, int) else number
+        raise InputError(
+            f"{cursor.path}: is part {part} of a model split into {count} files, which are not read",
+            hint="join them: llama-gguf-split --merge FIRST_PART.gguf WHOLE.gguf",
+        )
 
 
 def _value(cursor: _Cursor, key: str) -> Any:
@@ -189,21 +207,32 @@ def _alignment(cursor: _Cursor, metadata: dict[str, Any]) -> int:
 
 
 def _place(cursor: _Cursor, listed: list[tuple[str, GgufTensor]], alignment: int) -> dict[str, GgufTensor]:
-    data_begin = math.ceil(cursor.position / alignment) * alignment
+    """The tensors by name, `begin` from the start of the file. They must follow each other as llama.cpp has them."""
+    reached = _aligned(cursor.position, alignment)
+    data_begin = reached
     tensors: dict[str, GgufTensor] = {}
-    reached = data_begin
+    end = reached
     for name, tensor in sorted(listed, key=lambda item: item[1].begin):
         begin = data_begin + tensor.begin
         if name in tensors:
             raise cursor.fail(f"the tensor {name} stands twice")
-        if begin % alignment or begin < reached:
-            raise cursor.fail(f"{name}: the offset {tensor.begin} is not aligned, or overlaps the tensor before it")
-        reached = begin + tensor.nbytes
-        if reached > len(cursor.content):
+        if begin != reached:
+            raise cursor.fail(
+                f"{name}: the offset is {tensor.begin}, and the tensors before it end at {reached - data_begin}"
+            )
+        end = begin + tensor.nbytes
+        if end > len(cursor.content):
             raise InputError(
                 f"{cursor.path}: {name} needs {tensor.nbytes} bytes at offset {begin}, "
                 f"and the file ends at {len(cursor.content)}",
                 hint="the file is truncated; download it again",
             )
+        reached = _aligned(end, alignment)
         tensors[name] = tensor._replace(begin=begin)
+    if tensors and len(cursor.content) not in (end, reached):  # the last tensor's padding may be left out
+        raise cursor.fail(f"the tensors end at {end}, and the file has {len(cursor.content)} bytes")
     return tensors
+
+
+def _aligned(position: int, alignment: int) -> int:
+    return position + -position % alignment

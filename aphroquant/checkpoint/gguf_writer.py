@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
@@ -18,12 +19,14 @@ import torch
 from torch import Tensor
 
 from aphroquant.checkpoint.disk import fsync, telling_disk_errors
-from aphroquant.checkpoint.gguf_header import PlacedTensor, encode_header, place
+from aphroquant.checkpoint.gguf_header import PlacedTensor, Value, encode_header, place
 from aphroquant.checkpoint.gguf_metadata import architecture_of, model_metadata, rope_factors
-from aphroquant.checkpoint.gguf_names import ROPE_FACTORS, gguf_name, permuted_heads, permuted_rows
+from aphroquant.checkpoint.gguf_names import ROPE_FACTORS, gguf_name, permuted_heads, permuted_rows, unpermuted_rows
 from aphroquant.checkpoint.gguf_tokenizer_metadata import tokenizer_metadata
-from aphroquant.errors import UsageError
-from aphroquant.formats.gguf import BlockType, block_type, encode, exact_type, in_type, quantize
+from aphroquant.checkpoint.leftovers import claim, partial_path, remove_leftovers
+from aphroquant.errors import ResourceError, UsageError
+from aphroquant.formats.fp4 import stored_factor
+from aphroquant.formats.gguf import BlockType, block_type, decode, encode, exact_type, in_type, quantize
 from aphroquant.models.spec import decoder_spec
 from aphroquant.schemes import DenseScheme, QuantizedWeight
 
@@ -44,25 +47,33 @@ class GgufWriter:
     Use as a context manager: `plan` once, `add` every planned tensor under its Hugging Face name, end with `finish`.
     Leaving without it, or on an exception, removes what was written. An existing file is replaced only with
     `overwrite`, by the last rename. `name` is the model's, for people.
+
+    `metadata` comes before what follows from the model, and is all there is of the tokenizer if that is None;
+    `rope_divisors` [head_dim / 2] too. `removed` says what killed writers of the same name had left.
     """
 
     def __init__(
         self,
         path: Path,
         config: Mapping[str, Any],
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: PreTrainedTokenizerBase | None,
         *,
         overwrite: bool = False,
         name: str | None = None,
+        metadata: Mapping[str, Value] | None = None,
+        rope_divisors: Tensor | None = None,
     ) -> None:
         self.path = Path(path).expanduser().resolve()  # through a link, so that its target is replaced
         self._config = config
         self._spec = decoder_spec(config)
         self._architecture = architecture_of(self._spec)
-        self._tokenizer = tokenizer_metadata(tokenizer, self._spec.vocab_size)
+        self._tokenizer = {} if tokenizer is None else tokenizer_metadata(tokenizer, self._spec.vocab_size)
+        self._metadata = metadata or {}
+        self._rope_divisors = rope_factors(self._spec) if rope_divisors is None else rope_divisors
         self._name = self.path.stem if name is None else name
         self._overwrite = overwrite
-        self._partial = self.path.parent / f".{self.path.name}.partial-{os.getpid()}"
+        self._partial = partial_path(self.path)
+        self.removed: list[str] = []
         self._planned: dict[str, PlacedTensor] = {}  # by the name in the file
         self._missing: set[str] = set()
         self._descriptor: int | None = None
@@ -73,7 +84,10 @@ class GgufWriter:
     def __enter__(self) -> Self:
         with self._disk_errors_told():
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._descriptor = os.open(self._partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+            self.removed = remove_leftovers(self.path)
+            self._descriptor = os.open(self._partial, os.O_RDWR | os.O_CREAT, 0o666)
+            claim(self._descriptor, self.path)
+            os.ftruncate(self._descriptor, 0)
         return self
 
     def __exit__(
@@ -94,7 +108,7 @@ class GgufWriter:
         assert self._descriptor is not None
         assert not self._planned, "a file is planned once"
         chosen: dict[str, tuple[BlockType, tuple[int, ...]]] = {}
-        factors = rope_factors(self._spec)
+        factors = self._rope_divisors
         if factors is not None:
             chosen[ROPE_FACTORS] = block_type("F32"), tuple(factors.shape)
         for name, (shape, type_name) in tensors.items():
@@ -106,9 +120,8 @@ class GgufWriter:
                 chosen[_scale_name(stored)] = block_type("F32"), (1,)
         self._planned = place(chosen)
         self._missing = set(self._planned)
-        header = encode_header(
-            {**model_metadata(self._spec, self._name, self._planned), **self._tokenizer}, self._planned
-        )
+        metadata = {**model_metadata(self._spec, self._name, self._planned), **self._tokenizer, **self._metadata}
+        header = encode_header(metadata, self._planned)
         self._data_begin = len(header)
         with self._disk_errors_told():
             self._write_at(0, memoryview(header))
@@ -137,7 +150,23 @@ class GgufWriter:
             data = per_row[permuted_rows(name, shape[0], heads)]
         self._put(stored, data)
         if kind.name == "NVFP4":
-            self._put(_scale_name(stored), held["global_scale"].float().reshape(1).view(torch.uint8))
+            self._put(_scale_name(stored), held["global_scale"].reshape(1).view(torch.uint8))
+
+    def stored(self, name: str) -> QuantizedWeight:
+        """A matrix that was added, read back from the file as a reader of it will find it."""
+        stored = self._stored_name(name)
+        tensor = self._planned[stored]
+        assert stored not in self._missing, f"{name} was not added yet"
+        rows, columns = tensor.shape
+        data = torch.frombuffer(bytearray(self._read_back(tensor)), dtype=torch.uint8)
+        heads = permuted_heads(name, self._config, self._architecture)
+        if heads is not None:
+            data = data.view(rows, -1)[unpermuted_rows(name, rows, heads)].flatten()
+        weight = decode(tensor.block_type, data, (rows, columns))
+        if tensor.block_type.name != "NVFP4":
+            return weight
+        scale = torch.frombuffer(bytearray(self._read_back(self._planned[_scale_name(stored)])), dtype=torch.float32)
+        return replace(weight, tensors={**weight.tensors, "global_scale": scale.double().reshape(())})
 
     def finish(self) -> Path:
         """Complete the file, put it into place, and return its path."""
@@ -178,6 +207,17 @@ class GgufWriter:
             count = os.pwrite(self._descriptor, content, position)
             position, content = position + count, content[count:]
 
+    def _read_back(self, tensor: PlacedTensor) -> bytes:
+        assert self._descriptor is not None
+        parts, position, left = [], self._data_begin + tensor.begin, tensor.nbytes
+        while left:  # one call reads at most 2 GiB
+            part = os.pread(self._descriptor, left, position)
+            if not part:
+                raise ResourceError(f"{self.path}: what was written cannot be read back")
+            parts.append(part)
+            position, left = position + len(part), left - len(part)
+        return b"".join(parts)
+
     def _disk_errors_told(self) -> AbstractContextManager[None]:
         return telling_disk_errors(self.path, lambda: self._num_written)
 
@@ -202,8 +242,9 @@ def _held(name: str, weight: QuantizedWeight, kind: BlockType) -> QuantizedWeigh
             hint=f"plan {exact.name} for it, or dequantize it first",
         )
     held = in_type(name, weight, kind)
-    if kind.name == "NVFP4" and not torch.equal(held["global_scale"].float().double(), held["global_scale"]):
-        raise UsageError(f"{name}: global_scale = {float(held['global_scale'])!r} is no float32, which GGUF needs")
+    if kind.name == "NVFP4":  # a reciprocal of another format's float32 is rounded; see formats/fp4.py
+        scale = stored_factor("GGUF", name, "global_scale", held["global_scale"])
+        held = replace(held, tensors={**held.tensors, "global_scale": scale})
     return held
 
 

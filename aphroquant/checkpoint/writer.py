@@ -1,37 +1,40 @@
 """Writing a checkpoint so that a directory of its name is either complete or not there.
 
 Everything goes into a hidden sibling directory that is renamed at the very end, after its files are on the disk
-(fsync). A shard's tensors are spooled to a file as they come, so memory holds one tensor at a time; when the shard is
-full the kernel copies them behind the header. The number in `model-00001-of-0000n` is known only at the end, so shards
-get their names then; the index follows, and config.json, which makes a directory a checkpoint, is last.
+(fsync). Tensors go to the disk as they come (`shard.py`), so memory holds one of them, or a piece of it, at a time. The
+number in `model-00001-of-0000n` is known only at the end, so shards get their names then; the index follows, and
+config.json, which makes a directory a checkpoint, is last.
 """
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
+from aphroquant.checkpoint.carried import TEMPLATES_FOLDER
 from aphroquant.checkpoint.disk import fsync, telling_disk_errors
-from aphroquant.checkpoint.safetensors_header import DTYPE_NAMES, StoredTensor, encode_header
+from aphroquant.checkpoint.leftovers import claim, partial_path, remove_leftovers, replaced_path
+from aphroquant.checkpoint.safetensors_header import DTYPE_NAMES
+from aphroquant.checkpoint.shard import Shard
 from aphroquant.errors import InputError, UsageError
 
 DEFAULT_SHARD_BYTES = 5 * 2**30
-_METADATA = {"format": "pt"}  # transformers refuses files without it
 _RESERVED = ("config.json", "model.safetensors.index.json")
 
 
 class CheckpointWriter:
     """Writes `directory` atomically. Use as a context manager and end with `finish`; leaving without it, or on an
     exception, removes what was written. An existing checkpoint is replaced only with `overwrite`, by the last rename.
+    `removed` says what killed writers of the same name had left.
     """
 
     def __init__(self, directory: Path, *, overwrite: bool = False, shard_bytes: int = DEFAULT_SHARD_BYTES) -> None:
@@ -40,9 +43,11 @@ class CheckpointWriter:
         self.directory = Path(directory).expanduser().resolve()  # through a link, so that its target is replaced
         self._shard_bytes = shard_bytes
         self._overwrite = overwrite
-        self._partial = self.directory.parent / f".{self.directory.name}.partial-{os.getpid()}"
-        self._spool: _Shard | None = None
-        self._shards: list[_Shard] = []
+        self._partial = partial_path(self.directory)
+        self._lock: int | None = None
+        self.removed: list[str] = []
+        self._open: Shard | None = None
+        self._shards: list[Shard] = []
         self._names: set[str] = set()
         with self._full_disk_told():
             self._check_target()
@@ -50,30 +55,40 @@ class CheckpointWriter:
     def __enter__(self) -> Self:
         with self._full_disk_told():
             self.directory.parent.mkdir(parents=True, exist_ok=True)
-            if self._partial.exists():  # of a killed process whose number came round again
-                shutil.rmtree(self._partial)
-            self._partial.mkdir()
+            self.removed = remove_leftovers(self.directory)
+            self._partial.mkdir(exist_ok=True)
+            self._lock = os.open(self._partial, os.O_RDONLY)
+            claim(self._lock, self.directory)
+            self._check_target()  # an old one may have come back
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._spool is not None:
-            self._spool.close()
-            self._spool = None
+        if self._open is not None:
+            self._open.close()
+            self._open = None
         shutil.rmtree(self._partial, ignore_errors=True)  # after finish it is gone already
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Store one tensor; its bytes are on disk, or the kernel's, when this returns."""
+        self.add_pieces(name, tensor.dtype, tuple(tensor.shape), [tensor])
+
+    def add_pieces(self, name: str, dtype: torch.dtype, shape: tuple[int, ...], pieces: Iterable[Tensor]) -> None:
+        """Store one tensor from consecutive pieces of its elements, so that it is never whole in memory."""
         assert name not in self._names, f"{name} was added before"
-        assert tensor.dtype in DTYPE_NAMES, f"{name}: safetensors has no {tensor.dtype}"
+        assert dtype in DTYPE_NAMES, f"{name}: safetensors has no {dtype}"
         self._names.add(name)
+        nbytes = torch.Size(shape).numel() * dtype.itemsize
         with self._full_disk_told():
-            if self._spool is not None and self._spool.nbytes + tensor.nbytes > self._shard_bytes:
+            if self._open is not None and self._open.nbytes + nbytes > self._shard_bytes:
                 self._close_shard()
-            if self._spool is None:
-                self._spool = _Shard(self._partial / f"shard-{len(self._shards) + 1:05d}")
-            self._spool.append(name, tensor.detach().cpu())
+            if self._open is None:
+                self._open = Shard(self._partial / f"shard-{len(self._shards) + 1:05d}")
+            self._open.append(name, dtype, shape, pieces)
 
     def add_file(self, source: Path, name: str | None = None) -> None:
         """Copy a file into the checkpoint, as `name` or under its own name."""
@@ -83,6 +98,7 @@ class CheckpointWriter:
         except OSError as error:
             raise InputError(f"{source}: cannot be read: {error.strerror or error}") from error
         with self._full_disk_told():
+            target.parent.mkdir(exist_ok=True)
             target.write_bytes(content)
 
     def write_json(self, name: str, value: Any) -> None:
@@ -94,7 +110,7 @@ class CheckpointWriter:
         with self._full_disk_told():
             self._close_shard()
             self._name_shards()
-            for path in self._partial.iterdir():
+            for path in self._partial.rglob("*"):
                 fsync(path)
             self._write_json(self._partial / "config.json", config)
             fsync(self._partial / "config.json")
@@ -126,8 +142,10 @@ class CheckpointWriter:
             )
 
     def _file(self, name: str) -> Path:
-        """Where a carried file goes. Names with folders, and those of the weights, are refused."""
-        if Path(name).name != name or name in _RESERVED or name.endswith(".safetensors"):
+        """Where a carried file goes. Names with folders (but that of templates) and of weights are refused."""
+        *folders, last = name.split("/")
+        allowed = folders in ([], [TEMPLATES_FOLDER]) and Path(last).name == last and last not in (".", "..")
+        if not allowed or name in _RESERVED or name.endswith(".safetensors"):
             raise InputError(f"{name!r} cannot be the name of a file carried into {self.directory}")
         return self._partial / name
 
@@ -136,10 +154,10 @@ class CheckpointWriter:
             path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
     def _close_shard(self) -> None:
-        if self._spool is not None:
-            self._spool.assemble()
-            self._shards.append(self._spool)
-            self._spool = None
+        if self._open is not None:
+            self._open.finish()
+            self._shards.append(self._open)
+            self._open = None
 
     def _name_shards(self) -> None:
         if len(self._shards) <= 1:
@@ -150,7 +168,7 @@ class CheckpointWriter:
         for number, shard in enumerate(self._shards, 1):
             file_name = f"model-{number:05d}-of-{len(self._shards):05d}.safetensors"
             shard.path.rename(self._partial / file_name)
-            weight_map.update(dict.fromkeys(shard.tensors, file_name))
+            weight_map.update(dict.fromkeys(shard.names, file_name))
         total = sum(shard.nbytes for shard in self._shards)
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         self._write_json(self._partial / "model.safetensors.index.json", index)
@@ -160,7 +178,7 @@ class CheckpointWriter:
         if not self.directory.exists():
             self._partial.rename(self.directory)
             return
-        replaced = self.directory.parent / f".{self.directory.name}.replaced-{os.getpid()}"
+        replaced = replaced_path(self.directory)
         self.directory.rename(replaced)
         try:
             self._partial.rename(self.directory)
@@ -173,53 +191,4 @@ class CheckpointWriter:
         return telling_disk_errors(self.directory, self._written)
 
     def _written(self) -> int:
-        return sum(shard.nbytes for shard in [*self._shards, self._spool] if shard is not None)
-
-
-class _Shard:
-    """One shard in the making: bytes in the order of arrival, then a finished file in the order of alignment."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.tensors: dict[str, StoredTensor] = {}  # begin: in the spool
-        self.nbytes = 0
-        self._spool: BinaryIO | None = path.with_suffix(".spool").open("wb+")
-
-    def append(self, name: str, tensor: Tensor) -> None:
-        assert self._spool is not None
-        data = tensor.contiguous().reshape(-1).view(torch.uint8)
-        self.tensors[name] = StoredTensor(tensor.dtype, tuple(tensor.shape), self.nbytes, data.numel())
-        self._spool.write(data.numpy().data)
-        self.nbytes += data.numel()
-
-    def assemble(self) -> None:
-        """Header and tensors into the final file: widest dtypes first, so that every tensor is aligned."""
-        assert self._spool is not None
-        self._spool.flush()
-        order = sorted(self.tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
-        placed, position = {}, 0
-        for name, tensor in order:
-            placed[name] = tensor._replace(begin=position)
-            position += tensor.nbytes
-        with self.path.open("wb") as file:
-            file.write(encode_header(placed, _METADATA))
-            file.flush()
-            for _, tensor in order:
-                _copy_range(self._spool.fileno(), tensor.begin, tensor.nbytes, file.fileno())
-        Path(self._spool.name).unlink()
-        self.close()
-
-    def close(self) -> None:
-        if self._spool is not None:
-            self._spool.close()
-            self._spool = None
-
-
-def _copy_range(source: int, begin: int, nbytes: int, target: int) -> None:
-    """Append a range of one file to another inside the kernel."""
-    while nbytes > 0:
-        copied = os.sendfile(target, source, begin, nbytes)
-        if copied == 0:
-            raise OSError(errno.EIO, "the spooled tensors ended early")
-        begin += copied
-        nbytes -= copied
+        return sum(shard.nbytes for shard in [*self._shards, self._open] if shard is not None)

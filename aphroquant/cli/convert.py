@@ -21,13 +21,31 @@ if TYPE_CHECKING:
     from aphroquant.conversion import ConversionResult
 
 _SECONDS_BETWEEN_LINES = 1.0
-TARGETS = ("awq", "gptq", "fp8", "compressed-tensors")
+TARGETS = (
+    "awq",
+    "gptq",
+    "fp8",
+    "compressed-tensors",
+    "gguf",
+    "auto-round",
+    "hqq",
+    "modelopt",
+    "bitsandbytes",
+    "aqlm",
+    "mxfp4",
+)
 
 
 @click.command()
 @click.argument("source")
 @click.option("--to", required=True, metavar="|".join(TARGETS), help="Format of the output.")
-@click.option("--out", required=True, type=click.Path(path_type=Path), metavar="DIR", help="Directory to make.")
+@click.option(
+    "--out",
+    required=True,
+    type=click.Path(path_type=Path),
+    metavar="PATH",
+    help="Directory to make; for gguf also a file.",
+)
 @click.option("--bits", type=int, help="Bits of a weight. Default: 4.")
 @click.option(
     "--group-size", type=int, help="Weights that share a scale; -1: a whole row. Default: 128, 64 or 32, what fits."
@@ -37,7 +55,11 @@ TARGETS = ("awq", "gptq", "fp8", "compressed-tensors")
     default=None,
     help="Without or with zero points. Default: with, but for compressed-tensors without.",
 )
-@click.option("--scheme", metavar="NAME", help="w4a16, w8a16, w8a8-int8, fp8-dynamic, fp8-static or fp8-block.")
+@click.option(
+    "--scheme",
+    metavar="NAME",
+    help="w4a16, w8a16, w8a8-int8, fp8-dynamic, fp8-static, fp8-block; gguf: q4_k_m, q5_k_m or a type: q4_0, q6_k ...",
+)
 @click.option("--solver", metavar="rtn|gptq|awq|awq-gptq", help="How to choose the numbers. Default: awq-gptq.")
 @click.option(
     "--calibration",
@@ -51,9 +73,12 @@ TARGETS = ("awq", "gptq", "fp8", "compressed-tensors")
 @click.option("--seed", default=0, show_default=True, help="Chooses the windows.")
 @click.option("--ignore", multiple=True, metavar="PATTERN", help="Modules that stay as they are; repeatable.")
 @click.option("--threads", type=click.IntRange(min=1), help="Processor threads to use. Default: all.")
+@click.option(
+    "--requantize", is_flag=True, help="Allow a loss: quantize anew what is quantized already and cannot stay as it is."
+)
 @click.option("--dry-run", is_flag=True, help="Say what would be written, and stop.")
 @click.option("--json", "json_file", metavar="FILE", help="Write the report here too; - for standard output.")
-@click.option("--overwrite", is_flag=True, help="Replace the checkpoint in DIR.")
+@click.option("--overwrite", is_flag=True, help="Replace the checkpoint or file at PATH.")
 def command(
     source: str,
     to: str,
@@ -69,14 +94,16 @@ def command(
     seed: int,
     ignore: tuple[str, ...],
     threads: int | None,
+    requantize: bool,
     dry_run: bool,
     json_file: str | None,
     overwrite: bool,
 ) -> None:
-    """Quantize SOURCE (a directory, a .gguf file or a Hub id) into DIR.
+    """Convert SOURCE (a directory, a .gguf file or a Hub id) into PATH.
 
-    A SOURCE that is quantized already, in numbers that the target format can hold, is repacked bit for bit unless
-    options ask for other numbers. DIR appears only when it is complete.
+    A dense SOURCE is quantized. One that is quantized already is repacked without loss, each layer compared bit for
+    bit; if the target format cannot hold its numbers, or options ask for others, --requantize has to allow the loss.
+    PATH appears only when it is complete.
     """
     check_json_target(json_file)
     from aphroquant.conversion import convert
@@ -101,6 +128,7 @@ def command(
             seed=seed,
             ignore=ignore,
             overwrite=overwrite,
+            requantize=requantize,
             dry_run=dry_run,
             progress=progress,
         )
@@ -116,12 +144,15 @@ def _summary(result: ConversionResult) -> str:
     facts = {
         "would write" if result.dry_run else "wrote": result.out,
         "format": f"{result.to}, {result.scheme}",
-        "solver": result.solver or ("none: repacked bit for bit" if result.mode == "repack" else "none needed"),
+        "numbers": result.outcome,
+        "solver": result.solver or "none needed",
         "modules": f"{result.num_modules} quantized, {result.bits_per_weight:.3f} bits per weight",
         "tensors": f"{result.num_bytes:,} bytes ({share:.1%} of the source's {result.source_bytes:,})",
     }
     if result.mean_relative_error is not None:
         facts["output error"] = f"{result.mean_relative_error:.2e} of a layer's output, mean over modules, squared"
+    if result.weight_relative_error is not None:
+        facts["weight error"] = f"{result.weight_relative_error:.2e} of the weights, squared"
     if not result.dry_run:
         facts["time"] = f"{result.seconds:.1f} s"
         facts["peak memory"] = f"{result.peak_memory_bytes / 2**20:,.0f} MiB"

@@ -1,27 +1,80 @@
-"""Scales of a quantized KV cache on their way to the target: its config must say that they are there."""
+"""Scales of a quantized KV cache on their way to the target: under its names, and with its config saying so."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from torch import Tensor
 
 from aphroquant.checkpoint import Checkpoint
-from aphroquant.formats.kv_scales import written_name
+from aphroquant.checkpoint.base import is_kv_scale, read_json
+from aphroquant.formats.base import CacheScheme, Format
+from aphroquant.formats.kv_scales import SPELLINGS, scale_name, written_name
+from aphroquant.formats.modelopt import SETTINGS_FILE
 
-KV_SCHEME = "kv_cache_scheme"
 # What scales without a description are for: all formats that store them have them for FP8 caches.
-_FP8_PER_TENSOR = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
+FP8_PER_TENSOR = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
+_PROJECTIONS = (".k_proj", ".q_proj", ".qkv_proj")
+_BOTH: tuple[Literal["k", "v"], ...] = ("k", "v")
+_SCALARS = ("modelopt",)  # whose readers want a scale of no dimension; others want one
 
 
-def with_kv_scheme(quantization_config: dict[str, Any], checkpoint: Checkpoint, target: str) -> dict[str, Any]:
-    """The target's config, with a description of the cache's scales if it has a place for one and all are stored."""
-    if KV_SCHEME not in quantization_config or not _has_all_scales(checkpoint, target):
-        return quantization_config
-    described = (checkpoint.quantization_config or {}).get(KV_SCHEME)
-    return {**quantization_config, KV_SCHEME: described or _FP8_PER_TENSOR}
+def written_names(checkpoint: Checkpoint, names: Sequence[str], target: str) -> dict[str, tuple[str, ...]]:
+    """Under which names each of the stored tensors `names` is written: its own, but for the cache's scales.
+
+    One scale for both keys and values becomes two. None remain of a tensor that another spelling makes superfluous.
+    """
+    found: dict[str, tuple[str, ...]] = {name: (name,) for name in names}
+    for attention in _attentions(checkpoint):
+        stored = {which: scale_name(attention, checkpoint.tensors, which) for which in _BOTH}
+        used: dict[str, list[str]] = {}
+        for which, name in stored.items():
+            if name is not None:
+                used.setdefault(name, []).append(written_name(attention, which, target))
+        for which in _BOTH:
+            spelled = (f"{attention}.{spelling.format(x=which)}" for spelling in SPELLINGS)
+            found |= dict.fromkeys((name for name in spelled if name in found), ())
+        found |= {name: tuple(targets) for name, targets in used.items() if name in found}
+    return found
 
 
-def _has_all_scales(checkpoint: Checkpoint, target: str) -> bool:
-    keys = [module for module in checkpoint.schemes() if module.endswith(".k_proj")]
-    attentions = [module.rpartition(".")[0] for module in keys]
-    scales = [written_name(attention, which, target) for attention in attentions for which in ("k", "v")]
-    return bool(scales) and all(map(checkpoint.has, scales))
+def in_targets_shape(name: str, scale: Tensor, target: str) -> Tensor:
+    """A scale of one number with as many dimensions as the target's readers expect; other tensors as they are."""
+    if not is_kv_scale(name) or scale.numel() != 1:
+        return scale
+    return scale.reshape(() if target in _SCALARS else (1,))
+
+
+def with_cache_scheme(target: Format, checkpoint: Checkpoint) -> Format:
+    """The target, announcing the cache's scales: as the source describes them, if all are stored or the target is of
+    the same format; without a description as FP8, if all are stored."""
+    described = _description(checkpoint)
+    if described is not None and target.name != checkpoint.format_name:
+        described = {key: value for key, value in described.items() if key in FP8_PER_TENSOR}
+    complete = _has_all_scales(checkpoint)
+    if described is not None and (complete or target.name == checkpoint.format_name):
+        return target.with_cache_scheme(described)
+    return target.with_cache_scheme(FP8_PER_TENSOR) if complete else target
+
+
+def _description(checkpoint: Checkpoint) -> CacheScheme | None:
+    if checkpoint.format is None:
+        return None
+    found = checkpoint.format.cache_scheme()
+    settings = checkpoint.directory / SETTINGS_FILE  # has more than config.json
+    if found is None and checkpoint.format_name == "modelopt" and settings.exists():
+        stored: Any = read_json(settings)
+        return type(checkpoint.format).from_config(stored).cache_scheme()
+    return found
+
+
+def _attentions(checkpoint: Checkpoint) -> list[str]:
+    modules = [module for module in checkpoint.schemes() if module.endswith(_PROJECTIONS)]
+    return list(dict.fromkeys(module.rpartition(".")[0] for module in modules))
+
+
+def _has_all_scales(checkpoint: Checkpoint) -> bool:
+    attentions = _attentions(checkpoint)
+    names = [scale_name(attention, checkpoint.tensors, which) for attention in attentions for which in _BOTH]
+    return bool(names) and None not in names

@@ -50,6 +50,7 @@ def _arguments(request: ConversionRequest) -> dict[str, Any]:
         "seq_len": request.seq_len,
         "seed": request.seed,
         "ignore": list(request.ignore),
+        "requantize": request.requantize,
     }
 
 

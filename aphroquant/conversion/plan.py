@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from aphroquant.calibration.solvers import Solver
 from aphroquant.checkpoint import Checkpoint
+from aphroquant.conversion.kv_cache import written_names
 from aphroquant.conversion.request import ConversionRequest
 from aphroquant.conversion.sizes import module_bytes
 from aphroquant.conversion.targets import check_target, needs_calibration, resolve_scheme, resolve_solver
@@ -24,6 +26,7 @@ from aphroquant.models.spec import EMBEDDING, LM_HEAD, DecoderSpec
 from aphroquant.schemes import DenseScheme, FloatScheme, IntegerScheme, Scheme
 
 DEQUANTIZED_DTYPE = torch.float16  # of quantized embeddings and heads, which the targets keep dense
+EXACT_DTYPE = torch.float32  # of the same where no bit may change: it holds whatever they dequantize to
 _SPOOL_SHARE = 1.05  # free disk beyond the output: headers and rounding up
 
 
@@ -47,7 +50,7 @@ class ConversionPlan:
     @cached_property
     def dense_bytes(self) -> dict[str, int]:
         """Bytes of each tensor that stays dense."""
-        return {name: carried_bytes(self.checkpoint, name) for name in self.dense_names}
+        return carried_bytes(self.checkpoint, self.dense_names, self.request.to, DEQUANTIZED_DTYPE)
 
     @cached_property
     def dense_names(self) -> list[str]:
@@ -107,19 +110,24 @@ def carried_tensors(checkpoint: Checkpoint, quantized: set[str]) -> list[str]:
     return [*kept, *(name for name in others if name not in set(kept))]
 
 
-def read_carried(checkpoint: Checkpoint, name: str) -> Tensor:
-    """A carried tensor as it will be stored: byte for byte, or dequantized if only the source quantizes it."""
+def read_carried(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> Tensor:
+    """A carried tensor as it will be stored: byte for byte, or as `dtype` if only the source quantizes it."""
     module = name.removesuffix(".weight")
-    if _is_dequantized(checkpoint, name):
-        return checkpoint.weight(module).dequantize(DEQUANTIZED_DTYPE)
+    if is_dequantized(checkpoint, name):
+        return checkpoint.weight(module).dequantize(dtype)
     return checkpoint.read(name)
 
 
-def carried_bytes(checkpoint: Checkpoint, name: str) -> int:
-    """Bytes of a carried tensor in the output."""
-    if not _is_dequantized(checkpoint, name):
+def carried_bytes(checkpoint: Checkpoint, names: Sequence[str], target: str, dtype: torch.dtype) -> dict[str, int]:
+    """Bytes of each carried tensor in the output, under all the names that it has there."""
+    written = written_names(checkpoint, names, target)
+    return {name: _carried_bytes(checkpoint, name, dtype) * len(written[name]) for name in names}
+
+
+def _carried_bytes(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> int:
+    if not is_dequantized(checkpoint, name):
         return checkpoint.tensors[name].nbytes
-    return math.prod(_matrix_shape(checkpoint, name.removesuffix(".weight"))) * DEQUANTIZED_DTYPE.itemsize
+    return math.prod(_matrix_shape(checkpoint, name.removesuffix(".weight"))) * dtype.itemsize
 
 
 def check_disk(out: Path, num_bytes: int) -> None:
@@ -139,18 +147,27 @@ def _split_modules(checkpoint: Checkpoint, request: ConversionRequest) -> tuple[
     """(to be quantized, to be left dense) among the block linears."""
     schemes: dict[str, Scheme] = dict(checkpoint.schemes())
     modules = [module for module in checkpoint.spec.modules() if module in schemes]
-    kept = [module for module in modules if any(_matches(module, pattern) for pattern in request.ignore)]
-    for pattern in request.ignore:
-        known = [*modules, *schemes, LM_HEAD, EMBEDDING]
-        if not any(_matches(module, pattern) for module in known):
-            raise UsageError(f"--ignore {pattern} matches no module; a name is {modules[0] if modules else 'unknown'}")
-    chosen = [module for module in modules if module not in set(kept)]
+    known = matched_modules(request.ignore, [*modules, *schemes, LM_HEAD, EMBEDDING])
+    kept = [module for module in modules if module in known]
+    chosen = [module for module in modules if module not in known]
     if not chosen:
         raise UsageError("nothing is left to quantize", hint="give fewer --ignore patterns")
     return chosen, kept
 
 
-def _is_dequantized(checkpoint: Checkpoint, name: str) -> bool:
+def matched_modules(patterns: Sequence[str], modules: Sequence[str]) -> set[str]:
+    """Those that `--ignore` names. UsageError for a pattern that matches none."""
+    found: set[str] = set()
+    for pattern in patterns:
+        matching = {module for module in modules if _matches(module, pattern)}
+        if not matching:
+            raise UsageError(f"--ignore {pattern} matches no module; a name is {modules[0] if modules else 'unknown'}")
+        found |= matching
+    return found
+
+
+def is_dequantized(checkpoint: Checkpoint, name: str) -> bool:
+    """Whether a carried tensor is quantized in the source."""
     scheme = checkpoint.schemes().get(name.removesuffix(".weight"))
     return name.endswith(".weight") and scheme is not None and not isinstance(scheme, DenseScheme)
 

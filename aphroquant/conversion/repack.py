@@ -5,21 +5,25 @@ Every module is decoded, written, decoded again from what was written, and compa
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from aphroquant.checkpoint import Checkpoint
-from aphroquant.conversion.plan import carried_bytes, carried_tensors, check_disk
+from aphroquant.conversion.loss import LossError, contradiction
+from aphroquant.conversion.plan import EXACT_DTYPE, carried_bytes, carried_tensors, check_disk, is_dequantized
 from aphroquant.conversion.request import ConversionRequest
 from aphroquant.conversion.soundness import check_codes
 from aphroquant.errors import AphroquantError, UsageError
 from aphroquant.formats import format_class
 from aphroquant.formats.base import Format
 from aphroquant.models.spec import EMBEDDING, LM_HEAD
-from aphroquant.schemes import DenseScheme, Scheme
+from aphroquant.schemes import DenseScheme, QuantizedWeight, Scheme
+
+Stored = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,11 @@ class RepackPlan:
         """Tensors that are carried over."""
         return carried_tensors(self.checkpoint, set(self.schemes))
 
+    @property
+    def dequantized(self) -> list[str]:
+        """Of these, the ones that only the source quantizes."""
+        return [name for name in self.dense_names if is_dequantized(self.checkpoint, name)]
+
     @cached_property
     def modules(self) -> dict[str, tuple[int, int]]:
         """(out_features, in_features) of each module."""
@@ -47,7 +56,7 @@ class RepackPlan:
 
     @cached_property
     def dense_bytes(self) -> dict[str, int]:
-        return {name: carried_bytes(self.checkpoint, name) for name in self.dense_names}
+        return carried_bytes(self.checkpoint, self.dense_names, self.request.to, EXACT_DTYPE)
 
     @property
     def num_bytes(self) -> int:
@@ -57,6 +66,16 @@ class RepackPlan:
     def bits_per_weight(self) -> float:
         weights = sum(rows * columns for rows, columns in self.modules.values())
         return 8 * sum(self.module_bytes.values()) / weights
+
+    @property
+    def stacks(self) -> Iterator[tuple[list[str], int]]:
+        """Modules that share their tensors in the target, in order, with their number; most stand alone."""
+        stacked: dict[str, dict[int, str]] = {}
+        for module in self.schemes:
+            place = self.format.place(module, "weight")
+            stacked.setdefault(place.name, {})[place.entry or 0] = module
+        for entries in stacked.values():
+            yield [entries[number] for number in sorted(entries)], len(entries)
 
     @cached_property
     def _measured(self) -> dict[str, tuple[tuple[int, int], int]]:
@@ -77,8 +96,8 @@ class RepackPlan:
         return measured
 
 
-def make_repack_plan(checkpoint: Checkpoint, request: ConversionRequest) -> RepackPlan | str:
-    """The plan, or why the source's numbers cannot stay ("" if it has none)."""
+def make_repack_plan(checkpoint: Checkpoint, request: ConversionRequest) -> RepackPlan | None:
+    """The plan; None for a dense source. LossError saying why the source's numbers cannot stay."""
     kept_dense = {EMBEDDING, LM_HEAD} if checkpoint.format is None else set()  # GGUF quantizes these; no target does
     schemes = {
         module: scheme
@@ -86,33 +105,54 @@ def make_repack_plan(checkpoint: Checkpoint, request: ConversionRequest) -> Repa
         if not isinstance(scheme, DenseScheme) and module not in kept_dense
     }
     if not schemes:
-        return ""
-    if not all(request.accepts(scheme) for scheme in schemes.values()):
-        return "the options ask for other numbers than it has"
+        return None
+    format_type = format_class(request.to)
+    for scheme in schemes.values():
+        reason = contradiction(request, scheme)
+        if reason is not None:
+            raise LossError(reason)
     dense = [module for module in checkpoint.schemes() if module not in schemes and module != EMBEDDING]
     try:
-        target = format_class(request.to).for_schemes(schemes, list(dict.fromkeys([*dense, LM_HEAD])))
+        target = format_type.for_schemes(schemes, list(dict.fromkeys([*dense, LM_HEAD])))
         plan = RepackPlan(request, checkpoint, target, schemes)
-        _check_places(target, schemes)
         num_bytes = plan.num_bytes
     except UsageError as error:
-        return error.message
+        raise LossError(error.message) from error
     check_disk(request.out, num_bytes)
     return plan
 
 
-def repack_module(plan: RepackPlan, module: str) -> dict[str, Tensor]:
-    """The tensors of one module in the new format, proved to mean the same numbers."""
+def repack_module(plan: RepackPlan, module: str) -> tuple[dict[str, Tensor], bool]:
+    """The tensors of one module in the new format, proved to mean the same numbers, and whether a global scale had to
+    be rounded."""
     weight = plan.checkpoint.weight(module)
     check_codes(plan.checkpoint, module, weight.tensors.values())
-    tensors = plan.format.write(module, weight)
-    if not plan.format.read(module, tensors).same_values(weight):
+    try:
+        tensors = plan.format.write(module, weight)
+    except UsageError as error:  # found only in the numbers: a scale beyond float16
+        raise LossError(error.message) from error
+    found = plan.format.read(module, tensors)
+    if not found.same_values(weight):
         raise AphroquantError(f"{module}: repacking changed its values; nothing was written")
-    return tensors
+    return tensors, _rescaled(found, weight)
 
 
-def _check_places(target: Format, schemes: Mapping[str, Scheme]) -> None:
-    """Refuse formats that store several modules in one tensor."""
-    for module in schemes:
-        if target.place(module, "weight").entry is not None:
-            raise UsageError(f"{module}: {target.name} stacks modules in one tensor, which is only read")
+class Stack:
+    """The tensors of modules that the target stores as entries of common ones, made when the first entry comes."""
+
+    def __init__(self, num_entries: int) -> None:
+        self._num_entries = num_entries
+        self.tensors: dict[str, Tensor] = {}
+
+    def put(self, name: str, entry: int, tensor: Tensor) -> None:
+        if name not in self.tensors:
+            self.tensors[name] = torch.empty(self._num_entries, *tensor.shape, dtype=tensor.dtype)
+        if self.tensors[name].shape[1:] != tensor.shape:
+            raise LossError(f"entry {entry} of {name} has shape {list(tensor.shape)}, unlike those before it")
+        self.tensors[name][entry] = tensor
+
+
+def _rescaled(found: QuantizedWeight, weight: QuantizedWeight) -> bool:
+    if "global_scale" not in weight.tensors or "global_scale" not in found.tensors:
+        return False
+    return not torch.equal(found["global_scale"], weight["global_scale"])

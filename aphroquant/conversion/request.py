@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from aphroquant.errors import UsageError
-from aphroquant.schemes import IntegerScheme, Scheme
 
 PER_ROW = -1  # as a group size: one group for the whole row
 
@@ -17,6 +16,7 @@ class ConversionRequest:
 
     `group_size` -1 means one group a row. `samples` 0 means no calibration. `ignore` are names of modules that stay
     dense: whole names, or patterns with * and ?, matched from any dot on ("o_proj", "model.layers.0.*").
+    `requantize` allows what is quantized already to be changed, with a loss.
     """
 
     source: str
@@ -33,6 +33,7 @@ class ConversionRequest:
     seed: int = 0
     ignore: tuple[str, ...] = ()
     overwrite: bool = False
+    requantize: bool = False
 
     def __post_init__(self) -> None:
         if self.bits is not None and not 1 <= self.bits <= 8:
@@ -45,16 +46,3 @@ class ConversionRequest:
             raise UsageError(f"seq_len = {self.seq_len} must be at least 2")
         if not 0 <= self.seed < 2**63:
             raise UsageError(f"seed = {self.seed} must be between 0 and 2**63 - 1")
-
-    def accepts(self, scheme: Scheme) -> bool:
-        """Whether weights that are quantized with this scheme already are what is asked for."""
-        if self.solver is not None or self.scheme is not None or self.ignore or self.calibration:
-            return False
-        if not isinstance(scheme, IntegerScheme):
-            return self.bits is None and self.group_size is None and self.symmetric is None
-        group_size = PER_ROW if scheme.group_size is None else scheme.group_size
-        return (
-            self.bits in (None, scheme.bits)
-            and self.group_size in (None, group_size)
-            and self.symmetric in (None, scheme.symmetric)
-        )

@@ -10,14 +10,17 @@ from typing import Any
 class ConversionResult:
     """Sizes are of tensor data; `bits_per_weight` is that of the quantized modules with scales and zero points.
 
-    `mode` is "quantize", or "repack" if the source's own numbers were kept bit for bit. `modules` maps each quantized
-    module to what its solver reported. `seconds` and `peak_memory_bytes` are measured (0 in a dry run).
+    `mode` is "quantize" of a dense source, "repack" if a quantized source's own numbers were kept bit for bit, or
+    "requantize" if they were not; `outcome` says it in a sentence, with the reason. `modules` maps each quantized
+    module to what its solver reported. Errors are squared and relative: `mean_relative_error` of the layers' outputs,
+    `weight_relative_error` of the weights. `seconds` and `peak_memory_bytes` are measured (0 in a dry run).
     """
 
     source: str
     out: str
     to: str
     mode: str
+    outcome: str
     scheme: str
     solver: str | None
     num_modules: int
@@ -25,6 +28,7 @@ class ConversionResult:
     source_bytes: int
     bits_per_weight: float
     mean_relative_error: float | None = None
+    weight_relative_error: float | None = None
     seconds: float = 0.0
     peak_memory_bytes: int = 0
     dry_run: bool = False

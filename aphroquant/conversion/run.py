@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import resource
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,15 +13,27 @@ from torch import Tensor
 
 from aphroquant.calibration.data import CalibrationData, calibration_windows
 from aphroquant.checkpoint import Checkpoint, CheckpointWriter, open_checkpoint
+from aphroquant.checkpoint.carried import carried_name
 from aphroquant.conversion.blocks import CalibratedSolver, SolvedBlock, solve_without_data
-from aphroquant.conversion.kv_cache import with_kv_scheme
+from aphroquant.conversion.conversion import Conversion, peak_memory
+from aphroquant.conversion.gguf_run import GgufConversion
+from aphroquant.conversion.kv_cache import in_targets_shape, with_cache_scheme, written_names
+from aphroquant.conversion.loss import (
+    DENSE_OUTCOME,
+    LossError,
+    refuse_loss,
+    repacked,
+    requantized,
+    would_be_repacked,
+)
 from aphroquant.conversion.manifest import FILE_NAME, manifest
-from aphroquant.conversion.plan import ConversionPlan, make_plan, read_carried
+from aphroquant.conversion.plan import DEQUANTIZED_DTYPE, EXACT_DTYPE, ConversionPlan, make_plan, read_carried
 from aphroquant.conversion.progress import Progress
-from aphroquant.conversion.repack import RepackPlan, make_repack_plan, repack_module
+from aphroquant.conversion.repack import RepackPlan, Stack, make_repack_plan, repack_module
 from aphroquant.conversion.request import ConversionRequest
 from aphroquant.conversion.result import ConversionResult
 from aphroquant.conversion.soundness import check_carried, check_complete, check_output_place
+from aphroquant.conversion.targets import can_be_quantized_for, check_known
 from aphroquant.schemes import FloatScheme
 
 Plan = ConversionPlan | RepackPlan
@@ -45,17 +55,20 @@ def convert(
     seed: int = 0,
     ignore: Sequence[str] | str = (),
     overwrite: bool = False,
+    requantize: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> ConversionResult:
-    """Quantize the checkpoint `source` into the directory `out`, in the format `to`.
+    """Quantize the checkpoint `source` into the directory `out` (for "gguf" also a file), in the format `to`.
 
     Left out arguments take the best that the target and the model allow: 4 bits, the largest usual group size that
     divides every layer, zero points (not for compressed-tensors, whose other readers run them only dequantized), the
     solver with the lowest measured divergence, the bundled calibration texts.
-    A source that is quantized already, in numbers that `to` can hold, is repacked without loss unless other numbers
-    are asked for. The directory appears only when it is complete. `samples` = 0 does without calibration (rtn, FP8).
+    A source that is quantized already, in numbers that `to` can hold, is repacked without loss. If it cannot, or other
+    numbers are asked for, it is an error without `requantize`, which allows a loss. The directory appears only when it
+    is complete. `samples` = 0 does without calibration (rtn, FP8); GGUF's encoders use `calibration` if it is given.
     """
+    check_known(to)
     paths = [calibration] if isinstance(calibration, str | Path) else calibration or ()
     request = ConversionRequest(
         source=str(source),
@@ -72,73 +85,90 @@ def convert(
         seed=seed,
         ignore=(ignore,) if isinstance(ignore, str) else tuple(ignore),
         overwrite=overwrite,
+        requantize=requantize,
     )
-    conversion = _Conversion(request, open_checkpoint(source), progress or Progress())
+    checkpoint, say = open_checkpoint(source), progress or Progress()
+    try:
+        return _converted(request, checkpoint, say, dry_run=dry_run)
+    except LossError as error:
+        if not requantize or not can_be_quantized_for(to):
+            raise refuse_loss(checkpoint, request, error.message) from error
+        say.note(f"the source is quantized already and is quantized anew, with a loss, because {error.message}")
+        return _converted(request, checkpoint, say, dry_run=dry_run, reason=error.message)
+
+
+def _converted(
+    request: ConversionRequest, checkpoint: Checkpoint, progress: Progress, *, dry_run: bool, reason: str | None = None
+) -> ConversionResult:
+    kind = GgufConversion if request.to == "gguf" else _Conversion
+    conversion = kind(request, checkpoint, progress, reason=reason)
     return conversion.preview() if dry_run else conversion.run()
 
 
-class _Conversion:
-    """One run. Times its stages, and gathers what the report needs."""
+class _Conversion(Conversion):
+    """One run with a directory of safetensors as its output."""
 
-    def __init__(self, request: ConversionRequest, checkpoint: Checkpoint, progress: Progress) -> None:
-        self.request = request
-        self.checkpoint = checkpoint
-        self.progress = progress
-        self.timings: dict[str, float] = {}
+    def __init__(
+        self, request: ConversionRequest, checkpoint: Checkpoint, progress: Progress, *, reason: str | None = None
+    ) -> None:
+        super().__init__(request, checkpoint, progress, reason=reason)
         self.modules: dict[str, dict[str, Any]] = {}
         self.scaling: dict[str, dict[str, Any]] = {}
-        self.warnings: list[str] = []
-        self.notes: list[str] = []
-        self.started = time.monotonic()
-        with self._timed("plan"):
+        self._num_rescaled = 0
+        with self.timed("plan"):
             check_output_place(checkpoint, request.out)
             check_complete(checkpoint)
             self.plan = self._make_plan()
             self.writer = CheckpointWriter(request.out, overwrite=request.overwrite)
 
     def preview(self) -> ConversionResult:
-        return replace(self._result(), dry_run=True, seconds=0.0, peak_memory_bytes=0)
+        return replace(self._result(done=False), dry_run=True, seconds=0.0, peak_memory_bytes=0)
 
     def run(self) -> ConversionResult:
-        with self._timed("check"):
+        with self.timed("check"):
             check_carried(self.checkpoint, self.plan.dense_names)
         data = self._read_calibration()
         with self.writer as writer:
-            with self._timed("blocks"):
+            for line in writer.removed:
+                self.note(line)
+            with self.timed("blocks"):
                 if isinstance(self.plan, RepackPlan):
                     self._repack(self.plan, writer)
                 else:
                     self._quantize(self.plan, data, writer)
-            with self._timed("files"):
-                self._carry_files(writer)
-            result = self._result()
+            target = with_cache_scheme(self.plan.format, self.checkpoint)
+            with self.timed("files"):
+                self._carry_files(writer, target.side_files())
+            result = self._result(done=True)
             writer.write_json(FILE_NAME, manifest(self.request, result, data, self.timings))
             self.progress.stage("writing")
-            quantization = self.plan.format.quantization_config()
-            described = with_kv_scheme(quantization, self.checkpoint, self.request.to)
-            writer.finish(self.checkpoint.config | {"quantization_config": described})
-        return replace(result, seconds=time.monotonic() - self.started, peak_memory_bytes=_peak_memory())
+            writer.finish(self.checkpoint.config | {"quantization_config": target.quantization_config()})
+        return replace(result, seconds=time.monotonic() - self.started, peak_memory_bytes=peak_memory())
 
     def _make_plan(self) -> Plan:
-        found = make_repack_plan(self.checkpoint, self.request)
-        if isinstance(found, RepackPlan):
-            self._note(f"{self.checkpoint.format_name} to {self.request.to} without loss: the numbers stay as they are")
+        found = make_repack_plan(self.checkpoint, self.request) if self.reason is None else None
+        if found is not None:
+            self._tell_repack(found)
             return found
-        if found:
-            self._note(f"the source is quantized already and is quantized anew, with a loss, because {found}")
         plan = make_plan(self.checkpoint, self.request)
         if partial := _partial_blocks(plan):
-            self._note(f"{partial} is no whole number of blocks, which transformers and some engines refuse")
+            self.note(f"{partial} is no whole number of blocks, which transformers and some engines refuse")
         return plan
+
+    def _tell_repack(self, plan: RepackPlan) -> None:
+        self.note(f"{self.checkpoint.format_name} to {self.request.to} without loss: the numbers stay as they are")
+        if plan.dequantized:
+            names = " and ".join(plan.dequantized)
+            self.note(f"{names}, which {self.request.to} keeps dense, in float32, which holds every bit")
 
     def _read_calibration(self) -> CalibrationData | None:
         if not isinstance(self.plan, ConversionPlan) or not self.plan.calibrates:
             if self.request.calibration:
-                self._note("the calibration text is not read: this scheme and solver need none")
+                self.note("the calibration text is not read: this scheme and solver need none")
             return None
         request = self.request
         self.progress.stage("reading calibration data")
-        with self._timed("calibration data"):
+        with self.timed("calibration data"):
             return calibration_windows(
                 self.checkpoint.tokenizer(),
                 request.calibration,
@@ -149,11 +179,18 @@ class _Conversion:
 
     def _repack(self, plan: RepackPlan, writer: CheckpointWriter) -> None:
         self.progress.stage("repacking")
-        for number, module in enumerate(plan.schemes, 1):
-            self._add_module(writer, module, repack_module(plan, module))
-            self.progress.block(number, len(plan.schemes))
-        for name in plan.dense_names:
-            writer.add(name, read_carried(self.checkpoint, name))
+        done = 0
+        for modules, num_entries in plan.stacks:
+            stack = Stack(num_entries)
+            for module in modules:
+                tensors, rescaled = repack_module(plan, module)
+                self._num_rescaled += rescaled
+                self._add_module(writer, module, tensors, stack)
+                done += 1
+                self.progress.block(done, len(plan.schemes))
+            for name, tensor in stack.tensors.items():
+                writer.add(name, tensor)
+        self._carry_tensors(writer, {})
 
     def _quantize(self, plan: ConversionPlan, data: CalibrationData | None, writer: CheckpointWriter) -> None:
         total = plan.spec.num_layers
@@ -164,79 +201,90 @@ class _Conversion:
         else:
             solver = CalibratedSolver(plan, data.windows)
             if solver.spilled:
-                self._note("the hidden states are kept in a temporary file")
+                self.note("the hidden states are kept in a temporary file")
             solved_blocks = solver.solve()
         changed: dict[str, Tensor] = {}
         for solved in solved_blocks:
             changed |= solved.changed
             self._write_block(plan, solved, writer)
             self.progress.block(solved.layer + 1, total)
-        for name in plan.dense_names:
-            writer.add(name, changed[name] if name in changed else read_carried(self.checkpoint, name))
+        self._carry_tensors(writer, changed)
 
     def _write_block(self, plan: ConversionPlan, solved: SolvedBlock, writer: CheckpointWriter) -> None:
         if solved.scaling:
             self.scaling[plan.spec.block_prefix(solved.layer)] = solved.scaling
+        stack = Stack(0)
         for module, solution in solved.solutions.items():
-            self._add_module(writer, module, plan.format.write(module, solution.weight))
+            self._add_module(writer, module, plan.format.write(module, solution.weight), stack)
             self.modules[module] = {"relative_error": solution.relative_error, **solution.details}
             for warning in solution.warnings:
-                self.warnings.append(f"{module}: {warning}")
-                self.progress.warn(self.warnings[-1])
+                self.warn(f"{module}: {warning}")
+        assert not stack.tensors, "solvers know no stacked modules"
 
-    def _add_module(self, writer: CheckpointWriter, module: str, tensors: dict[str, Tensor]) -> None:
+    def _add_module(self, writer: CheckpointWriter, module: str, tensors: dict[str, Tensor], stack: Stack) -> None:
+        """Write the tensors of one module, or put them into the stack that they are a part of."""
         for suffix, tensor in tensors.items():
             name, entry = self.plan.format.place(module, suffix)
-            assert entry is None
-            writer.add(name, tensor)
+            if entry is None:
+                writer.add(name, tensor)
+            else:
+                stack.put(name, entry, tensor)
 
-    def _carry_files(self, writer: CheckpointWriter) -> None:
+    def _carry_tensors(self, writer: CheckpointWriter, changed: dict[str, Tensor]) -> None:
+        """All that is not quantized: as it is, but for what scaling has changed, and the names of cache scales."""
+        target, names = self.request.to, self.plan.dense_names
+        dtype = EXACT_DTYPE if isinstance(self.plan, RepackPlan) else DEQUANTIZED_DTYPE
+        written = written_names(self.checkpoint, names, target)
+        for name in names:
+            tensor = changed[name] if name in changed else read_carried(self.checkpoint, name, dtype)
+            for new_name in written[name]:
+                writer.add(new_name, in_targets_shape(name, tensor, target))
+        left_out = [name for name in names if not written[name]]
+        if left_out:
+            self.note(f"{left_out[0]} is left out: the same scale is stored under another name, which counts")
+
+    def _carry_files(self, writer: CheckpointWriter, side_files: dict[str, Any]) -> None:
         carried = self.checkpoint.carried_files()
         for path in carried:
-            writer.add_file(path)
+            writer.add_file(path, carried_name(path))
         if self.checkpoint.format_name == "gguf" and not any(path.name == "tokenizer.json" for path in carried):
             with tempfile.TemporaryDirectory() as directory:
                 self.checkpoint.save_tokenizer(Path(directory))
                 for path in sorted(Path(directory).iterdir()):
                     writer.add_file(path)
-        for name, content in self.plan.format.side_files().items():
+        for name, content in side_files.items():
             writer.write_json(name, content)
 
-    def _result(self) -> ConversionResult:
+    def _result(self, *, done: bool) -> ConversionResult:
         plan = self.plan
         errors = [module["relative_error"] for module in self.modules.values()]
         solver = None
         if isinstance(plan, ConversionPlan) and not isinstance(plan.scheme, FloatScheme):
             solver = plan.solver.name
         return ConversionResult(
-            source=self.request.source,
-            out=str(self.request.out),
-            to=self.request.to,
-            mode="quantize" if isinstance(plan, ConversionPlan) else "repack",
+            **self.measured(),
+            mode=self._mode(),
+            outcome=self._outcome(done=done),
             scheme=_scheme_text(plan),
             solver=solver,
             num_modules=len(plan.modules),
             num_bytes=plan.num_bytes,
-            source_bytes=self.checkpoint.num_bytes,
             bits_per_weight=plan.bits_per_weight,
             mean_relative_error=sum(errors) / len(errors) if errors else None,
-            seconds=time.monotonic() - self.started,
-            peak_memory_bytes=_peak_memory(),
-            warnings=tuple(self.warnings),
-            notes=tuple(self.notes),
             modules=self.modules,
             scaling=self.scaling,
         )
 
-    def _note(self, text: str) -> None:
-        self.notes.append(text)
-        self.progress.note(text)
+    def _mode(self) -> str:
+        if isinstance(self.plan, RepackPlan):
+            return "repack"
+        return "quantize" if self.reason is None else "requantize"
 
-    @contextmanager
-    def _timed(self, stage: str) -> Iterator[None]:
-        begun = time.monotonic()
-        yield
-        self.timings[stage] = time.monotonic() - begun
+    def _outcome(self, *, done: bool) -> str:
+        if isinstance(self.plan, RepackPlan):
+            count = len(self.plan.schemes)
+            return repacked(count, self._num_rescaled) if done else would_be_repacked(count)
+        return DENSE_OUTCOME if self.reason is None else requantized(self.reason)
 
 
 def _scheme_text(plan: Plan) -> str:
@@ -252,8 +300,3 @@ def _partial_blocks(plan: ConversionPlan) -> str | None:
     rows, columns = plan.scheme.block_shape
     cut = (f"{name} {n}x{k}" for name, (n, k) in plan.modules.items() if n % rows or k % columns)
     return next(cut, None)
-
-
-def _peak_memory() -> int:
-    """Greatest resident size of this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from aphroquant.calibration.solvers import SOLVERS, Solver, find_solver
 from aphroquant.conversion.request import PER_ROW, ConversionRequest
 from aphroquant.errors import UsageError
+from aphroquant.formats import FORMATS
 from aphroquant.schemes import ActivationScheme, FloatScheme, IntegerScheme
 
 DEFAULT_BITS = 4
@@ -17,7 +18,7 @@ AUTOMATIC_GROUP_SIZES = (128, 64, 32)
 # The chain has the lowest divergence at about the time of its parts: see the table in calibration/solvers.py.
 DEFAULT_SOLVER = "awq-gptq"
 DEFAULT_SOLVER_8_BITS = "rtn"
-DEFAULT_FP8 = "fp8-dynamic"
+DEFAULT_SCHEMES = {"fp8": "fp8-dynamic", "modelopt": "fp8-static", "bitsandbytes": "int8"}
 # transformers 5.23 with compressed-tensors 0.20 runs packed weights with zero points only dequantized.
 SYMMETRIC_BY_DEFAULT = ("compressed-tensors",)
 
@@ -26,6 +27,7 @@ _STATIC_INPUTS = ActivationScheme("float", dynamic=False, granularity="tensor")
 _BLOCK_INPUTS = ActivationScheme("float", granularity="group", group_size=128)
 _FP8_STATIC = FloatScheme("tensor", activations=_STATIC_INPUTS)
 _FP8_BLOCK = FloatScheme("block", (128, 128), _BLOCK_INPUTS)
+_FP8_ROWS = FloatScheme("channel", activations=_TOKEN_INPUTS["float"])
 
 # Scheme names that fix everything, by target. Weight-only integers ("w4a16") leave group size and symmetry open.
 FIXED_SCHEMES: Mapping[str, Mapping[str, IntegerScheme | FloatScheme]] = {
@@ -38,26 +40,51 @@ FIXED_SCHEMES: Mapping[str, Mapping[str, IntegerScheme | FloatScheme]] = {
     },
     "compressed-tensors": {
         "w8a8-int8": IntegerScheme(8, None, True, activations=_TOKEN_INPUTS["int"]),
-        "fp8-dynamic": FloatScheme("channel", activations=_TOKEN_INPUTS["float"]),
+        "fp8-dynamic": _FP8_ROWS,
         "fp8-static": _FP8_STATIC,
         "fp8-block": _FP8_BLOCK,
     },
+    "auto-round": {},
+    "hqq": {},
+    "modelopt": {"fp8-static": _FP8_STATIC, "fp8-dynamic": _FP8_ROWS},
+    "bitsandbytes": {"int8": IntegerScheme(8, None, True)},
 }
 WEIGHT_ONLY_BITS: Mapping[str, tuple[int, ...]] = {
     "awq": (4,),
     "gptq": (2, 3, 4, 8),
     "fp8": (),
     "compressed-tensors": (4, 8),
+    "auto-round": (2, 3, 4, 8),
+    "hqq": (2, 3, 4, 8),
+    "modelopt": (),
+    "bitsandbytes": (),
 }
+
+
+def check_known(target: str) -> None:
+    """UsageError unless there is a target of that name."""
+    known = [*FORMATS, "gguf"]
+    if target not in known:
+        near = difflib.get_close_matches(target, known, n=1)
+        listed = f"the formats are {', '.join(known)}"
+        raise UsageError(f"unknown format {target!r}", hint=f"Did you mean {near[0]!r}? {listed}" if near else listed)
+
+
+def quantizable_targets() -> list[str]:
+    """The formats that weights can be quantized for."""
+    return [*FIXED_SCHEMES, "gguf"]
+
+
+def can_be_quantized_for(target: str) -> bool:
+    return target in quantizable_targets()
 
 
 def check_target(target: str) -> None:
     """UsageError unless there is a solver for some scheme of this format."""
-    if target not in FIXED_SCHEMES:
-        known = ", ".join(FIXED_SCHEMES)
+    if not can_be_quantized_for(target):
         raise UsageError(
             f"{target} only takes over numbers that the source already has, which this one has not",
-            hint=f"weights can be quantized for {known}",
+            hint=f"weights can be quantized for {', '.join(quantizable_targets())}",
         )
 
 
@@ -69,7 +96,7 @@ def scheme_names(target: str) -> list[str]:
 def resolve_scheme(request: ConversionRequest, widths: Mapping[str, int]) -> IntegerScheme | FloatScheme:
     """The scheme that a request means for modules with these in_features. UsageError naming what does not fit."""
     target = request.to
-    name = request.scheme or (DEFAULT_FP8 if target == "fp8" else None)
+    name = request.scheme or DEFAULT_SCHEMES.get(target)
     if name is not None and name not in scheme_names(target):
         raise UsageError(f"{target} has no scheme {name!r}", hint=_suggestion(name, scheme_names(target)))
     if name is not None and name in FIXED_SCHEMES[target]:

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 from torch import Tensor
 
 from aphroquant.errors import InputError, UsageError
 from aphroquant.formats import reading, writing
-from aphroquant.formats.base import Format, TensorHeader
+from aphroquant.formats.base import CacheScheme, Format, TensorHeader
 from aphroquant.formats.compressed_tensors import float4, packed, plain
 from aphroquant.formats.compressed_tensors.config import (
     FP4_WEIGHTS,
@@ -49,6 +49,7 @@ class CompressedTensors(Format):
     groups: tuple[Group, ...]
     ignore: tuple[str, ...] = ()
     version: str = LAYOUT_VERSION
+    kv_cache_scheme: CacheScheme | None = None
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
@@ -65,7 +66,8 @@ class CompressedTensors(Format):
             if parsed is not None:
                 groups.append(parsed)
         version = reading.read_text(config, "version", default=LAYOUT_VERSION)
-        return cls(tuple(groups), reading.read_names(config, "ignore"), version)
+        cache = reading.read_mapping(config, "kv_cache_scheme") or None
+        return cls(tuple(groups), reading.read_names(config, "ignore"), version, cache)
 
     @classmethod
     def for_schemes(cls, schemes: Mapping[str, Scheme], dense_modules: list[str]) -> Self:
@@ -89,11 +91,17 @@ class CompressedTensors(Format):
             "quantization_status": "compressed",
             "global_compression_ratio": None,
             "ignore": list(self.ignore),
-            "kv_cache_scheme": None,
+            "kv_cache_scheme": None if self.kv_cache_scheme is None else dict(self.kv_cache_scheme),
             "config_groups": {
                 f"group_{number}": group.to_config(with_format=mixed) for number, group in enumerate(self.groups)
             },
         }
+
+    def cache_scheme(self) -> CacheScheme | None:
+        return self.kv_cache_scheme
+
+    def with_cache_scheme(self, scheme: CacheScheme) -> Self:
+        return replace(self, kv_cache_scheme=scheme) if "num_bits" in scheme else self
 
     def scheme(self, module: str, headers: Mapping[str, TensorHeader]) -> Scheme | None:
         group = self._group(module, headers)

@@ -117,7 +117,8 @@ def quantize(sample: Path) -> Path:
     out = ROOT / "build" / "bench" / f"SmolLM2-135M-Instruct-AWQ-g{GROUP_SIZE}"
     if not (out / "config.json").exists():
         say(f"quantizing to {out}")
-        convert(sample, to="awq", out=out, bits=4, group_size=GROUP_SIZE, symmetric=False, solver="rtn", samples=0)
+        setting = {"bits": 4, "group_size": GROUP_SIZE, "symmetric": False, "solver": "rtn", "samples": 0}
+        convert(sample, to="awq", out=out, requantize=True, **setting)
     return out
 
 

@@ -60,7 +60,8 @@ def main(
 
 def _measure(name: str, setting: list[str], base: Path, out: Path) -> dict[str, Any]:
     converted, evaluated = out.with_suffix(".convert.json"), out.with_suffix(".eval.json")
-    _aphroquant("convert", str(base), "--out", str(out), "--json", str(converted), "--overwrite", *setting)
+    files = ["--out", str(out), "--json", str(converted), "--overwrite"]
+    _aphroquant("convert", str(base), *files, "--requantize", *setting)
     text = str(evaluation_text())
     _aphroquant("eval", str(out), "--against", str(base), "--text", text, "--json", str(evaluated))
     conversion, evaluation = json.loads(converted.read_text()), json.loads(evaluated.read_text())

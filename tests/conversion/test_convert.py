@@ -164,10 +164,12 @@ def test_formats_that_hold_the_same_numbers_are_repacked_bit_for_bit(
 ) -> None:
     source = tiny_checkpoint("llama", torch_dtype="float16")
     converted(source, tmp_path / "one", to=first, solver="rtn", samples=0, symmetric=symmetric or None)
+    foretold = aphroquant.convert(tmp_path / "one", to=second, out=tmp_path / "two", dry_run=True)
+    assert foretold.outcome == "would be lossless: 14 layers keep their numbers"
     result = aphroquant.convert(tmp_path / "one", to=second, out=tmp_path / "two")
     assert result.mode == "repack"
     assert result.solver is None
-    assert "without loss" in result.notes[0]
+    assert result.outcome == "lossless: every one of 14 layers dequantizes to the same bits"
     one, two = open_checkpoint(tmp_path / "one"), open_checkpoint(tmp_path / "two")
     assert two.format_name == second
     assert result.num_bytes == two.num_bytes
@@ -181,20 +183,34 @@ def test_asking_for_the_numbers_that_the_source_has_is_no_reason_to_quantize_ane
 ) -> None:
     converted(tiny_checkpoint("llama"), tmp_path / "one", to="awq", solver="rtn", samples=0)
     same: dict[str, Any] = {"bits": 4, "group_size": 64, "symmetric": False}
-    assert aphroquant.convert(tmp_path / "one", to="gptq", out=tmp_path / "two", **same).mode == "repack"
-    for other in ({"bits": 3}, {"group_size": 32}, {"symmetric": True}, {"solver": "rtn"}):
-        told = converted(tmp_path / "one", tmp_path / "three", to="gptq", **{**same, **other, "dry_run": True})
-        assert told.mode == "quantize", other
+    for requantize in (False, True):  # which allows a loss, and asks for none
+        result = aphroquant.convert(tmp_path / "one", to="gptq", out=tmp_path / f"two{requantize}", **same)
+        assert result.mode == "repack"
+    others: list[dict[str, Any]] = [{"bits": 3}, {"group_size": 32}, {"symmetric": True}, {"solver": "rtn"}]
+    for other in others:
+        options = {**same, **other, "dry_run": True}
+        with pytest.raises(UsageError, match="asks for others than the int4 asym g64 that it has") as caught:
+            aphroquant.convert(tmp_path / "one", to="gptq", out=tmp_path / "three", **options)
+        assert "--requantize" in (caught.value.hint or "")
+        told = converted(tmp_path / "one", tmp_path / "three", to="gptq", requantize=True, **options)
+        assert told.mode == "requantize", other
 
 
-def test_other_numbers_are_quantized_anew_and_it_says_so(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
+def test_what_a_target_cannot_hold_is_quantized_anew_only_if_asked_and_it_says_so(
+    tiny_checkpoint: Tiny, tmp_path: Path
+) -> None:
     converted(tiny_checkpoint("llama"), tmp_path / "one", to="awq", solver="rtn", samples=0)
-    result = aphroquant.convert(tmp_path / "one", to="fp8", out=tmp_path / "two")
-    assert result.mode == "quantize"
-    assert "quantized anew, with a loss" in result.notes[0]
-    asked = converted(tmp_path / "one", tmp_path / "three", to="awq", group_size=32, solver="rtn")
-    assert asked.mode == "quantize"
-    assert "the options ask for other numbers" in asked.notes[0]
+    with pytest.raises(UsageError, match=r"one is quantized already, and .* in fp8: .* fp8 holds 8-bit floats, not"):
+        aphroquant.convert(tmp_path / "one", to="fp8", out=tmp_path / "two")
+    assert not (tmp_path / "two").exists()
+    result = aphroquant.convert(tmp_path / "one", to="fp8", out=tmp_path / "two", requantize=True, samples=0)
+    assert result.mode == "requantize"
+    assert result.outcome.startswith("requantized, because model.layers.0.mlp.down_proj: fp8 holds 8-bit floats")
+    record = json.loads((tmp_path / "two" / "aphroquant.json").read_text())
+    assert record["result"]["outcome"] == result.outcome
+    assert record["request"]["requantize"] is True
+    asked = converted(tmp_path / "one", tmp_path / "three", to="awq", group_size=32, solver="rtn", requantize=True)
+    assert asked.mode == "requantize"
     module = "model.layers.1.mlp.down_proj"
     assert open_checkpoint(tmp_path / "three").schemes()[module] == IntegerScheme(4, 32, False)
 
@@ -286,7 +302,7 @@ def test_a_small_disk_is_found_before_any_work(
     ("options", "message"),
     [
         ({"to": "gguf2"}, "unknown format"),
-        ({"to": "hqq"}, "hqq only takes over numbers that the source already has"),
+        ({"to": "aqlm"}, "aqlm only takes over numbers that the source already has"),
         ({"to": "awq", "group_size": 48}, "must be divisible by group_size = 48"),
         ({"to": "awq", "seq_len": 1000}, "longer than the model's context of 512"),
         ({"to": "awq", "ignore": ["nothing"]}, "--ignore nothing matches no module"),
@@ -326,7 +342,7 @@ def test_nothing_stays_of_the_sources_own_quantization(tiny_checkpoint: Tiny, tm
     config = json.loads((tmp_path / "one" / "config.json").read_text())
     (tmp_path / "one" / "config.json").write_text(json.dumps({**config, "compression_config": {"format": "dense"}}))
     (tmp_path / "one" / "quantize_config.json").write_text(json.dumps(config["quantization_config"]))
-    converted(tmp_path / "one", tmp_path / "two", to="awq")
+    aphroquant.convert(tmp_path / "one", to="awq", out=tmp_path / "two")
     written = json.loads((tmp_path / "two" / "config.json").read_text())
     assert "compression_config" not in written
     assert written["quantization_config"]["quant_method"] == "awq"

@@ -63,5 +63,5 @@ def test_the_sources_own_description_is_kept(source: Path, options: dict[str, An
     config["quantization_config"]["kv_cache_scheme"] = PER_HEAD
     (first / "config.json").write_text(json.dumps(config))
     again = source.parent / "again"
-    aphroquant.convert(first, to="compressed-tensors", out=again, samples=0, **options)
+    aphroquant.convert(first, to="compressed-tensors", out=again, samples=0, requantize=True, **options)
     assert json.loads((again / "config.json").read_text())["quantization_config"]["kv_cache_scheme"] == PER_HEAD

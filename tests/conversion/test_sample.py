@@ -17,7 +17,7 @@ pytestmark = pytest.mark.sample_model
 
 def test_its_hidden_size_refuses_groups_of_128_and_says_what_fits(sample_model: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError) as caught:
-        aphroquant.convert(sample_model, to="awq", out=tmp_path / "out", group_size=128, dry_run=True)
+        aphroquant.convert(sample_model, to="awq", out=tmp_path / "out", group_size=128, requantize=True, dry_run=True)
     assert "in_features = 576 must be divisible by group_size = 128" in caught.value.message
     assert "32, 64, 96, 192" in (caught.value.hint or "")
 
@@ -26,8 +26,8 @@ def test_it_becomes_a_checkpoint_with_a_float16_embedding_float32_norms_and_its_
     sample_model: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    result = aphroquant.convert(sample_model, to="gptq", out=out, solver="rtn", samples=0)
-    assert result.mode == "quantize"
+    result = aphroquant.convert(sample_model, to="gptq", out=out, solver="rtn", samples=0, requantize=True)
+    assert result.mode == "requantize"
     made, source = open_checkpoint(out), open_checkpoint(sample_model)
     assert result.num_bytes == made.num_bytes
     assert made.tensors["model.embed_tokens.weight"].dtype == torch.float16

@@ -266,3 +266,64 @@ def test_the_repacked_sample_model_answers_as_the_original_file(
     assert torch.equal(ours.logits, theirs.logits)
     assert ours.greedy == theirs.greedy
     assert tokenizer.decode(ours.greedy).startswith(" Paris.")
+
+
+def converted(source: Path, out: Path, **options: Any) -> Checkpoint:
+    """What `aphroquant convert --to gguf` writes."""
+    from aphroquant.cli import run
+
+    arguments = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    assert run(["convert", str(source), "--to", "gguf", "--out", str(out), "--requantize", *arguments]) == 0
+    return open_checkpoint(out)
+
+
+@pytest.mark.parametrize(
+    ("first", "options"),
+    [
+        ("gptq", {"bits": 4, "group_size": 32, "symmetric": True}),
+        ("awq", {"symmetric": False}),
+        ("compressed-tensors", {"scheme": "w8a16"}),
+        ("gptq", {"bits": 3, "group_size": 32}),
+    ],
+)
+def test_repacked_checkpoints_of_other_formats_give_their_own_logits(
+    first: str, options: dict[str, Any], tiny_checkpoint: Tiny, llama_cpp: Callable[..., Answer], tmp_path: Path
+) -> None:
+    from aphroquant.conversion import convert
+
+    source = tiny_checkpoint("llama", torch_dtype="float16")
+    convert(source, to=first, out=tmp_path / "one", samples=0, solver="rtn", **options)
+    written = converted(tmp_path / "one", tmp_path / "a.gguf")
+    original = open_checkpoint(tmp_path / "one")
+    state = {f"{module}.weight": original.weight(module).dequantize() for module in original.schemes()}
+    assert all(torch.equal(written.read(name).float(), weight) for name, weight in state.items())
+    assert_same_logits(llama_cpp(written.path), reference(written, original.config), QUANTIZED_TOLERANCE)
+
+
+@pytest.mark.parametrize("scheme", ["q4_k_m", "q5_k_m", "q4_0", "q6_k", "mxfp4"])
+def test_what_the_command_line_writes_gives_the_logits_of_its_dequantized_weights(
+    scheme: str, tiny_checkpoint: Tiny, llama_cpp: Callable[..., Answer], tmp_path: Path
+) -> None:
+    source = tiny_checkpoint("qwen2", hidden_size=256, intermediate_size=512)
+    written = converted(source, tmp_path / "a.gguf", scheme=scheme)
+    answer = llama_cpp(written.path)
+    assert answer.tokens == [open_checkpoint(source).tokenizer()(text).input_ids for text in TEXTS]
+    assert_same_logits(answer, reference(written, open_checkpoint(source).config), QUANTIZED_TOLERANCE)
+
+
+@pytest.mark.sample_model
+@pytest.mark.parametrize("scheme", ["q4_k_m", "q8_0", "q6_k"])
+def test_the_sample_model_in_other_types_still_knows_the_capital_of_france(
+    scheme: str, sample_model: Path, llama_cpp: Callable[..., Answer], tmp_path: Path
+) -> None:
+    written = converted(sample_model, tmp_path / "a.gguf", scheme=scheme)
+    tokenizer = written.tokenizer()
+    prompt = tokenizer("The capital of France is").input_ids
+    answer = llama_cpp(written.path, TEXTS, prompt, 8)
+    assert tokenizer.decode(answer.greedy).startswith(" Paris")
+    assert answer.tokens == [tokenizer(text).input_ids for text in TEXTS]
+    model = reference(written, written.config)
+    with torch.no_grad():
+        expected = model(torch.tensor([prompt])).logits[0]
+    difference = float((answer.logits - expected).abs().max() / expected.abs().max())
+    assert difference < QUANTIZED_TOLERANCE, f"{difference:.2e}"

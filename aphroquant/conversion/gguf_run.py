@@ -1,0 +1,228 @@
+"""A conversion into one GGUF file: numbers that it can hold stay, all others are encoded in the types asked for."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aphroquant.calibration.data import CalibrationData
+from aphroquant.checkpoint import Checkpoint, GgufWriter
+from aphroquant.checkpoint.disk import fsync, telling_disk_errors
+from aphroquant.checkpoint.gguf import GgufCheckpoint
+from aphroquant.conversion.conversion import Conversion
+from aphroquant.conversion.gguf_plan import make_gguf_plan, weight_only
+from aphroquant.conversion.gguf_types import is_dense, label
+from aphroquant.conversion.importance import gather_importance, read_windows
+from aphroquant.conversion.loss import (
+    DENSE_OUTCOME,
+    LossError,
+    repacked,
+    requantized,
+    would_be_repacked,
+)
+from aphroquant.conversion.manifest import manifest
+from aphroquant.conversion.progress import Progress
+from aphroquant.conversion.request import ConversionRequest
+from aphroquant.conversion.result import ConversionResult
+from aphroquant.conversion.soundness import check_carried, check_codes, check_complete
+from aphroquant.errors import AphroquantError, UsageError
+from aphroquant.schemes import DenseScheme, QuantizedWeight
+
+PROVENANCE = ".aphroquant.json"  # after the file's name
+# About the tensors of the old file, or about how they were placed.
+_NOT_CARRIED = ("general.file_type", "general.quantization_version", "general.alignment", "split.")
+_OF_THE_ENCODING = ("quantize.",)  # how the old numbers were found
+
+
+class GgufConversion(Conversion):
+    """One run with a GGUF file as its output."""
+
+    def __init__(
+        self, request: ConversionRequest, checkpoint: Checkpoint, progress: Progress, *, reason: str | None = None
+    ) -> None:
+        super().__init__(request, checkpoint, progress, reason=reason)
+        self._num_rescaled = 0
+        self._squared = [0.0, 0.0]  # of errors, and of the weights that have them
+        with self.timed("plan"):
+            check_complete(checkpoint)
+            self.plan = make_gguf_plan(checkpoint, request, reason)
+            self._check_output()
+            self._writer = self._make_writer()
+            self._tell_plan()
+
+    def preview(self) -> ConversionResult:
+        return replace(self._result(done=False), dry_run=True, seconds=0.0, peak_memory_bytes=0)
+
+    def run(self) -> ConversionResult:
+        with self.timed("check"):
+            check_carried(self.checkpoint, self.plan.carried)
+        data, importance = self._importance()
+        with self._writer as writer:
+            for line in writer.removed:
+                self.note(line)
+            with self.timed("tensors"):
+                writer.plan(self.plan.tensors)
+                self._write_tensors(writer, importance)
+            self.progress.stage("writing")
+            provenance = Path(f"{writer.path}{PROVENANCE}")
+            with telling_disk_errors(writer.path, lambda: self.plan.num_bytes):
+                provenance.unlink(missing_ok=True)  # of the file that is replaced
+            writer.finish()
+            result = self._result(done=True)
+            with telling_disk_errors(provenance, lambda: self.plan.num_bytes):
+                _write_json(provenance, manifest(self.request, result, data, self.timings))
+        return result
+
+    def _write_tensors(self, writer: GgufWriter, importance: Mapping[str, Tensor]) -> None:
+        total = len(self.plan.tensors)
+        self.progress.stage("repacking" if self.plan.exact else "encoding")
+        for number, name in enumerate(self.plan.tensors, 1):
+            module = name.removesuffix(".weight")
+            if module in self.plan.exact:
+                self._repack(writer, name, module)
+            elif module in self.plan.types:
+                self._encode(writer, name, module, importance.get(module))
+            else:
+                writer.add(name, self.checkpoint.read(name).float())
+            self.progress.block(number, total)
+
+    def _repack(self, writer: GgufWriter, name: str, module: str) -> None:
+        """Write the module's numbers as they are, and compare what the file then holds."""
+        weight = weight_only(self.checkpoint.weight(module))
+        check_codes(self.checkpoint, module, weight.tensors.values())
+        if self.plan.types[module] == "F32":
+            writer.add(name, weight.dequantize())
+        else:
+            try:
+                writer.add(name, weight)
+            except UsageError as error:
+                raise LossError(error.message) from error
+        stored = writer.stored(name)
+        if not stored.same_values(weight):
+            raise AphroquantError(f"{module}: repacking changed its values; nothing was written")
+        self._num_rescaled += not _same_global_scale(stored, weight)
+
+    def _encode(self, writer: GgufWriter, name: str, module: str, importance: Tensor | None) -> None:
+        source = self.checkpoint.weight(module)
+        check_codes(self.checkpoint, module, source.tensors.values())
+        weight = source["weight"] if isinstance(source.scheme, DenseScheme) else source.dequantize()
+        writer.add(name, weight, importance=importance)
+        if not is_dense(self.plan.types[module]):
+            error = writer.stored(name).dequantize().sub_(weight)
+            self._squared[0] += float(error.square_().sum(dtype=torch.float64))
+            self._squared[1] += float(weight.float().square().sum(dtype=torch.float64))
+
+    def _importance(self) -> tuple[CalibrationData | None, Mapping[str, Tensor]]:
+        """E[x**2] of every layer's inputs, if calibration text is given and something is encoded."""
+        if not self.request.calibration:
+            return None, {}
+        encoded = [module for module in self.plan.modules if module not in self.plan.exact]
+        if not encoded or self.request.samples == 0:
+            self.note("the calibration text is not read: nothing is encoded with it")
+            return None, {}
+        self.progress.stage("reading calibration data")
+        with self.timed("calibration data"):
+            data = read_windows(self.checkpoint, self.request)
+        self.progress.stage("calibrating")
+        with self.timed("calibration"):
+            return data, gather_importance(self.checkpoint, data.windows, self.progress)
+
+    def _check_output(self) -> None:
+        path, source = self.plan.path.expanduser().resolve(), self.checkpoint.path.resolve()
+        if path == source:
+            raise UsageError(
+                f"--out {self.plan.path} is the source, which a conversion leaves as it is",
+                hint="give another --out",
+            )
+
+    def _make_writer(self) -> GgufWriter:
+        options: dict[str, Any] = {"overwrite": self.request.overwrite}
+        checkpoint = self.checkpoint
+        if not isinstance(checkpoint, GgufCheckpoint):
+            return GgufWriter(self.plan.path, checkpoint.config, checkpoint.tokenizer(), name=self._name(), **options)
+        left = _NOT_CARRIED if self.plan.exact else _NOT_CARRIED + _OF_THE_ENCODING
+        metadata = {key: value for key, value in checkpoint.stored_metadata().items() if not key.startswith(left)}
+        return GgufWriter(
+            self.plan.path,
+            checkpoint.config,
+            None,
+            name=self._name(),
+            metadata=metadata,
+            rope_divisors=checkpoint.rope_factors,
+            **options,
+        )
+
+    def _name(self) -> str:
+        return Path(self.checkpoint.source.rstrip("/")).name or self.checkpoint.path.name
+
+    def _tell_plan(self) -> None:
+        plan = self.plan
+        if self.reason is None and plan.exact:
+            self.note(f"{self.checkpoint.format_name} to gguf without loss: the numbers stay as they are")
+        if stand_ins := plan.stand_ins:
+            kinds = ", ".join(sorted({plan.types[module] for module in stand_ins}))
+            self.note(f"{len(stand_ins)} layers are {kinds}, whose rows are no whole blocks of what was asked for")
+        quantizing = [module for module in plan.exact if _quantizes_inputs(self.checkpoint, module)]
+        if quantizing:
+            self.note(f"the source quantizes the inputs of {len(quantizing)} layers, which a GGUF file says nothing of")
+        if plan.left_out.tied_head:
+            self.note(f"{plan.left_out.tied_head[0]} is left out: the config ties it to the embedding")
+        if plan.left_out.kv_scales:
+            self.note(f"{len(plan.left_out.kv_scales)} scales of the KV cache are left out: GGUF has no place for them")
+        if plan.left_out.others:
+            first, count = plan.left_out.others[0], len(plan.left_out.others)
+            self.warn(f"{count} tensors are left out, for which llama.cpp's model has no place: {first} and so on")
+
+    def _result(self, *, done: bool) -> ConversionResult:
+        plan = self.plan
+        error, total = self._squared
+        fields = self.measured() | {"out": str(plan.path)}
+        return ConversionResult(
+            **fields,
+            mode=self._mode(),
+            outcome=self._outcome(done=done),
+            scheme=label(plan.layer_types, plan.types_name),
+            solver=None,
+            num_modules=len(plan.modules),
+            num_bytes=plan.num_bytes,
+            bits_per_weight=plan.bits_per_weight,
+            weight_relative_error=error / total if total else None,
+            modules={module: {"type": kind} for module, kind in plan.types.items()},
+        )
+
+    def _mode(self) -> str:
+        if self.plan.exact:
+            return "repack"
+        return "quantize" if self.reason is None else "requantize"
+
+    def _outcome(self, *, done: bool) -> str:
+        if self.plan.exact:
+            count = len(self.plan.exact)
+            return repacked(count, self._num_rescaled) if done else would_be_repacked(count)
+        return DENSE_OUTCOME if self.reason is None else requantized(self.reason)
+
+
+def _same_global_scale(stored: QuantizedWeight, weight: QuantizedWeight) -> bool:
+    return "global_scale" not in weight.tensors or torch.equal(stored["global_scale"], weight["global_scale"])
+
+
+def _quantizes_inputs(checkpoint: Checkpoint, module: str) -> bool:
+    return getattr(checkpoint.schemes()[module], "activations", None) is not None
+
+
+def _write_json(path: Path, content: Any) -> None:
+    """Write a file that is whole as soon as it has its name."""
+    partial = path.parent / f".{path.name}.partial-{os.getpid()}"
+    try:
+        partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        fsync(partial)
+        partial.rename(path)
+    finally:
+        partial.unlink(missing_ok=True)
