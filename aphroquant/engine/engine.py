@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from aphroquant.engine.batch import pack
 from aphroquant.engine.block_manager import BlockManager
 from aphroquant.engine.choice import Choice
+from aphroquant.engine.cuda.sampling import sample_on_device
 from aphroquant.engine.detokenizer import DetokenizerFactory
 from aphroquant.engine.loading import LoadedModel, load_model
 from aphroquant.engine.sampling import RankedLogprobs, Sampled, sample
@@ -48,7 +49,9 @@ class Engine:
             model.num_kv_blocks, config.block_size, enable_prefix_caching=config.enable_prefix_caching
         )
         self._scheduler: Scheduler[Choice] = Scheduler(
-            self._blocks, max_num_seqs=config.max_num_seqs, max_num_batched_tokens=config.max_num_batched_tokens
+            self._blocks,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens or model.batched_tokens,
         )
         self._requests: dict[str, list[Choice]] = {}  # unfinished choices
         self._news: list[Delta] = []  # for the next step
@@ -136,7 +139,8 @@ class Engine:
         """Account for computed tokens, and sample for the sequences that are complete."""
         complete = [scheduled.sequence for scheduled in part if scheduled.is_complete]
         self._scheduler.computed(part)
-        sampled = sample(logits, [choice.sampler for choice in complete])
+        choose = sample if logits.device.type == "cpu" else sample_on_device
+        sampled = choose(logits, [choice.sampler for choice in complete])
         return [self._accept(choice, result) for choice, result in zip(complete, sampled, strict=True)]
 
     def _accept(self, choice: Choice, sampled: Sampled | None) -> Delta:

@@ -108,17 +108,21 @@ class KVCache:
         num_blocks: int,
         block_size: int,
         scales: Sequence[KVScales] | None = None,
+        device: torch.device | None = None,
     ) -> None:
-        """`scales`: one entry a layer for formats that scale by head; without it their scales are 1."""
+        """`scales`: one entry a layer for formats that scale by head; without it their scales are 1.
+
+        On a GPU (`device`) all memory is taken at once.
+        """
         self.spec, self.scheme = spec, scheme
         self.num_blocks, self.block_size = num_blocks, block_size
         shape = (num_blocks, spec.num_kv_heads, block_size, spec.head_dim)
         layers = range(spec.num_layers)
-        self.keys = [_zeros(shape, scheme.key.dtype) for _ in layers]
-        self.values = [_zeros(shape, scheme.value.dtype) for _ in layers]
+        self.keys = [_zeros(shape, scheme.key.dtype, device) for _ in layers]
+        self.values = [_zeros(shape, scheme.value.dtype, device) for _ in layers]
         fixed = scales or [KVScales(torch.ones(spec.num_kv_heads), torch.ones(spec.num_kv_heads)) for _ in layers]
-        self.key_scales = [_scales(scheme.key, shape, fixed[layer].key) for layer in layers]
-        self.value_scales = [_scales(scheme.value, shape, fixed[layer].value) for layer in layers]
+        self.key_scales = [_scales(scheme.key, shape, fixed[layer].key, device) for layer in layers]
+        self.value_scales = [_scales(scheme.value, shape, fixed[layer].value, device) for layer in layers]
 
     @property
     def num_bytes(self) -> int:
@@ -166,14 +170,20 @@ def _decode(memory: Tensor, scales: Tensor | None, blocks: Tensor) -> Tensor:
     return stored.transpose(0, 1).flatten(1, 2)
 
 
-def _scales(kv_format: KVFormat, shape: tuple[int, int, int, int], fixed: Tensor) -> Tensor | None:
+def _scales(
+    kv_format: KVFormat, shape: tuple[int, int, int, int], fixed: Tensor, device: torch.device | None
+) -> Tensor | None:
     if kv_format.scaling == "none":
         return None
-    return _zeros(shape[:3], torch.float32) if kv_format.scaling == "token_head" else fixed.float().contiguous()
+    if kv_format.scaling == "token_head":
+        return _zeros(shape[:3], torch.float32, device)
+    return fixed.float().contiguous().to(device)
 
 
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | None) -> Tensor:
     """Aligned zeros. numpy's come from calloc: unlike torch's, pages are committed when they are first written."""
+    if device is not None and device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
     num_bytes = int(np.prod(shape)) * dtype.itemsize
     memory = np.zeros(num_bytes + ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % ALIGNMENT

@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from aphroquant.checkpoint import Checkpoint, open_checkpoint
+from aphroquant.engine.cuda.choice import GpuChoice, choose_gpu
 from aphroquant.engine.kv_cache import KVCache, KVScheme
 from aphroquant.engine.kv_scales import checkpoint_kv_scales
 from aphroquant.engine.memory import plan_kv_blocks
@@ -35,6 +36,7 @@ class LoadedModel:
     num_kv_blocks: int
     max_model_len: int
     ending_tokens: frozenset[int]
+    batched_tokens: int = 512  # of a step, unless the configuration says
 
 
 def load_model(config: EngineConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> LoadedModel:
@@ -43,6 +45,8 @@ def load_model(config: EngineConfig, tokenizer: PreTrainedTokenizerBase | None =
     spec = checkpoint.spec
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
+    if (gpu := choose_gpu(config, checkpoint)) is not None:
+        return _load_on_gpu(config, checkpoint, gpu, tokenizer)
     scheme = KVScheme.named(_kv_dtype(config.kv_cache_dtype, checkpoint.config))
     choice = choose_runner(checkpoint, config.backend)
     num_blocks, max_model_len = plan_kv_blocks(config, spec, scheme, _weight_bytes(choice, checkpoint))
@@ -76,6 +80,25 @@ def load_model(config: EngineConfig, tokenizer: PreTrainedTokenizerBase | None =
         num_kv_blocks=num_blocks,
         max_model_len=max_model_len,
         ending_tokens=_ending_tokens(checkpoint, tokenizer),
+    )
+
+
+def _load_on_gpu(
+    config: EngineConfig, checkpoint: Checkpoint, gpu: GpuChoice, tokenizer: PreTrainedTokenizerBase | None
+) -> LoadedModel:
+    from aphroquant.engine.cuda.loading import BATCHED_TOKENS, load_runner
+
+    tokenizer = tokenizer or checkpoint.tokenizer()
+    runner, cache, max_model_len = load_runner(config, checkpoint, gpu)
+    return LoadedModel(
+        runner=runner,
+        runner_choice=RunnerChoice("cuda", gpu.reason),
+        tokenizer=tokenizer,
+        vocab_size=checkpoint.spec.vocab_size,
+        num_kv_blocks=cache.num_blocks,
+        max_model_len=max_model_len,
+        ending_tokens=_ending_tokens(checkpoint, tokenizer),
+        batched_tokens=BATCHED_TOKENS,
     )
 
 

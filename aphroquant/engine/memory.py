@@ -24,8 +24,12 @@ def context_limit(spec: DecoderSpec) -> int:
     return max(spec.max_position_embeddings, int(scaled) if spec.rope.kind != "default" else 0)
 
 
-def plan_kv_blocks(config: EngineConfig, spec: DecoderSpec, scheme: KVScheme, weight_bytes: int) -> tuple[int, int]:
+def plan_kv_blocks(
+    config: EngineConfig, spec: DecoderSpec, scheme: KVScheme, weight_bytes: int, *, room: int | None = None
+) -> tuple[int, int]:
     """(number of KV blocks, max_model_len). `weight_bytes` is the memory that the weights are still going to take.
+
+    `room`: bytes that the cache may take, on a GPU; without it a share of the machine's memory.
 
     Raises ResourceError if not even one sequence of the wanted length fits.
     """
@@ -33,7 +37,7 @@ def plan_kv_blocks(config: EngineConfig, spec: DecoderSpec, scheme: KVScheme, we
     if config.max_model_len is not None and not 2 <= config.max_model_len <= limit:
         raise UsageError(f"max_model_len = {config.max_model_len} must be between 2 and the model's limit of {limit}")
     wanted = config.max_model_len or limit
-    num_blocks = _num_blocks(config, scheme.bytes_per_block(spec, config.block_size), wanted, weight_bytes)
+    num_blocks = _num_blocks(config, scheme.bytes_per_block(spec, config.block_size), wanted, weight_bytes, room)
     capacity = num_blocks * config.block_size
     if capacity < (config.max_model_len or 2):
         raise ResourceError(
@@ -43,13 +47,15 @@ def plan_kv_blocks(config: EngineConfig, spec: DecoderSpec, scheme: KVScheme, we
     return num_blocks, min(wanted, capacity)
 
 
-def _num_blocks(config: EngineConfig, block_bytes: int, max_model_len: int, weight_bytes: int) -> int:
+def _num_blocks(config: EngineConfig, block_bytes: int, max_model_len: int, weight_bytes: int, room: int | None) -> int:
     if config.num_kv_blocks is not None:
         return config.num_kv_blocks
     if config.kv_cache_memory is not None:
         return config.kv_cache_memory // block_bytes
-    affordable = int(KV_SHARE * (available_memory() - weight_bytes)) // block_bytes
     one_sequence = -(-max_model_len // config.block_size)
+    if room is not None:
+        return min(room // block_bytes, config.max_num_seqs * one_sequence)
+    affordable = int(KV_SHARE * (available_memory() - weight_bytes)) // block_bytes
     useful = min(config.max_num_seqs * one_sequence, max(KV_BYTES // block_bytes, one_sequence))
     return min(affordable, useful)
 

@@ -30,7 +30,7 @@ class Runner(Protocol):
 class RunnerChoice(NamedTuple):
     """Which runner serves a model, and why."""
 
-    kind: Literal["native", "reference"]
+    kind: Literal["native", "reference", "cuda"]
     reason: str
 
 

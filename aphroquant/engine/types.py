@@ -134,6 +134,14 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     preemptions: int = 0
 
 
+_CHOICES = {
+    "backend": ("auto", "reference", "cpu", "cuda"),
+    "activations": ("int8", "float"),
+    "device": ("auto", "cpu", "cuda"),
+    "dtype": ("auto", "bfloat16", "float16"),
+}
+
+
 @dataclass(frozen=True)
 class EngineConfig:
     """How an engine is set up. Memory in bytes, lengths in tokens."""
@@ -146,9 +154,12 @@ class EngineConfig:
     num_kv_blocks: int | None = None  # None: from kv_cache_memory
     kv_cache_memory: int | None = None  # None: a share of free memory
     max_num_seqs: int = 64
-    max_num_batched_tokens: int = 512
+    max_num_batched_tokens: int | None = None  # None: what suits the device
     enable_prefix_caching: bool = True
-    backend: str = "auto"  # auto | reference | cpu
+    backend: str = "auto"  # auto | reference | cpu | cuda
+    device: str = "auto"  # auto (a GPU if one can be used) | cpu | cuda
+    dtype: str = "auto"  # activations on a GPU: auto (the model's) | bfloat16 | float16
+    gpu_memory_utilization: float = 0.9  # share of the GPU's memory that weights, activations and KV cache may take
     activations: str = "int8"  # inputs of integer-quantized linears on the CPU: int8 (fast) | float (exact)
     num_threads: int | None = None
 
@@ -160,6 +171,12 @@ class EngineConfig:
                 raise UsageError(f"{name} = {value!r} must be a whole number, at least 1")
         if self.num_threads is not None and self.num_threads > MAX_THREADS:  # OpenMP crashes when it cannot start them
             raise UsageError(f"num_threads = {self.num_threads} must be at most {MAX_THREADS}")
-        for name, known in (("backend", ("auto", "reference", "cpu")), ("activations", ("int8", "float"))):
+        for name, known in _CHOICES.items():
             if getattr(self, name) not in known:
                 raise UsageError(f"{name} = {getattr(self, name)!r} must be one of {', '.join(known)}")
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise UsageError(f"gpu_memory_utilization = {self.gpu_memory_utilization!r} must be above 0 and at most 1")
+        if self.device == "cuda" and self.backend in ("reference", "cpu"):
+            raise UsageError(f"backend = {self.backend!r} runs on the CPU, and device is 'cuda'", hint="leave one out")
+        if self.device == "cpu" and self.backend == "cuda":
+            raise UsageError("backend = 'cuda' runs on a GPU, and device is 'cpu'", hint="leave one out")

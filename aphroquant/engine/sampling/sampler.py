@@ -32,6 +32,17 @@ class Sampled(NamedTuple):
     logprobs: RankedLogprobs | None = None
 
 
+class DeviceDraw(NamedTuple):
+    """A draw that needs nothing but the logits; `position` in [0, 1) is the request's next random number."""
+
+    is_greedy: bool
+    temperature: float = 1.0
+    top_k: int = 0  # 0: off
+    top_p: float = 1.0
+    min_p: float = 0.0
+    position: float = 0.0
+
+
 class RequestSampler:
     """What one choice of a request does with its logits. Only samplers that its parameters turn on are in the chain."""
 
@@ -40,6 +51,7 @@ class RequestSampler:
     ) -> None:
         """`ending`: tokens that end the output, for min_tokens; `index`: which of the request's choices this is."""
         self.num_logprobs = params.logprobs
+        self._params = params
         self._adjusters = _adjusters(params, prompt, ending)
         self._is_greedy = params.temperature < GREEDY_BELOW
         self._truncations = [] if self._is_greedy else _truncations(params)
@@ -65,6 +77,22 @@ class RequestSampler:
         if self.num_logprobs is None:
             return Sampled(token)
         return Sampled(token, ranked_logprobs(logits, token, self.num_logprobs))
+
+    def device_draw(self) -> DeviceDraw | None:
+        """The next draw for a device to make, or None if only `sample` can do what the request asks for."""
+        if self._adjusters or self.num_logprobs is not None:
+            return None
+        if self._generator is None:
+            return DeviceDraw(is_greedy=True)
+        params = self._params
+        return DeviceDraw(
+            is_greedy=False,
+            temperature=params.temperature,
+            top_k=max(params.top_k, 0),
+            top_p=params.top_p,
+            min_p=params.min_p,
+            position=self._generator.random(),
+        )
 
 
 def sample(logits: Tensor, samplers: Sequence[RequestSampler]) -> list[Sampled | None]:

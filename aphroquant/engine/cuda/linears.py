@@ -1,0 +1,66 @@
+"""The linear layers of a decoder on the device, those with the same input joined."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from aphroquant.engine.cuda.joining import join_biases, join_weights
+from aphroquant.schemes import DenseScheme, QuantizedWeight
+
+Linear = Callable[[Tensor], Tensor]  # [T, K] -> [T, N], in the input's dtype
+Prepare = Callable[[QuantizedWeight, Tensor | None], Linear]
+
+
+class Part(NamedTuple):
+    """One layer of a checkpoint."""
+
+    weight: QuantizedWeight
+    bias: Tensor | None
+
+
+def joint_linear(parts: Sequence[Part], prepare: Prepare, device: torch.device, dtype: torch.dtype) -> Linear:
+    """One layer whose output is that of all parts side by side; dense weights are kept in `dtype`."""
+    moved = [Part(_moved(part.weight, device, dtype), part.bias) for part in parts]
+    joined = join_weights([part.weight for part in moved])
+    if joined is None:
+        return SeparateLinears([prepare(part.weight, part.bias) for part in moved])
+    bias = join_biases([part.bias for part in parts], [part.weight.shape[0] for part in parts])
+    return prepare(joined, bias)
+
+
+class SeparateLinears:
+    """Layers that share an input and nothing else."""
+
+    def __init__(self, linears: Sequence[Linear]) -> None:
+        self._linears = list(linears)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.cat([linear(x) for linear in self._linears], dim=1)
+
+
+class Head:
+    """The output projection. Logits are float32, whatever the weights: rounded ones have ties."""
+
+    def __init__(self, weight: QuantizedWeight, prepare: Prepare, device: torch.device, dtype: torch.dtype) -> None:
+        moved = _moved(weight, device, dtype)
+        self._matrix = moved["weight"] if isinstance(moved.scheme, DenseScheme) else None
+        self._linear = None if self._matrix is not None else prepare(moved, None)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[R, H] -> float32 [R, V]."""
+        if self._linear is not None:
+            return self._linear(x).float()
+        assert self._matrix is not None
+        if x.is_cuda:
+            return torch.mm(x, self._matrix.T, out_dtype=torch.float32)
+        return x.float() @ self._matrix.float().T
+
+
+def _moved(weight: QuantizedWeight, device: torch.device, dtype: torch.dtype) -> QuantizedWeight:
+    if isinstance(weight.scheme, DenseScheme):
+        return QuantizedWeight.dense(weight["weight"].to(device, dtype))
+    return QuantizedWeight(weight.scheme, {name: t.to(device) for name, t in weight.tensors.items()}, weight.shape)

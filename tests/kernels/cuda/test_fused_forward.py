@@ -1,0 +1,68 @@
+"""The decoder's forward out of fused kernels, emulated, beside the reference runner."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from aphroquant.checkpoint import open_checkpoint
+from aphroquant.engine.batch import pack
+from aphroquant.engine.cuda.decoder import CudaDecoder
+from aphroquant.engine.cuda.runner import CudaRunner
+from aphroquant.engine.cuda.weights import load_weights
+from aphroquant.engine.kv_cache import KVCache, KVScheme
+from aphroquant.engine.runner import ReferenceRunner
+from aphroquant.engine.sequence import Sequence
+from aphroquant.kernels.dispatch import select_backend
+from aphroquant.kernels.reference.linear import ReferenceLinear
+
+TinyCheckpoint = Callable[..., Path]
+CPU = torch.device("cpu")
+BLOCK_SIZE = 16
+
+
+def sequence(tokens: list[int], blocks: list[int]) -> Sequence:
+    made = Sequence(tokens)
+    made.add_blocks(blocks)
+    return made
+
+
+def emulated_runner(path: Path, kv_cache_dtype: str, dtype: torch.dtype, max_num_seqs: int) -> CudaRunner:
+    checkpoint = open_checkpoint(str(path))
+    weights = load_weights(checkpoint, ReferenceLinear, CPU, dtype)
+    scheme = KVScheme.named(kv_cache_dtype)
+    decoder = CudaDecoder(checkpoint.spec, weights, scheme, block_size=BLOCK_SIZE, max_positions=128, dtype=dtype)
+    cache = KVCache(checkpoint.spec, scheme, 16, BLOCK_SIZE)
+    return CudaRunner(decoder, cache, max_num_seqs=max_num_seqs, max_model_len=128)
+
+
+@pytest.mark.parametrize(
+    ("family", "overrides"),
+    [("llama", {}), ("qwen3", {}), ("qwen2", {}), ("mistral", {"sliding_window": 12})],
+)
+def test_emulated_forwards_agree_with_the_reference_runner(
+    emulated_kernels: None, tiny_checkpoint: TinyCheckpoint, family: str, overrides: dict[str, Any]
+) -> None:
+    path = tiny_checkpoint(family, **({"head_dim": 16} | overrides))
+    ours = emulated_runner(path, "float16", torch.float16, max_num_seqs=4)
+    checkpoint = open_checkpoint(str(path))
+    cache = KVCache(checkpoint.spec, KVScheme.named("float32"), 16, BLOCK_SIZE)
+    reference = ReferenceRunner(checkpoint, cache, select_backend("reference"))
+    generator = np.random.default_rng(0)
+    tokens = [generator.integers(3, 250, size).tolist() for size in (40, 23, 5)]
+    sequences = [sequence(own, blocks) for own, blocks in zip(tokens, ([3, 9, 1], [4, 0], [7]), strict=True)]
+    for counts in ([30, 0, 0], [1, 20, 0], [1, 1, 5], [1, 1, 0]):  # a prompt; mixed; mixed; decodes alone
+        step = [(own, count) for own, count in zip(sequences, counts, strict=True) if count]
+        batch = pack(step, BLOCK_SIZE)
+        batch.logits_rows = torch.arange(batch.num_tokens, dtype=torch.int32)
+        expected, logits = reference.forward(batch), ours.forward(batch)
+        assert logits.dtype == torch.float32
+        error = float((logits - expected).norm() / expected.norm())
+        assert error < 5e-3, f"{counts}: {error:.1e}"
+        for own, count in step:
+            own.num_computed += count
