@@ -41,7 +41,7 @@ def _tensor(scheme: Scheme, name: str, shape: tuple[int, ...], device: str) -> T
         return torch.randn(shape, device=device).half()
     if dtype is not None and dtype.itemsize == 1 and dtype.is_floating_point:
         return torch.ones(shape, device=device).to(dtype)  # block scales under a global one
-    if dtype == torch.int32:
+    if dtype == torch.int32 and name != "codes":  # words, of which every bit counts
         return torch.randint(-(2**31), 2**31, shape, dtype=torch.int64, device=device).to(torch.int32)
     if dtype is not None and not dtype.is_floating_point:
         low, high = (-32, 32) if dtype == torch.int8 else (0, 2**bits)
