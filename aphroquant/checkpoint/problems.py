@@ -17,7 +17,7 @@ from aphroquant.schemes import DenseScheme
 
 SAMPLED_MODULES = 24
 MAX_SAMPLED_BYTES = 2**28  # a larger matrix is not read for a look at its values
-_QUANTIZED_SUFFIXES = ("qweight", "weight_packed", "codes", "weight_scale", "weight_scale_inv")
+QUANTIZED_SUFFIXES = ("qweight", "weight_packed", "codes", "weight_scale", "weight_scale_inv")
 _HARMLESS = ("rotary_emb.inv_freq",)  # computed from the config; older files store it
 _LAYER = re.compile(r"\.\d+\.", re.ASCII)
 
@@ -32,7 +32,7 @@ def find_problems(checkpoint: Checkpoint) -> list[str]:
     else:
         problems += [*_missing(checkpoint, spec), *_unexpected(checkpoint, spec), *_wrong_shapes(checkpoint, spec)]
     problems += [*_value_problems(checkpoint), *_kv_scale_problems(checkpoint)]
-    return [*problems, *_tokenizer_problems(checkpoint)]
+    return [*problems, *tokenizer_problems(checkpoint)]
 
 
 def _quantization_problems(checkpoint: Checkpoint) -> list[str]:
@@ -41,7 +41,7 @@ def _quantization_problems(checkpoint: Checkpoint) -> list[str]:
         method = checkpoint.quantization_config.get("quant_method")
         return [f"the config has a quantization_config ({method}), but no weight is quantized"]
     if checkpoint.format_name == "dense":
-        names = [name for name in checkpoint.tensors if suffix(name) in _QUANTIZED_SUFFIXES]
+        names = [name for name in checkpoint.tensors if suffix(name) in QUANTIZED_SUFFIXES]
         return [f"{line} is stored, but the config has no quantization_config" for line in _collapsed(names)]
     return []
 
@@ -54,21 +54,25 @@ def _missing(checkpoint: Checkpoint, spec: DecoderSpec) -> list[str]:
 
 
 def _unexpected(checkpoint: Checkpoint, spec: DecoderSpec) -> list[str]:
+    names = unexpected_names(checkpoint.tensors, spec)
+    problems = [f"{line} belongs to no part of a {spec.family} model" for line in _collapsed(names)]
+    if spec.tie_word_embeddings and LM_HEAD in checkpoint.schemes():
+        problems.append("lm_head.weight is stored although the config ties it to the embedding")
+    return problems
+
+
+def unexpected_names(names: Iterable[str], spec: DecoderSpec) -> list[str]:
+    """Those of the stored tensors that a model of this shape has no place for."""
     modules, vectors = expected_modules(spec), expected_vectors(spec)
-    tied_head = {LM_HEAD} if spec.tie_word_embeddings else set()
 
     def known(name: str) -> bool:
         module = name.rpartition(".")[0]
         if suffix(name) == "bias":
             return name in vectors
         scales_of_attention = module.endswith(".self_attn") and suffix(name) in COMPANIONS
-        return name in vectors or module in modules or module in tied_head or scales_of_attention
+        return name in vectors or module in modules or module == LM_HEAD or scales_of_attention
 
-    names = [name for name in checkpoint.tensors if not known(name) and not name.endswith(_HARMLESS)]
-    problems = [f"{line} belongs to no part of a {spec.family} model" for line in _collapsed(names)]
-    if tied_head & set(checkpoint.schemes()):
-        problems.append("lm_head.weight is stored although the config ties it to the embedding")
-    return problems
+    return [name for name in names if not known(name) and not name.endswith(_HARMLESS)]
 
 
 def _wrong_shapes(checkpoint: Checkpoint, spec: DecoderSpec) -> list[str]:
@@ -137,7 +141,8 @@ def _sample(checkpoint: Checkpoint) -> list[str]:
     return list(dict.fromkeys(chosen))[:SAMPLED_MODULES]
 
 
-def _tokenizer_problems(checkpoint: Checkpoint) -> list[str]:
+def tokenizer_problems(checkpoint: Checkpoint) -> list[str]:
+    """What is missing, or does not fit the model's vocabulary."""
     try:
         tokenizer = checkpoint.tokenizer()
     except InputError as error:

@@ -14,6 +14,8 @@ from aphroquant.schemes.kquant import KQuantScheme
 from aphroquant.schemes.lookup import NESTED_BLOCK_SIZE, LookupScheme
 from aphroquant.schemes.weight import QuantizedWeight, Scheme
 
+_PACKED_ROWS = 8  # that AWQ packs in a word, and GPTQ of zero points: who looks for packing mistakes needs them together
+
 
 def rows_per_piece(columns: int, max_elements: int, step: int = 1) -> int:
     """How many rows have at most that many elements: a multiple of `step`, and at least one `step`."""
@@ -35,7 +37,9 @@ def split_rows(weight: QuantizedWeight, max_elements: int) -> Iterator[Quantized
 
 def row_step(scheme: Scheme, columns: int) -> int | None:
     """A piece can begin at any multiple of this row; None if there can be no pieces."""
-    if isinstance(scheme, IntegerScheme | KQuantScheme | DenseScheme):
+    if isinstance(scheme, IntegerScheme):
+        return _PACKED_ROWS
+    if isinstance(scheme, KQuantScheme | DenseScheme):
         return 1
     if isinstance(scheme, FloatScheme):
         return scheme.block_shape[0] if scheme.block_shape else 1
