@@ -5,7 +5,8 @@
 
 Two versions differ in the zero points: v1 (`"checkpoint_format": "gptq"`) stores (zero - 1) mod 2**b in each field, v2
 (`"gptq_v2"`) the zero point itself. The label is not reliable, but a symmetric checkpoint has the constant zero point
-2**(b-1), so that its words tell the version; only an asymmetric one is read by its label.
+2**(b-1), so that its words tell the version; only an asymmetric one is read by its label. GPTQModel (named in `meta`)
+makes v1 of 2, 4 and 8 bits by subtracting from whole words: a zero point of 0 takes another one from the next field.
 
 Written by default: v1 for symmetric schemes, which every reader knows and whose constant never wraps; v2 as soon as a
 module is asymmetric. v1 would store a zero point of 0 as 2**b - 1, and kernels that add 1 without masking take that for
@@ -88,6 +89,7 @@ class Gptq(Format):
     dynamic: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     lm_head: bool = False
     static_groups: bool = False
+    by_gptqmodel: bool = False  # who wrote it, which matters for v1
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
@@ -110,6 +112,7 @@ class Gptq(Format):
             dynamic=dynamic,
             lm_head=reading.read_flag(config, "lm_head", default=False),
             static_groups=reading.read_flag({**meta, **config}, "static_groups", default=False),
+            by_gptqmodel=_is_by_gptqmodel(meta),
         )
 
     @classmethod
@@ -147,6 +150,10 @@ class Gptq(Format):
         if self.dynamic:
             config["dynamic"] = {pattern: dict(keys) for pattern, keys in self.dynamic.items()}
         return config
+
+    def side_files(self) -> dict[str, Any]:
+        """AutoGPTQ and optimum look for the settings here only. AutoGPTQ takes every file for version 1."""
+        return {"quantize_config.json": self.quantization_config()} if self.checkpoint_format == V1 else {}
 
     def settings_of(self, module: str) -> Settings | None:
         """The settings of one module; None if the config leaves it dense."""
@@ -190,8 +197,13 @@ class Gptq(Format):
         stored = unpack(tensors["qzeros"], scheme.bits, out_features, dim=1).T.contiguous()
         if scheme.symmetric:
             _require_constant(module, stored, scheme.bits)
+        elif self.checkpoint_format == V2:
+            canonical["zeros"] = stored
+        elif self.by_gptqmodel and WORD_BITS % scheme.bits == 0:
+            words = tensors["qzeros"] + _one_in_each_field(scheme.bits)  # overflow wraps, as it did when they were made
+            canonical["zeros"] = unpack(words, scheme.bits, out_features, dim=1).T.contiguous()
         else:
-            canonical["zeros"] = _true_zeros(stored, scheme.bits) if self.checkpoint_format == V1 else stored
+            canonical["zeros"] = _true_zeros(stored, scheme.bits)
         if "g_idx" in tensors:
             index = _group_index(module, tensors["g_idx"], canonical["scales"].shape[1], scheme)
             if scheme.act_order:
@@ -228,6 +240,18 @@ def _true_zeros(stored: Tensor, bits: int) -> Tensor:
 def _stored_zeros(zeros: Tensor, bits: int) -> Tensor:
     """Zero points to v1 fields. Inverse of `_true_zeros`."""
     return zeros.sub(1).bitwise_and(2**bits - 1)
+
+
+def _one_in_each_field(bits: int) -> int:
+    """A word of ones, for widths that divide it."""
+    return sum(1 << shift for shift in range(0, WORD_BITS, bits))
+
+
+def _is_by_gptqmodel(meta: Mapping[str, Any]) -> bool:
+    """`meta` names the programs that quantized, with their versions."""
+    programs = meta.get("quantizer") or []
+    names = [programs] if isinstance(programs, str) else programs if isinstance(programs, list) else []
+    return any(str(name).lower().startswith("gptqmodel") for name in names)
 
 
 def _require_constant(module: str, stored: Tensor, bits: int) -> None:

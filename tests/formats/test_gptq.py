@@ -127,6 +127,31 @@ def test_asymmetric_files_are_read_by_their_label(integer_weight: Fixture) -> No
     assert torch.equal(as_v1["zeros"], (weight["zeros"] + 1) % 16)
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("programs", [["gptqmodel:7.6.0"], "GPTQModel:5.0", ["optimum:2.3.0", "gptqmodel:7.6.0"]])
+def test_version_1_of_gptqmodel_borrows_from_the_next_field(
+    bits: int, programs: object, integer_weight: Fixture
+) -> None:
+    """It subtracts a one in each field from whole words; of 3 bits, which cross words, it does so in fields."""
+    scheme = IntegerScheme(bits, 32, symmetric=False)
+    weight = integer_weight(scheme, 64, 32)
+    weight.tensors["zeros"][:, ::2] = 0
+    weight.tensors["zeros"][3] = 0
+    config, tensors = written(scheme, weight, checkpoint_format="gptq" if bits == 3 else "gptq_v2")
+    if bits != 3:
+        ones = np.uint32(sum(1 << shift for shift in range(0, 32, bits)))
+        with np.errstate(over="ignore"):
+            tensors["qzeros"] = torch.from_numpy((tensors["qzeros"].numpy().view(np.uint32) - ones).view(np.int32))
+    config |= {"checkpoint_format": "gptq", "meta": {"quantizer": programs}}
+    assert Gptq.from_config(config).read(P, tensors).same_values(weight)
+
+
+def test_quantize_config_json_is_written_for_the_readers_of_version_1() -> None:
+    written = Gptq.for_schemes({P: SYM}, ["lm_head"])
+    assert written.side_files() == {"quantize_config.json": written.quantization_config()}
+    assert Gptq.for_schemes({P: ASYM}, ["lm_head"]).side_files() == {}
+
+
 def test_symmetric_files_with_varying_zeros_are_refused(integer_weight: Fixture) -> None:
     config, tensors = written(ASYM, integer_weight(ASYM, 16, 64))
     with pytest.raises(InputError, match=r"up_proj\.qzeros are not the constant of a symmetric 4-bit") as raised:
