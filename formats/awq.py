@@ -2,6 +2,7 @@
 
     P.qweight int32 [K, N/8]    P.qzeros int32 [K/G, N/8]    P.scales float16 [K/G, N]
 
+Read as well: the versions "gemv" and "gemv_fast" (see `awq_gemv`), and the older config files with other keys.
 Zero points are stored as they are. What AWQ folds into the preceding norm or linear layer is folded in the checkpoint.
 """
 
@@ -15,13 +16,14 @@ import torch
 from torch import Tensor
 
 from aphroquant.errors import InputError, UsageError
-from aphroquant.formats import reading, writing
+from aphroquant.formats import awq_gemv, reading, writing
 from aphroquant.formats.base import Format, TensorHeader
 from aphroquant.formats.packing import AWQ_PACK, pack_awq, unpack_awq
 from aphroquant.schemes import IntegerScheme, QuantizedWeight, Scheme
 
 BITS = 4
 SYMMETRIC_ZERO = 8
+READABLE = ("gemm", awq_gemv.GEMV, awq_gemv.GEMV_FAST)
 
 
 @dataclass(frozen=True)
@@ -38,12 +40,13 @@ class Awq(Format):
     group_size: int | None
     symmetric: bool
     modules_to_not_convert: tuple[str, ...] = ()
+    version: str = "gemm"
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
         version = reading.read_text(config, "version", "format", "checkpoint_format", default="gemm")
-        if version != "gemm":
-            raise InputError(f"quantization_config: AWQ version {version!r} is not readable; only 'gemm' is")
+        if version not in READABLE:
+            raise InputError(f"quantization_config: AWQ version {version!r} is not readable; {', '.join(READABLE)} are")
         bits = reading.read_integer(config, "bits", "w_bit")
         if bits != BITS:
             raise InputError(f"quantization_config: AWQ has 4 bits, not {bits}")
@@ -52,6 +55,7 @@ class Awq(Format):
             symmetric=reading.read_flag(config, "sym", default=False)
             or not reading.read_flag(config, "zero_point", default=True),
             modules_to_not_convert=reading.read_names(config, "modules_to_not_convert"),
+            version=version,
         )
 
     @classmethod
@@ -89,6 +93,8 @@ class Awq(Format):
     def scheme(self, module: str, headers: Mapping[str, TensorHeader]) -> Scheme | None:
         if "qweight" not in headers:
             return None
+        if self.version != "gemm":
+            return awq_gemv.scheme(module, headers, self.version, self.group_size, symmetric=self.symmetric)
         in_features, words = reading.require_matrix(module, headers, "qweight", (torch.int32,))
         if in_features % (self.group_size or in_features):
             raise InputError(f"{module}: group_size = {self.group_size} does not divide in_features = {in_features}")
@@ -100,7 +106,9 @@ class Awq(Format):
 
     def read(self, module: str, tensors: Mapping[str, Tensor]) -> QuantizedWeight:
         scheme = self.scheme(module, reading.headers_of(tensors))
-        assert scheme is not None
+        assert isinstance(scheme, IntegerScheme)
+        if self.version != "gemm":
+            return awq_gemv.read(module, tensors, self.version, scheme)
         canonical = {
             "codes": unpack_awq(tensors["qweight"]).T.contiguous(),  # [K, N] -> [N, K]
             "scales": tensors["scales"].T.contiguous(),  # [G, N] -> [N, G]
@@ -115,6 +123,8 @@ class Awq(Format):
                     hint='with "zero_point": true and without "sym" they are read as they are',
                 )
         codes = canonical["codes"]
+        if "g_idx" in tensors:
+            _check_sequential(module, tensors["g_idx"], codes.shape[1], self.group_size)
         return QuantizedWeight(scheme, canonical, (codes.shape[0], codes.shape[1]))
 
     def write(self, module: str, weight: QuantizedWeight) -> dict[str, Tensor]:
@@ -143,3 +153,11 @@ def _refuse_ambiguous_skips(modules: list[str], dense_modules: list[str]) -> Non
                     f"one of modules_to_not_convert",
                     hint="write gptq or compressed-tensors, or leave both dense",
                 )
+
+
+def _check_sequential(module: str, index: Tensor, in_features: int, group_size: int | None) -> None:
+    """Refuse an activation order, which AWQ does not have: without it the numbers would be others."""
+    if index.shape != (in_features,) or not torch.equal(
+        index.long(), torch.arange(in_features) // (group_size or in_features)
+    ):
+        raise InputError(f"{module}.g_idx is an activation order, which AWQ does not have")

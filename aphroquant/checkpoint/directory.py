@@ -19,6 +19,7 @@ from aphroquant.checkpoint.base import (
     read_json,
     suffix,
 )
+from aphroquant.checkpoint.files import PICKLE_SUFFIXES
 from aphroquant.checkpoint.safetensors_header import StoredTensor, read_header
 from aphroquant.checkpoint.tensor_io import as_tensor, read_bytes
 from aphroquant.checkpoint.tokenizer import load_tokenizer
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _INDEX_SUFFIX = ".safetensors.index.json"
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _SHARD_NAME = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.safetensors")
 # Where older tools put the quantization_config, and the method that such a file means when it names none.
 _CONFIG_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
@@ -94,7 +94,8 @@ class SafetensorsCheckpoint(Checkpoint):
         if self.format is None:
             return [Part(name.rpartition(".")[0], suffix(name))]
         info = self.tensors[name]
-        return self.format.locate(name, TensorHeader(info.dtype, info.shape))
+        with naming(self.path):
+            return self.format.locate(name, TensorHeader(info.dtype, info.shape))
 
     def _modules_of(self, name: str) -> set[str]:
         return {part.module for part in self._parts(name)}
@@ -219,7 +220,7 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def _no_weights(directory: Path) -> InputError:
-    pickles = sorted(path.name for pattern in _PICKLES for path in directory.glob(pattern))
+    pickles = sorted(path.name for path in directory.iterdir() if path.suffix in PICKLE_SUFFIXES)
     if pickles:
         return InputError(
             f"{directory}: the weights are pickles ({pickles[0]}), which can run code when loaded and are not read",

@@ -12,6 +12,8 @@ from pathlib import Path
 from aphroquant.errors import InputError
 
 MAX_JSON_BYTES = 2**26  # of a config or an index, which is parsed in memory
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+_PICKLE_PROTOCOLS = (b"\x02", b"\x03", b"\x04", b"\x05")  # torch.save: protocol 2, and since 1.6 in a zip archive
 
 
 @contextmanager
@@ -43,6 +45,18 @@ def check_ordinary(path: Path) -> None:
     """Refuse what a library that opens it would wait for, or read for ever. A missing file is none of these."""
     if path.exists() and not path.is_file():
         raise InputError(f"{path}: is {_kind(path.stat().st_mode)}, not a file")
+
+
+def is_pickle(start: bytes) -> bool:
+    """Whether a file that begins so, and is not what it should be, is one: torch.save's, or in a zip archive."""
+    return start[:4] == b"PK\x03\x04" or (start[:1] == b"\x80" and start[1:2] in _PICKLE_PROTOCOLS)
+
+
+def pickle_error(path: Path) -> InputError:
+    return InputError(
+        f"{path}: is a pickle, which can run code when loaded and is not read",
+        hint="save the model again as safetensors: AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)",
+    )
 
 
 def _kind(mode: int) -> str:

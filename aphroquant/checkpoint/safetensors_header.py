@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from aphroquant.checkpoint.files import opened
+from aphroquant.checkpoint.files import is_pickle, opened, pickle_error
 from aphroquant.errors import InputError
 
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
@@ -100,6 +100,8 @@ def _header_length(prefix: bytes, size: int, path: Path) -> int:
         raise InputError(f"{path}: is {size} bytes long, too short for a safetensors file")
     length: int = struct.unpack("<Q", prefix)[0]
     if length > MAX_HEADER_BYTES or length > size - 8:
+        if is_pickle(prefix):
+            raise pickle_error(path)
         raise InputError(
             f"{path}: the header claims {length} bytes in a file of {size}",
             hint="the file is truncated or not a safetensors file; download it again",

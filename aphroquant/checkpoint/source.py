@@ -8,7 +8,7 @@ from pathlib import Path
 
 from aphroquant.checkpoint.base import Checkpoint
 from aphroquant.checkpoint.directory import SafetensorsCheckpoint
-from aphroquant.checkpoint.files import opened
+from aphroquant.checkpoint.files import PICKLE_SUFFIXES, opened, pickle_error
 from aphroquant.errors import InputError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
@@ -44,11 +44,8 @@ def _starts_with_magic(path: Path) -> bool:
 
 
 def _not_a_checkpoint(path: Path) -> InputError:
-    if path.suffix in (".bin", ".pt", ".pth", ".ckpt"):
-        return InputError(
-            f"{path}: is a pickle, which can run code when loaded and is not read",
-            hint="save the model again with safetensors, and give the directory",
-        )
+    if path.suffix in PICKLE_SUFFIXES:
+        return pickle_error(path)
     if path.name.endswith(".json"):
         return InputError(f"{path}: is not a checkpoint", hint=f"give the directory: {path.parent}")
     return InputError(f"{path}: is neither a directory nor a .gguf or .safetensors file")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,11 +33,24 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     # Without config.json AutoTokenizer has no model type to choose a class by; tokenizer.json says it all.
     choose = AutoTokenizer if (directory / "config.json").exists() else PreTrainedTokenizerFast
     try:
-        tokenizer: PreTrainedTokenizerBase = choose.from_pretrained(
-            directory, trust_remote_code=False, local_files_only=True
-        )
+        with _quiet():
+            tokenizer: PreTrainedTokenizerBase = choose.from_pretrained(
+                directory, trust_remote_code=False, local_files_only=True
+            )
     except (MemoryError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # panics of the tokenizers library are no Exceptions
         raise InputError(f"{directory}: the tokenizer cannot be loaded: {type(error).__name__}: {error}") from error
     return tokenizer
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers from warning about the config, whose values it writes to the terminal as they stand."""
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

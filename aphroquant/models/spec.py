@@ -14,6 +14,7 @@ from aphroquant.errors import InputError
 
 Q, K, V, O = "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"  # noqa: E741
 GATE, UP, DOWN = "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"
+MAX_INTEGER = 2**31 - 1  # of any size in a config: their products stay within 64 bits
 LINEARS = (Q, K, V, O, GATE, UP, DOWN)  # in the order of execution
 INPUT_NORM, POST_ATTENTION_NORM = "input_layernorm", "post_attention_layernorm"
 Q_NORM, K_NORM = "self_attn.q_norm", "self_attn.k_norm"
@@ -164,8 +165,8 @@ def _integer(config: Mapping[str, Any], key: str, default: int | None = None) ->
         value = default
     if value is None:
         raise InputError(f"config.json: {key} is missing")
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise InputError(f"config.json: {key} = {value!r} must be a positive integer")
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MAX_INTEGER:
+        raise InputError(f"config.json: {key} = {value!r} must be a positive integer, at most {MAX_INTEGER}")
     return value
 
 
@@ -206,6 +207,8 @@ def _rope(config: Mapping[str, Any]) -> RopeSpec:
         raise InputError(f"config.json: partial_rotary_factor = {rotary_share!r} is not supported; only 1 is")
     for key in ("rope_theta", "rope_type", "type", "partial_rotary_factor"):
         parameters.pop(key, None)
+    if kind == "default" and parameters.get("factor") not in (None, 1, 1.0):
+        raise InputError(f"config.json: rope parameters with a factor, {found!r}, name no rope_type")
     if "original_max_position_embeddings" in _ROPE_NUMBERS[kind]:
         _complete_original_length(parameters, config)
     for key in _ROPE_NUMBERS[kind]:
@@ -216,8 +219,11 @@ def _rope(config: Mapping[str, Any]) -> RopeSpec:
 def _complete_original_length(parameters: dict[str, Any], config: Mapping[str, Any]) -> None:
     """Fill in what may be left out: the length before scaling, and from it YaRN's factor."""
     longest = _integer(config, "max_position_embeddings")
-    stored = config.get("original_max_position_embeddings") or parameters.get("original_max_position_embeddings")
-    parameters["original_max_position_embeddings"] = stored or longest
+    longest_before = float(longest)
+    for place in (parameters, config):
+        if place.get("original_max_position_embeddings") is not None:
+            longest_before = _number(place, "original_max_position_embeddings")
+    parameters["original_max_position_embeddings"] = longest_before
     if parameters.get("factor") is None:
         parameters["factor"] = longest / _number(parameters, "original_max_position_embeddings")
 

@@ -65,12 +65,27 @@ HOSTILE = {
     "unknown type": (header(b"", 0, tensor("t", [32], 16), 1), "tensor type IQ2_XXS, which is not supported"),
     "no such type": (header(b"", 0, tensor("t", [32], 777), 1), "tensor type id 777"),
     "outside": (pad(header(b"", 0, tensor("t", [8]), 1), bytes(31)), "t needs 32 bytes at offset"),
-    "offset": (pad(header(b"", 0, tensor("t", [8], offset=HUGE), 1), bytes(32)), "t needs 32 bytes"),
-    "unaligned": (pad(header(b"", 0, tensor("t", [1], offset=4), 1), bytes(32)), "not aligned"),
+    "offset": (pad(header(b"", 0, tensor("t", [8], offset=HUGE), 1), bytes(32)), "t: the offset is"),
+    "unaligned": (
+        pad(header(b"", 0, tensor("t", [1], offset=4), 1), bytes(32)),
+        "t: the offset is 4, and the tensors before it end at 0",
+    ),
     "overlap": (
         pad(header(b"", 0, tensor("t", [16]) + tensor("u", [8], offset=32), 2), bytes(96)),
-        "u: the offset 32 is not aligned, or overlaps",
+        "u: the offset is 32, and the tensors before it end at 64",
     ),
+    "gap": (
+        pad(header(b"", 0, tensor("t", [8]) + tensor("u", [8], offset=64), 2), bytes(96)),
+        "u: the offset is 64, and the tensors before it end at 32",
+    ),
+    "bytes put in": (pad(header(b"", 0, tensor("t", [8]), 1), bytes(33)), "the tensors end at 96, and the file has 97"),
+    "bytes after": (pad(header(b"", 0, tensor("t", [4]), 1), bytes(64)), "the tensors end at 80, and the file has 128"),
+    "first of three": (
+        header(string("split.count") + struct.pack("<IH", 2, 3) + string("split.no") + struct.pack("<IH", 2, 0), 2),
+        "is part 1 of a model split into 3 files",
+    ),
+    "pickle": (b"\x80\x02}q\x00." + bytes(40), "is a pickle, which can run code"),
+    "zipped pickle": (b"PK\x03\x04" + bytes(40), "is a pickle, which can run code"),
     "same tensor": (
         pad(header(b"", 0, tensor("t", [8]) + tensor("t", [8], offset=32), 2), bytes(96)),
         "the tensor t stands twice",
