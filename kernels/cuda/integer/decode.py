@@ -1,139 +1,93 @@
-"""The decode kernel: how a layer is cut into clusters, warps and stages, and its launch."""
+"""The decode kernel: one launch for a few tokens, bound by the bytes of the weight."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from ctypes import c_int32
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from aphroquant.kernels.cuda.integer.packing import CHUNK, ROWS, PackedInteger, chunk_bytes
-from aphroquant.kernels.cuda.variants import Macro
+from aphroquant.kernels.cuda.device import gpu
+from aphroquant.kernels.cuda.integer.decode_plan import (
+    TOKENS_OF_TILE,
+    DecodePlan,
+    DecodeShape,
+    SharedLayout,
+    ceil_div,
+    choose_plan,
+    decode_macros,
+    shared_layout,
+)
+from aphroquant.kernels.cuda.integer.packing import PackedInteger
+from aphroquant.kernels.cuda.launcher import Kernel, cuda_kernel
 
 SOURCE, ENTRY = "integer_decode.cu", "integer_decode"
-TOKENS_OF_TILE = 8
-_PARTIAL_STRIDE = 68  # floats; see the kernel
-_SCALE_TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
+MAX_TILES = 4  # of 8 tokens in a launch; more tokens take several
 
 
 @dataclass(frozen=True)
-class DecodePlan:
-    """How the kernel splits a layer. A block has warp_rows x warp_columns warps, `cluster` blocks share super rows."""
+class _Prepared:
+    """The kernel for a number of token tiles."""
 
-    cluster: int
-    num_clusters: int
-    warp_rows: int
-    warp_columns: int
-    stages: int
-    unit_chunks: int = 2
-    phases: int = 1
-    blocks_per_multiprocessor: int = 2
-
-    @property
-    def num_warps(self) -> int:
-        return self.warp_rows * self.warp_columns
+    kernel: Kernel
+    plan: DecodePlan
+    layout: SharedLayout
 
 
-@dataclass(frozen=True)
-class DecodeShape:
-    """What the kernel's source depends on besides its plan."""
+class DecodeLinear:
+    """Multiplies a packed weight by a few tokens. `planner` gives the plan for a number of token tiles."""
 
-    bits: int
-    group_size: int
-    zero_kind: int  # 0 symmetric, 1 zero points, 2 offsets
-    scale_dtype: torch.dtype
-    out_features: int
-    in_features: int
-    padded_columns: int
-    has_columns: bool
-    has_bias: bool
-    dtype: torch.dtype  # of x and y
+    def __init__(
+        self,
+        packed: PackedInteger,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        planner: Callable[[DecodeShape, int], DecodePlan] | None = None,
+    ) -> None:
+        self._packed, self._bias = packed, bias
+        self._shape = DecodeShape.of(packed, dtype, bias is not None)
+        self._zeros = packed.zeros if packed.zeros is not None else packed.offsets
+        self._planner = planner or self._choose
+        self._prepared: dict[int, _Prepared] = {}
 
-    @classmethod
-    def of(cls, packed: PackedInteger, dtype: torch.dtype, has_bias: bool) -> DecodeShape:
-        return cls(
-            bits=packed.bits,
-            group_size=packed.group_size,
-            zero_kind=1 if packed.zeros is not None else 2 if packed.offsets is not None else 0,
-            scale_dtype=packed.scales.dtype,
-            out_features=packed.out_features,
-            in_features=packed.in_features,
-            padded_columns=packed.padded_columns,
-            has_columns=packed.columns is not None,
-            has_bias=has_bias,
-            dtype=dtype,
+    def __call__(self, x: Tensor, out: Tensor) -> None:
+        """x [T, K] -> out [T, N]."""
+        if not x.is_contiguous() or x.data_ptr() % 16:
+            x = x.clone(memory_format=torch.contiguous_format)
+        step = MAX_TILES * TOKENS_OF_TILE
+        for first in range(0, x.shape[0], step):
+            self._launch(x[first : first + step], out[first : first + step])
+
+    def _launch(self, x: Tensor, out: Tensor) -> None:
+        token_tiles = ceil_div(x.shape[0], TOKENS_OF_TILE)
+        prepared = self._prepared.get(token_tiles) or self._prepare(token_tiles)
+        plan, packed = prepared.plan, self._packed
+        prepared.kernel.launch(
+            grid=(plan.num_clusters * plan.cluster, 1, 1),
+            block=(plan.num_warps * 32, 1, 1),
+            args=[
+                packed.codes,
+                packed.scales,
+                self._zeros,
+                x,
+                packed.columns,
+                self._bias,
+                out,
+                c_int32(x.shape[0]),
+            ],
+            shared_bytes=prepared.layout.num_bytes(x.shape[0]),
+            cluster=(plan.cluster, 1, 1) if plan.cluster > 1 else None,
+            programmatic=True,
         )
 
-    @property
-    def super_rows(self) -> int:
-        return -(-self.out_features // ROWS)
+    def _prepare(self, token_tiles: int) -> _Prepared:
+        plan = self._planner(self._shape, token_tiles)
+        kernel = cuda_kernel(SOURCE, ENTRY, decode_macros(self._shape, plan, token_tiles))
+        self._prepared[token_tiles] = _Prepared(kernel, plan, shared_layout(self._shape, plan, token_tiles))
+        return self._prepared[token_tiles]
 
-    @property
-    def row_scales(self) -> bool:
-        return self.group_size == self.padded_columns and self.zero_kind == 0
-
-    def stage_bytes(self, unit_chunks: int) -> int:
-        groups = max(1, unit_chunks * CHUNK // self.group_size)
-        size = 4 if self.scale_dtype == torch.float32 else 2
-        zero_bytes = (0, 1, size)[self.zero_kind]
-        values = 0 if self.row_scales else size
-        return unit_chunks * chunk_bytes(self.bits) + groups * ROWS * (values + zero_bytes)
-
-
-@dataclass(frozen=True)
-class SharedLayout:
-    """Where the tokens begin in shared memory, and the bytes between them."""
-
-    input_offset: int
-    input_stride: int
-
-    def num_bytes(self, num_tokens: int) -> int:
-        return self.input_offset + num_tokens * self.input_stride
-
-
-def shared_layout(shape: DecodeShape, plan: DecodePlan, token_tiles: int) -> SharedLayout:
-    """As the kernel computes it, which checks these numbers."""
-    units = shape.padded_columns // (plan.unit_chunks * CHUNK)
-    max_units = -(-units // (plan.cluster * plan.warp_columns))
-    passes = -(-(-(-shape.super_rows // plan.num_clusters)) // plan.warp_rows)
-    tokens = token_tiles * TOKENS_OF_TILE
-    ring = plan.num_warps * plan.stages * shape.stage_bytes(plan.unit_chunks)
-    partials = plan.num_warps * tokens * _PARTIAL_STRIDE * 4
-    if passes == 1 and partials <= ring:
-        partials = 0
-    received = tokens * plan.warp_rows * ROWS * 4 * (2 if passes > 1 else 1) if plan.cluster > 1 else 0
-    barriers = _up(plan.num_warps * plan.stages * 8, 128)
-    segment = -(-max_units // plan.phases) * plan.unit_chunks * CHUNK
-    return SharedLayout(ring + partials + received + barriers, plan.warp_columns * segment * 2 + 16)
-
-
-def decode_macros(shape: DecodeShape, plan: DecodePlan, token_tiles: int) -> dict[str, Macro]:
-    """The macros of the kernel for up to 8 * token_tiles tokens."""
-    layout = shared_layout(shape, plan, token_tiles)
-    return {
-        "CODE_BITS": shape.bits,
-        "GROUP_SIZE": shape.group_size,
-        "ZERO_KIND": shape.zero_kind,
-        "BF16_INPUTS": shape.dtype == torch.bfloat16,
-        "SCALE_TYPE": _SCALE_TYPES[shape.scale_dtype],
-        "OUT_FEATURES": shape.out_features,
-        "IN_FEATURES": shape.in_features,
-        "PADDED_COLUMNS": shape.padded_columns,
-        "HAS_COLUMNS": shape.has_columns,
-        "HAS_BIAS": shape.has_bias,
-        "TOKEN_TILES": token_tiles,
-        "NUM_CLUSTERS": plan.num_clusters,
-        "CLUSTER": plan.cluster,
-        "WARP_ROWS": plan.warp_rows,
-        "WARP_COLUMNS": plan.warp_columns,
-        "STAGES": plan.stages,
-        "UNIT_CHUNKS": plan.unit_chunks,
-        "PHASES": plan.phases,
-        "BLOCKS_PER_MULTIPROCESSOR": plan.blocks_per_multiprocessor,
-        "INPUT_OFFSET": layout.input_offset,
-        "INPUT_STRIDE": layout.input_stride,
-    }
-
-
-def _up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
+    def _choose(self, shape: DecodeShape, token_tiles: int) -> DecodePlan:
+        found = gpu(self._packed.codes.get_device())
+        return choose_plan(shape, token_tiles, found.multiprocessors, found.capability)

@@ -245,11 +245,11 @@ __device__ __forceinline__ void load_input(uint8_t* input, const Element* x, con
 
 using Sums = float[4][TOKEN_TILES][4];
 
-// The k16-steps of one scale group (kGroupSteps of them) for one tile, scaled and added to the sums.
+// Scales and zero points of one group for a lane's rows: row half `i % 2` of tile `i / 2`.
 struct Group {
     float scales[8];
     float offsets[8];
-    uint8_t zeros[8];
+    ZeroPair<CODE_BITS, kBf16> zeros[4];
 };
 
 __device__ __forceinline__ void load_group(const uint8_t* slot, int group, int lane, Group& values) {
@@ -259,107 +259,106 @@ __device__ __forceinline__ void load_group(const uint8_t* slot, int group, int l
     if (ZERO_KIND == 1) {
         const uint2 bytes = reinterpret_cast<const uint2*>(zeros + group * 64)[lane / 4];
 #pragma unroll
-        for (int i = 0; i < 8; ++i) values.zeros[i] = (i < 4 ? bytes.x : bytes.y) >> (i % 4 * 8) & 0xFF;
+        for (int i = 0; i < 8; ++i) values.zeros[i / 2].set(i % 2, (i < 4 ? bytes.x : bytes.y) >> (i % 4 * 8) & 0xFF);
     } else if (ZERO_KIND == 2) {
         load_values(zeros + group * 64 * kScaleSize, lane / 4, values.offsets);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) values.offsets[i] += values.scales[i] * static_cast<float>(1 << (CODE_BITS - 1));
     }
 }
 
-template <int STEP>
-__device__ __forceinline__ void multiply_step(const LaneCodes<CODE_BITS> (&codes)[UNIT_CHUNKS],
-                                              const ZeroPair<CODE_BITS, kBf16>& zeros,
-                                              const uint32_t (&inputs)[UNIT_CHUNKS * 4][TOKEN_TILES][2],
-                                              float (&products)[TOKEN_TILES][4]) {
-    uint32_t fragment[4];
-    dequantize<CODE_BITS, kBf16, ZERO_KIND != 1, STEP % 4>(codes[STEP / 4], zeros, fragment);
+// What a warp has at hand within a unit.
+struct Registers {
+    LaneCodes<CODE_BITS> codes[4];       // of a chunk, by tile
+    uint32_t inputs[TOKEN_TILES][4];     // B fragments of two k16-steps
+    float products[4][TOKEN_TILES][4];   // of a group, by tile
+    float input_sums[TOKEN_TILES][4];    // of x over a group, in every row
+    Group group;
+};
+
+__device__ __forceinline__ void clear_products(Registers& at) {
 #pragma unroll
     for (int token_tile = 0; token_tile < TOKEN_TILES; ++token_tile) {
-        multiply_add<kBf16>(products[token_tile], fragment, inputs[STEP][token_tile][0], inputs[STEP][token_tile][1]);
-    }
-}
-
-template <int FIRST, int LAST>
-__device__ __forceinline__ void multiply_steps(const LaneCodes<CODE_BITS> (&codes)[UNIT_CHUNKS],
-                                               const ZeroPair<CODE_BITS, kBf16>& zeros,
-                                               const uint32_t (&inputs)[UNIT_CHUNKS * 4][TOKEN_TILES][2],
-                                               float (&products)[TOKEN_TILES][4]) {
-    if constexpr (FIRST < LAST) {
-        multiply_step<FIRST>(codes, zeros, inputs, products);
-        multiply_steps<FIRST + 1, LAST>(codes, zeros, inputs, products);
-    }
-}
-
-template <int GROUP>
-__device__ __forceinline__ void multiply_groups(const uint8_t* slot,
-                                                const uint32_t (&inputs)[UNIT_CHUNKS * 4][TOKEN_TILES][2], int lane,
-                                                Sums& sums) {
-    Group values;
-    load_group(slot, GROUP, lane, values);
-    float input_sums[TOKEN_TILES][4];
-    if constexpr (ZERO_KIND == 2) {  // sums of x over the group, as a product with ones: the layout that offsets need
-        const uint32_t one = PairConstants<kBf16>::kOne;
-        const uint32_t ones[4] = {one, one, one, one};
 #pragma unroll
-        for (int token_tile = 0; token_tile < TOKEN_TILES; ++token_tile) {
+        for (int i = 0; i < 4; ++i) {
+            at.input_sums[token_tile][i] = 0.0f;
 #pragma unroll
-            for (int i = 0; i < 4; ++i) input_sums[token_tile][i] = 0.0f;
-#pragma unroll
-            for (int step = GROUP * kGroupSteps; step < (GROUP + 1) * kGroupSteps; ++step) {
-                multiply_add<kBf16>(input_sums[token_tile], ones, inputs[step][token_tile][0],
-                                    inputs[step][token_tile][1]);
-            }
+            for (int tile = 0; tile < 4; ++tile) at.products[tile][token_tile][i] = 0.0f;
         }
     }
+}
+
+__device__ __forceinline__ void add_products(const Registers& at, Sums& sums) {
 #pragma unroll
     for (int tile = 0; tile < 4; ++tile) {
-        LaneCodes<CODE_BITS> codes[UNIT_CHUNKS];
-#pragma unroll
-        for (int chunk = 0; chunk < UNIT_CHUNKS; ++chunk) {
-            codes[chunk] = load_codes<CODE_BITS>(slot + chunk * kChunkBytes + tile * kTileBytes, lane);
-        }
-        ZeroPair<CODE_BITS, kBf16> zeros;
-        if (ZERO_KIND == 1) {
-            zeros.set(0, values.zeros[tile * 2]);
-            zeros.set(1, values.zeros[tile * 2 + 1]);
-        }
-        if constexpr (kRowScales) {
-            multiply_steps<0, UNIT_CHUNKS * 4>(codes, zeros, inputs, sums[tile]);
-            continue;
-        }
-        float products[TOKEN_TILES][4] = {};
-        multiply_steps<GROUP * kGroupSteps, (GROUP + 1) * kGroupSteps>(codes, zeros, inputs, products);
 #pragma unroll
         for (int token_tile = 0; token_tile < TOKEN_TILES; ++token_tile) {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                const float scale = values.scales[tile * 2 + i / 2];
-                sums[tile][token_tile][i] += scale * products[token_tile][i];
-                if (ZERO_KIND == 2) {
-                    const float offset = values.offsets[tile * 2 + i / 2] + scale * static_cast<float>(1 << (CODE_BITS - 1));
-                    sums[tile][token_tile][i] += offset * input_sums[token_tile][i];
-                }
+                float& sum = sums[tile][token_tile][i];
+                const int row = tile * 2 + i / 2;
+                sum += at.group.scales[row] * at.products[tile][token_tile][i];
+                if (ZERO_KIND == 2) sum += at.group.offsets[row] * at.input_sums[token_tile][i];
             }
         }
     }
-    if constexpr (GROUP + 1 < kUnitGroups) multiply_groups<GROUP + 1>(slot, inputs, lane, sums);
+}
+
+// k16-step STEP of a unit and those after it. `input` is this lane's row of its first columns, for ldmatrix.
+template <int STEP>
+__device__ __forceinline__ void multiply_steps(const uint8_t* slot, const uint8_t* const (&input)[TOKEN_TILES], int lane,
+                                               Registers& at, Sums& sums) {
+    if constexpr (STEP % 4 == 0) {
+#pragma unroll
+        for (int tile = 0; tile < 4; ++tile) {
+            at.codes[tile] = load_codes<CODE_BITS>(slot + STEP / 4 * kChunkBytes + tile * kTileBytes, lane);
+        }
+    }
+    if constexpr (STEP % 2 == 0) {
+#pragma unroll
+        for (int token_tile = 0; token_tile < TOKEN_TILES; ++token_tile) {
+            load_matrices<false>(at.inputs[token_tile], input[token_tile] + STEP * 32);
+        }
+    }
+    if constexpr (STEP % kGroupSteps == 0) {
+        load_group(slot, STEP / kGroupSteps, lane, at.group);
+        clear_products(at);
+    }
+#pragma unroll
+    for (int tile = 0; tile < 4; ++tile) {
+        uint32_t fragment[4];
+        dequantize<CODE_BITS, kBf16, ZERO_KIND != 1, STEP % 4>(at.codes[tile], at.group.zeros[tile], fragment);
+#pragma unroll
+        for (int token_tile = 0; token_tile < TOKEN_TILES; ++token_tile) {
+            float(&target)[4] = kRowScales ? sums[tile][token_tile] : at.products[tile][token_tile];
+            multiply_add<kBf16>(target, fragment, at.inputs[token_tile][STEP % 2 * 2],
+                                at.inputs[token_tile][STEP % 2 * 2 + 1]);
+        }
+    }
+    if constexpr (ZERO_KIND == 2) {  // sums of x as a product with ones: in the places where the offsets need them
+        constexpr uint32_t kOne = PairConstants<kBf16>::kOne;
+        const uint32_t ones[4] = {kOne, kOne, kOne, kOne};
+#pragma unroll
+        for (int token_tile = 0; token_tile < TOKEN_TILES; ++token_tile) {
+            multiply_add<kBf16>(at.input_sums[token_tile], ones, at.inputs[token_tile][STEP % 2 * 2],
+                                at.inputs[token_tile][STEP % 2 * 2 + 1]);
+        }
+    }
+    if constexpr ((STEP + 1) % kGroupSteps == 0 && !kRowScales) add_products(at, sums);
+    if constexpr (STEP + 1 < UNIT_CHUNKS * 4) multiply_steps<STEP + 1>(slot, input, lane, at, sums);
 }
 
 // Adds one unit's product to the sums. `input` is the unit's first column of token 0.
 __device__ __forceinline__ void multiply_unit(const uint8_t* slot, const uint8_t* input, int num_tokens, int lane,
                                               Sums& sums) {
-    uint32_t inputs[UNIT_CHUNKS * 4][TOKEN_TILES][2];
+    const uint8_t* rows[TOKEN_TILES];
 #pragma unroll
     for (int token_tile = 0; token_tile < TOKEN_TILES; ++token_tile) {
         const int token = min(token_tile * 8 + lane % 8, num_tokens - 1);  // what stands in unused columns is dropped
-#pragma unroll
-        for (int pair = 0; pair < UNIT_CHUNKS * 2; ++pair) {
-            uint32_t matrices[4];
-            load_matrices<false>(matrices, input + token * kInputStride + pair * 64 + lane / 8 * 16);
-            inputs[pair * 2][token_tile][0] = matrices[0], inputs[pair * 2][token_tile][1] = matrices[1];
-            inputs[pair * 2 + 1][token_tile][0] = matrices[2], inputs[pair * 2 + 1][token_tile][1] = matrices[3];
-        }
+        rows[token_tile] = input + token * kInputStride + lane / 8 * 16;
     }
-    multiply_groups<0>(slot, inputs, lane, sums);
+    Registers at;
+    multiply_steps<0>(slot, rows, lane, at, sums);
 }
 
 // A warp's sums to shared memory, as [tokens][kPartialStride].

@@ -1,0 +1,186 @@
+"""How the decode kernel cuts a layer into clusters, warps and stages, and what its source is compiled with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from aphroquant.kernels.cuda.integer.packing import CHUNK, ROWS, PackedInteger, chunk_bytes
+from aphroquant.kernels.cuda.variants import Macro
+
+TOKENS_OF_TILE = 8
+_PARTIAL_STRIDE = 68  # floats; see the kernel
+_SCALE_TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
+
+
+@dataclass(frozen=True)
+class DecodePlan:
+    """How the kernel splits a layer. A block has warp_rows x warp_columns warps, `cluster` blocks share super rows."""
+
+    cluster: int
+    num_clusters: int
+    warp_rows: int
+    warp_columns: int
+    stages: int
+    unit_chunks: int = 2
+    phases: int = 1
+    blocks_per_multiprocessor: int = 2
+
+    @property
+    def num_warps(self) -> int:
+        return self.warp_rows * self.warp_columns
+
+
+@dataclass(frozen=True)
+class DecodeShape:
+    """What the kernel's source depends on besides its plan."""
+
+    bits: int
+    group_size: int
+    zero_kind: int  # 0 symmetric, 1 zero points, 2 offsets
+    scale_dtype: torch.dtype
+    out_features: int
+    in_features: int
+    padded_columns: int
+    has_columns: bool
+    has_bias: bool
+    dtype: torch.dtype  # of x and y
+
+    @classmethod
+    def of(cls, packed: PackedInteger, dtype: torch.dtype, has_bias: bool) -> DecodeShape:
+        return cls(
+            bits=packed.bits,
+            group_size=packed.group_size,
+            zero_kind=1 if packed.zeros is not None else 2 if packed.offsets is not None else 0,
+            scale_dtype=packed.scales.dtype,
+            out_features=packed.out_features,
+            in_features=packed.in_features,
+            padded_columns=packed.padded_columns,
+            has_columns=packed.columns is not None,
+            has_bias=has_bias,
+            dtype=dtype,
+        )
+
+    @property
+    def super_rows(self) -> int:
+        return ceil_div(self.out_features, ROWS)
+
+    @property
+    def row_scales(self) -> bool:
+        return self.group_size == self.padded_columns and self.zero_kind == 0
+
+    def stage_bytes(self, unit_chunks: int) -> int:
+        groups = max(1, unit_chunks * CHUNK // self.group_size)
+        size = 4 if self.scale_dtype == torch.float32 else 2
+        zero_bytes = (0, 1, size)[self.zero_kind]
+        values = 0 if self.row_scales else size
+        return unit_chunks * chunk_bytes(self.bits) + groups * ROWS * (values + zero_bytes)
+
+
+@dataclass(frozen=True)
+class SharedLayout:
+    """Where the tokens begin in shared memory, and the bytes between them."""
+
+    input_offset: int
+    input_stride: int
+
+    def num_bytes(self, num_tokens: int) -> int:
+        return self.input_offset + num_tokens * self.input_stride
+
+
+def shared_layout(shape: DecodeShape, plan: DecodePlan, token_tiles: int) -> SharedLayout:
+    """As the kernel computes it, which checks these numbers."""
+    units = shape.padded_columns // (plan.unit_chunks * CHUNK)
+    max_units = ceil_div(units, plan.cluster * plan.warp_columns)
+    passes = ceil_div(ceil_div(shape.super_rows, plan.num_clusters), plan.warp_rows)
+    tokens = token_tiles * TOKENS_OF_TILE
+    ring = plan.num_warps * plan.stages * shape.stage_bytes(plan.unit_chunks)
+    partials = plan.num_warps * tokens * _PARTIAL_STRIDE * 4
+    if passes == 1 and partials <= ring:
+        partials = 0
+    received = tokens * plan.warp_rows * ROWS * 4 * (2 if passes > 1 else 1) if plan.cluster > 1 else 0
+    barriers = _up(plan.num_warps * plan.stages * 8, 128)
+    segment = ceil_div(max_units, plan.phases) * plan.unit_chunks * CHUNK
+    return SharedLayout(ring + partials + received + barriers, plan.warp_columns * segment * 2 + 16)
+
+
+def decode_macros(shape: DecodeShape, plan: DecodePlan, token_tiles: int) -> dict[str, Macro]:
+    """The macros of the kernel for up to 8 * token_tiles tokens."""
+    layout = shared_layout(shape, plan, token_tiles)
+    return {
+        "CODE_BITS": shape.bits,
+        "GROUP_SIZE": shape.group_size,
+        "ZERO_KIND": shape.zero_kind,
+        "BF16_INPUTS": int(shape.dtype == torch.bfloat16),
+        "SCALE_TYPE": _SCALE_TYPES[shape.scale_dtype],
+        "OUT_FEATURES": shape.out_features,
+        "IN_FEATURES": shape.in_features,
+        "PADDED_COLUMNS": shape.padded_columns,
+        "HAS_COLUMNS": int(shape.has_columns),
+        "HAS_BIAS": int(shape.has_bias),
+        "TOKEN_TILES": token_tiles,
+        "NUM_CLUSTERS": plan.num_clusters,
+        "CLUSTER": plan.cluster,
+        "WARP_ROWS": plan.warp_rows,
+        "WARP_COLUMNS": plan.warp_columns,
+        "STAGES": plan.stages,
+        "UNIT_CHUNKS": plan.unit_chunks,
+        "PHASES": plan.phases,
+        "BLOCKS_PER_MULTIPROCESSOR": plan.blocks_per_multiprocessor,
+        "INPUT_OFFSET": layout.input_offset,
+        "INPUT_STRIDE": layout.input_stride,
+    }
+
+
+def ceil_div(value: int, divisor: int) -> int:
+    return -(-value // divisor)
+
+
+def _up(value: int, multiple: int) -> int:
+    return ceil_div(value, multiple) * multiple
+
+
+_MAX_WARPS = 16
+_SHARED_OF_TWO = 115_000  # bytes of a block if two are to fit a multiprocessor
+_SHARED_OF_ONE = 231_000
+
+
+def choose_plan(
+    shape: DecodeShape, token_tiles: int, multiprocessors: int, capability: tuple[int, int]
+) -> DecodePlan:
+    """The plan with the least estimated time for a GPU."""
+    plans = candidate_plans(shape, token_tiles, multiprocessors, capability)
+    return min(plans, key=lambda plan: plan_cost(shape, plan, token_tiles, multiprocessors))
+
+
+def candidate_plans(
+    shape: DecodeShape, token_tiles: int, multiprocessors: int, capability: tuple[int, int]
+) -> list[DecodePlan]:
+    """Plans that fit, each with as many stages as shared memory holds."""
+    found = []
+    for cluster in (1, 2, 4, 8) if capability >= (9, 0) else (1,):
+        turns = ceil_div(shape.super_rows, _resident_clusters(cluster, multiprocessors))
+        num_clusters = ceil_div(shape.super_rows, turns)
+        for warp_rows in range(1, min(turns, _MAX_WARPS) + 1):
+            for warp_columns in range(1, _MAX_WARPS // warp_rows + 1):
+                for phases in (1, 2, 4, 8, 16):
+                    plan = _with_stages(shape, token_tiles, DecodePlan(cluster, num_clusters, warp_rows, warp_columns, 2, phases=phases), capability)
+                    if plan is not None:
+                        found.append(plan)
+                        break
+    return found
+
+
+def plan_cost(shape: DecodeShape, plan: DecodePlan, token_tiles: int, multiprocessors: int) -> float:
+    return 0.0
+
+
+def _with_stages(shape: DecodeShape, token_tiles: int, plan: DecodePlan, capability: tuple[int, int]) -> DecodePlan | None:
+    return plan
+
+
+def _resident_clusters(cluster: int, multiprocessors: int) -> int:
+    """Clusters that run at once, one block a multiprocessor: those of more than two fill groups of 16."""
+    whole = multiprocessors if cluster <= 2 else multiprocessors // 16 * 16
+    return max(1, whole // cluster)
