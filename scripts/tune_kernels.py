@@ -1,0 +1,108 @@
+"""Measures which settings of the CUDA kernels are fastest on this GPU, and writes the tables that they choose by.
+
+For each problem that kernels/cuda/*/tuning.py list, all candidates are compiled in parallel, timed briefly, and the
+best few timed again at length. A candidate whose result differs from the others' is told and never chosen. Time that runs
+out leaves problems out, and keeps what an older table says of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from aphroquant.errors import AphroquantError
+from aphroquant.kernels.cuda.compiler import compile_all
+from aphroquant.kernels.cuda.device import Gpu, architecture, gpu, require
+from aphroquant.kernels.cuda.timing import num_copies, read_bandwidth, time_rotated
+from aphroquant.kernels.cuda.toolchain import driver_version
+from aphroquant.kernels.cuda.tuning import (
+    TABLES,
+    Entry,
+    Problem,
+    Tunable,
+    all_tunables,
+    load_table,
+    plan_dict,
+    table_path,
+    write_table,
+)
+
+_FINALISTS, _BRIEF, _LONG = 4, 5, 21  # replays
+_MAX_DIFFERENCE = 1e-2  # between the results of two plans, relative; rounding to bf16 makes 3e-3
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="kernels whose name contains this")
+    parser.add_argument("--seconds", type=float, default=3600.0, help="stop after this time")
+    parser.add_argument("--tables", type=Path, default=TABLES, help="where the tables are written")
+    arguments = parser.parse_args()
+    require()
+    found, end = gpu(torch.cuda.current_device()), time.monotonic() + arguments.seconds
+    conditions = {
+        "date": datetime.date.today().isoformat(),
+        "torch": torch.__version__,
+        "driver_cuda": driver_version(),
+        "read_gb_per_s": round(read_bandwidth() / 1e9),
+    }
+    for tunable in all_tunables():
+        if arguments.only in tunable.name:
+            entries = tune(tunable, found, end, arguments.tables)
+            path = table_path(tunable.name, found.name, arguments.tables)
+            write_table(path, found.name, found.architecture, conditions, entries)
+            print(f"{path}: {len(entries)} entries", flush=True)
+    return 0
+
+
+def tune(tunable: Tunable, found: Gpu, end: float, tables: Path) -> list[Entry]:
+    """The fastest plan of each problem."""
+    older = {entry.problem: entry for entry in load_table(tunable.name, found.name, found.architecture, tables)}
+    for problem in tunable.problems():
+        if time.monotonic() > end:
+            print(f"{tunable.name}: no time left for {problem}", flush=True)
+            break
+        best = fastest(tunable, problem)
+        if best is not None:
+            older[problem] = best
+            print(f"{tunable.name} {problem}: {best.microseconds:.2f} us, {best.plan}", flush=True)
+    return list(older.values())
+
+
+def fastest(tunable: Tunable, problem: Problem) -> Entry | None:
+    """Of the candidates that run and agree."""
+    copies = num_copies(tunable.weight_bytes(problem))
+    brief: list[tuple[float, Any, torch.Tensor]] = []
+    plans = tunable.candidates(problem)
+    sources = [source for plan in plans for source in tunable.sources(problem, plan)]
+    compile_all([(name, macros, architecture()) for name, macros in sources], os.cpu_count() or 1)
+    for plan in plans:
+        try:
+            calls = tunable.prepare(problem, plan, copies)
+            brief.append((time_rotated(calls, _BRIEF), plan, calls[0]()))
+        except (AphroquantError, RuntimeError, ValueError) as error:
+            print(f"{tunable.name} {problem} {plan}: {str(error).splitlines()[0]}", flush=True)
+    if not brief:
+        return None
+    expected = torch.stack([result.float() for _, _, result in brief]).median(0).values
+    agreeing = []
+    for microseconds, plan, result in brief:
+        difference = float((result.float() - expected).norm() / expected.norm())
+        if difference <= _MAX_DIFFERENCE:
+            agreeing.append((microseconds, plan))
+        else:
+            print(f"{tunable.name} {problem} {plan}: WRONG, differs by {difference:.1e}", flush=True)
+    finalists = sorted(agreeing, key=lambda pair: pair[0])[:_FINALISTS]
+    timed = [(time_rotated(tunable.prepare(problem, plan, copies), _LONG), plan) for _, plan in finalists]
+    microseconds, plan = min(timed, key=lambda pair: pair[0])
+    return Entry(problem, plan_dict(plan), microseconds)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
