@@ -117,7 +117,7 @@ def test_malformed_tensors_are_named(found: dict[str, TensorHeader], message: st
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"version": "gemv"}, "AWQ version 'gemv' is not readable"),
+        ({"version": "marlin"}, "AWQ version 'marlin' is not readable"),
         ({"bits": 8}, "AWQ has 4 bits, not 8"),
         ({"bits": "4"}, "bits = '4' must be an integer"),
         ({"group_size": 0}, "group_size = 0 must be positive"),

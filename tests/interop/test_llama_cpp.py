@@ -304,7 +304,7 @@ def test_repacked_checkpoints_of_other_formats_give_their_own_logits(
 def test_what_the_command_line_writes_gives_the_logits_of_its_dequantized_weights(
     scheme: str, tiny_checkpoint: Tiny, llama_cpp: Callable[..., Answer], tmp_path: Path
 ) -> None:
-    source = tiny_checkpoint("qwen2", hidden_size=256, intermediate_size=512)
+    source = tiny_checkpoint("mistral", hidden_size=256, intermediate_size=512, sliding_window=None)
     written = converted(source, tmp_path / "a.gguf", scheme=scheme)
     answer = llama_cpp(written.path)
     assert answer.tokens == [open_checkpoint(source).tokenizer()(text).input_ids for text in TEXTS]
