@@ -1,8 +1,8 @@
 """Measures which settings of the CUDA kernels are fastest on this GPU, and writes the tables that they choose by.
 
 For each problem that kernels/cuda/*/tuning.py list, all candidates are compiled in parallel, timed briefly, and the
-best few timed again at length. A candidate whose result differs from the others' is told and never chosen. Time that runs
-out leaves problems out, and keeps what an older table says of them.
+best few timed again at length. A candidate whose result differs from the others' is told and never chosen. When time
+runs out, the problems that are left keep what an older table says of them.
 """
 
 from __future__ import annotations
