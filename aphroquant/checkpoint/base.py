@@ -163,6 +163,8 @@ def naming(path: Path) -> Iterator[None]:
     try:
         yield
     except InputError as error:
+        if str(path) in error.message:
+            raise
         raise InputError(f"{path}: {error.message}", hint=error.hint) from error
 
 
