@@ -7,6 +7,7 @@ import click
 from aphroquant.cli.lazy import LazyGroup
 
 COMMANDS = {
+    "engine": "Count tokens a second of the whole engine.",
     "kernels": "Time linear layers beside what the memory and the processor allow.",
 }
 

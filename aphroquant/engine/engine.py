@@ -42,6 +42,7 @@ class Engine:
         self.tokenizer = model.tokenizer
         self.runner_choice = model.runner_choice
         self.max_model_len = model.max_model_len
+        self.vocab_size = model.vocab_size
         self.kv_capacity_tokens = model.num_kv_blocks * config.block_size
         self._model = model
         self._detokenizers = DetokenizerFactory(model.tokenizer)

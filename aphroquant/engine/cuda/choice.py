@@ -32,7 +32,8 @@ def choose_gpu(config: EngineConfig, checkpoint: Checkpoint) -> GpuChoice | None
     required = config.device == "cuda" or config.backend == "cuda"
     reason = gpu_obstacle()
     if reason is None:
-        choice = _choice(config, checkpoint)
+        stored = str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype"))
+        choice = gpu_choice(config, stored.removeprefix("torch."))
         reason = _shape_obstacle(choice, config, checkpoint)
         if reason is None:
             return choice
@@ -52,9 +53,9 @@ def gpu_obstacle() -> str | None:
     return obstacle()
 
 
-def _choice(config: EngineConfig, checkpoint: Checkpoint) -> GpuChoice:
-    stored = str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")).removeprefix("torch.")
-    own = "bfloat16" if stored == "bfloat16" else "float16"
+def gpu_choice(config: EngineConfig, model_dtype: str) -> GpuChoice:
+    """What the configuration says, and the model's dtype where it leaves that open."""
+    own = "bfloat16" if model_dtype == "bfloat16" else "float16"
     dtype = torch.bfloat16 if (own if config.dtype == "auto" else config.dtype) == "bfloat16" else torch.float16
     scheme = KVScheme.named(own if config.kv_cache_dtype == "auto" else config.kv_cache_dtype)
     name = torch.cuda.get_device_name()

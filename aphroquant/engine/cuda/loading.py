@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,8 +13,8 @@ from aphroquant.engine.cuda.choice import GpuChoice
 from aphroquant.engine.cuda.decoder import CudaDecoder
 from aphroquant.engine.cuda.linears import Linear, Prepare
 from aphroquant.engine.cuda.runner import CudaRunner
-from aphroquant.engine.cuda.weights import load_weights
-from aphroquant.engine.kv_cache import KVCache
+from aphroquant.engine.cuda.weights import DecoderWeights, load_weights
+from aphroquant.engine.kv_cache import KVCache, KVScales
 from aphroquant.engine.kv_scales import checkpoint_kv_scales
 from aphroquant.engine.memory import plan_kv_blocks
 from aphroquant.engine.types import EngineConfig
@@ -35,21 +36,9 @@ def load_runner(config: EngineConfig, checkpoint: Checkpoint, gpu: GpuChoice) ->
     device = torch.device("cuda", torch.cuda.current_device())
     try:
         weights = load_weights(checkpoint, linear_preparer(gpu.dtype), device, gpu.dtype)
-        room = cache_room(config, checkpoint.spec, *torch.cuda.mem_get_info(device))
-        num_blocks, max_model_len = plan_kv_blocks(config, checkpoint.spec, gpu.scheme, 0, room=room)
         needs_scales = "head" in (gpu.scheme.key.scaling, gpu.scheme.value.scaling)
         scales = checkpoint_kv_scales(checkpoint) if needs_scales else None
-        cache = KVCache(checkpoint.spec, gpu.scheme, num_blocks, config.block_size, scales, device)
-        decoder = CudaDecoder(
-            checkpoint.spec,
-            weights,
-            gpu.scheme,
-            block_size=config.block_size,
-            max_positions=max_model_len,
-            dtype=gpu.dtype,
-        )
-        runner = CudaRunner(decoder, cache, max_num_seqs=config.max_num_seqs, max_model_len=max_model_len)
-        runner.prepare_all()
+        runner, cache, max_model_len = place(config, checkpoint.spec, weights, gpu, scales)
     except torch.OutOfMemoryError as error:
         free, total = torch.cuda.mem_get_info(device)
         raise ResourceError(
@@ -63,6 +52,27 @@ def load_runner(config: EngineConfig, checkpoint: Checkpoint, gpu: GpuChoice) ->
         "KV cache: %d tokens in %s, %.1f MiB; sequences of up to %d tokens",
         cache.capacity_tokens, gpu.scheme, cache.num_bytes / 2**20, max_model_len,
     )  # fmt: skip
+    return runner, cache, max_model_len
+
+
+def place(
+    config: EngineConfig,
+    spec: DecoderSpec,
+    weights: DecoderWeights,
+    gpu: GpuChoice,
+    scales: Sequence[KVScales] | None,
+) -> tuple[CudaRunner, KVCache, int]:
+    """Put a KV cache beside loaded weights, in the memory that they leave, and capture the decode steps."""
+    device = weights.embedding.device
+    torch.cuda.empty_cache()  # what packing the weights left behind
+    room = cache_room(config, spec, *torch.cuda.mem_get_info(device))
+    num_blocks, max_model_len = plan_kv_blocks(config, spec, gpu.scheme, 0, room=room)
+    cache = KVCache(spec, gpu.scheme, num_blocks, config.block_size, scales, device)
+    decoder = CudaDecoder(
+        spec, weights, gpu.scheme, block_size=config.block_size, max_positions=max_model_len, dtype=gpu.dtype
+    )
+    runner = CudaRunner(decoder, cache, max_num_seqs=config.max_num_seqs, max_model_len=max_model_len)
+    runner.prepare_all()
     return runner, cache, max_model_len
 
 
