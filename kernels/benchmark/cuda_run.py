@@ -48,7 +48,7 @@ def measure_cuda(
     if isinstance(scheme, IntegerScheme):  # scales in the inputs' dtype, which every kernel takes as it is
         scales = {name: weight[name].to(dtype) for name in ("scales", "offsets") if name in weight.tensors}
         weight = QuantizedWeight(scheme, {**weight.tensors, **scales}, weight.shape)
-    name = "aphroquant" if fallback_reason(scheme) is None else "aphroquant (dequantize and multiply)"
+    name = "aphroquant" if fallback_reason(scheme, dtype) is None else "aphroquant (dequantize and multiply)"
     yield from _measure(shape, Peer(name, partial(_own, dtype=dtype)), weight, rows, dtype, ceilings)
     for peer in find_peers(scheme, dtype, peers):
         yield from _measure(shape, peer, weight, rows, dtype, ceilings)

@@ -2,30 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from aphroquant.kernels.dispatch import PreparedLinear
 from aphroquant.schemes import DenseScheme, FloatScheme, IntegerScheme, QuantizedWeight, Scheme
-
-PACKAGE = "aphroquant.kernels.cuda"
-
-
-class LayerModule(NamedTuple):
-    """A module with a layer class, and a function `unsupported(scheme)` that tells why it cannot run one."""
-
-    module: str
-    layer: str
-
-
-LAYERS: dict[type, LayerModule] = {
-    IntegerScheme: LayerModule("integer.linear", "CudaIntegerLinear"),
-    FloatScheme: LayerModule("float8.linear", "CudaFloat8Linear"),
-}
 
 
 @dataclass(frozen=True)
@@ -44,23 +27,34 @@ class CudaBackend:
 
 def prepare(weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype) -> PreparedLinear:
     """The layer in the layout of its kernel, on torch's current GPU, for inputs of that dtype."""
-    from aphroquant.kernels.cuda.dequantizing import DenseLinear, DequantizingLinear
-
     device = torch.device("cuda", torch.cuda.current_device())
     if isinstance(weight.scheme, DenseScheme):
+        from aphroquant.kernels.cuda.dequantizing import DenseLinear
+
         return DenseLinear(weight, bias, device)
-    if fallback_reason(weight.scheme):
+    if fallback_reason(weight.scheme, dtype):
+        from aphroquant.kernels.cuda.dequantizing import DequantizingLinear
+
         return DequantizingLinear(weight, bias, device)
-    module, name = LAYERS[type(weight.scheme)]
-    layer: PreparedLinear = getattr(importlib.import_module(f"{PACKAGE}.{module}"), name)(weight, bias, dtype, device)
-    return layer
+    if isinstance(weight.scheme, IntegerScheme):
+        from aphroquant.kernels.cuda.integer.linear import CudaIntegerLinear
+
+        return CudaIntegerLinear(weight, bias, dtype, device)
+    from aphroquant.kernels.cuda.float8.linear import CudaFloat8Linear
+
+    return CudaFloat8Linear(weight, bias, device)
 
 
-def fallback_reason(scheme: Scheme) -> str | None:
-    """Why a layer of that scheme is dequantized for every product, or None where a kernel runs it."""
+def fallback_reason(scheme: Scheme, dtype: torch.dtype) -> str | None:
+    """Why a layer of that scheme is dequantized for every product, or None where a kernel or torch itself runs it."""
     if isinstance(scheme, DenseScheme):
         return None
-    if type(scheme) not in LAYERS:
-        return f"there is no CUDA kernel for {scheme}"
-    reason: str | None = importlib.import_module(f"{PACKAGE}.{LAYERS[type(scheme)].module}").unsupported(scheme)
-    return reason
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"the CUDA kernels take bfloat16 and float16 inputs, not {str(dtype).removeprefix('torch.')}"
+    if isinstance(scheme, IntegerScheme):
+        return None if scheme.activations is None else f"there is no CUDA kernel for quantized inputs of {scheme}"
+    if isinstance(scheme, FloatScheme):
+        from aphroquant.kernels.cuda.float8.linear import unsupported
+
+        return unsupported(scheme)
+    return f"there is no CUDA kernel for {scheme}"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from aphroquant.errors import InputError
-from aphroquant.kernels.cuda.backend import LAYERS, fallback_reason
+from aphroquant.kernels.cuda.backend import fallback_reason
 from aphroquant.kernels.cuda.dequantizing import DenseLinear, DequantizingLinear
 from aphroquant.kernels.cuda.operator import RegisteredLinear
 from aphroquant.kernels.dispatch import select_backend
@@ -65,7 +65,9 @@ def test_the_fallback_computes_every_scheme_whatever_its_pieces(scheme: Scheme, 
 
 
 def test_the_fallback_refuses_inputs_that_it_cannot_round() -> None:
-    scheme = LookupScheme("e2m1", 16, "float", activations=ActivationScheme("float", bits=4, granularity="group", group_size=16))
+    scheme = LookupScheme(
+        "e2m1", 16, "float", activations=ActivationScheme("float", bits=4, granularity="group", group_size=16)
+    )
     with pytest.raises(InputError, match="no kernel rounds inputs to 4-bit floats"):
         DequantizingLinear(_random_weight(scheme, 16, 32), None, CPU)
 
@@ -80,9 +82,13 @@ def test_dense_layers_take_the_inputs_dtype(dtype: torch.dtype) -> None:
 
 
 def test_the_kernel_is_chosen_by_the_scheme() -> None:
-    assert fallback_reason(DenseScheme(torch.bfloat16)) is None
-    assert fallback_reason(KQuantScheme("q2_k")) == "there is no CUDA kernel for Q2_K"
-    assert set(LAYERS) == {IntegerScheme, FloatScheme}
+    bf16 = torch.bfloat16
+    assert fallback_reason(DenseScheme(bf16), bf16) is None
+    assert fallback_reason(IntegerScheme(4, 128, symmetric=True), bf16) is None
+    assert fallback_reason(KQuantScheme("q2_k"), bf16) == "there is no CUDA kernel for Q2_K"
+    quantized_inputs = IntegerScheme(8, None, symmetric=True, activations=ActivationScheme("int"))
+    assert "no CUDA kernel for quantized inputs" in str(fallback_reason(quantized_inputs, bf16))
+    assert "not float32" in str(fallback_reason(IntegerScheme(4, 128, symmetric=True), torch.float32))
 
 
 def test_a_prepared_layer_is_an_operator_with_a_known_shape() -> None:
