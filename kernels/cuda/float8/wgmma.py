@@ -99,8 +99,8 @@ def float8_multiply(
 ) -> Tensor:
     """e4m3 x [T, K] times e4m3 weight [N, K]: [T, N] in `dtype`. Rows begin at multiples of 16 bytes.
 
-    Scales and bias are float32 and contiguous: [N] or one, and [T] or one; with `block_rows` [blocks of rows, blocks of 128
-    columns], and [blocks of 128 columns, T padded to tile.tokens].
+    Scales and bias are float32 and contiguous: [N] or one, and [T] or one; with `block_rows` [blocks of rows, blocks of
+    128 columns], and [blocks of 128 columns, T padded to tile.tokens].
     """
     rows, columns = weight.shape
     tokens = x.shape[0]

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import ctypes
-import math
-from ctypes import c_float, c_int32, c_void_p
+from ctypes import c_int32, c_void_p
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from aphroquant.kernels.cuda.device import gpu
-from aphroquant.kernels.cuda.integer.packing import CHUNK, ROWS, PackedInteger, chunk_bytes
+from aphroquant.kernels.cuda.integer.packing import CHUNK, ROWS, PackedInteger
+from aphroquant.kernels.cuda.integer.problem import PackedWeights, packed_macros, super_row_bytes
 from aphroquant.kernels.cuda.launcher import TensorMap, cuda_kernel
 from aphroquant.kernels.cuda.variants import Macro
 
 SOURCE, ENTRY = "integer_wgmma.cu", "integer_wgmma"
-_SCALE_TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 
 
 @dataclass(frozen=True)
@@ -46,16 +45,10 @@ class WgmmaTile:
         return self.split * self.multicast
 
     def macros(self, packed: PackedInteger, dtype: torch.dtype) -> dict[str, Macro]:
-        return {
-            "CODE_BITS": packed.bits,
-            "GROUP": group_macro(packed),
-            "ZEROS": zero_kind(packed),
-            "BFLOAT": dtype == torch.bfloat16,
-            "SCALE_TYPE": _SCALE_TYPES[packed.scales.dtype],
+        return packed_macros(packed, dtype, self.chunks) | {
             "WARPGROUPS": self.warpgroups,
             "TILES": self.tiles,
             "TOKENS": self.tokens,
-            "CHUNKS": self.chunks,
             "STAGES": self.stages,
             "STEPS": self.steps,
             "SPLIT": self.split,
@@ -65,11 +58,7 @@ class WgmmaTile:
         }
 
     def stage_bytes(self, packed: PackedInteger) -> int:
-        size = packed.scales.element_size()
-        group = group_macro(packed)
-        groups = 0 if group == 0 else max(1, self.chunks * CHUNK // group)
-        values = groups * ROWS * (size + (0, 1, size)[zero_kind(packed)])
-        weights = self.warpgroups * self.tiles * (self.chunks * chunk_bytes(packed.bits) + values)
+        weights = self.warpgroups * self.tiles * super_row_bytes(packed, self.chunks)
         return self.chunks * self.tokens * CHUNK * 2 + weights
 
     def shared_bytes(self, packed: PackedInteger) -> int:
@@ -90,40 +79,16 @@ class _Problem(ctypes.Structure):
         ("steps", c_int32),
         ("row_tiles", c_int32),
         ("token_tiles", c_int32),
-        ("groups", c_int32),
-        ("scale_factor", c_float),
-        ("output_factor", c_float),
-        ("codes", c_void_p),
-        ("scales", c_void_p),
-        ("zeros", c_void_p),
-        ("offsets", c_void_p),
+        ("weights", PackedWeights),
         ("values", c_void_p),
         ("bias", c_void_p),
     )
 
 
-def zero_kind(packed: PackedInteger) -> int:
-    """0: the zero point is in the middle; 1: zero points; 2: offsets."""
-    return 1 if packed.zeros is not None else 2 if packed.offsets is not None else 0
-
-
-def group_macro(packed: PackedInteger) -> int:
-    """The group size as the kernel takes it: 0 where a row's only scale can multiply its sums."""
-    return 0 if zero_kind(packed) == 0 and packed.group_size == packed.padded_columns else packed.group_size
-
-
-def scale_exponent(packed: PackedInteger, dtype: torch.dtype) -> int:
-    """The power of two that brings the largest scale near 1, where fp16 has to hold scales of another type."""
-    if dtype != torch.float16 or packed.scales.dtype == torch.float16 or group_macro(packed) == 0:
-        return 0
-    largest = max(float(part.abs().max()) for part in (packed.scales, packed.offsets) if part is not None)
-    return -math.frexp(largest)[1] if math.isfinite(largest) and largest > 0 else 0
-
-
 def wgmma_multiply(
     packed: PackedInteger, x: Tensor, bias: Tensor | None, tile: WgmmaTile, exponent: int = 0, out: Tensor | None = None
 ) -> Tensor:
-    """x [T, >= packed columns or in_features] in packed column order -> [T, N]. `exponent`: of `scale_exponent`.
+    """x [T, columns in packed order] -> [T, N]; columns that x lacks are 0. `exponent`: of `scale_exponent`.
 
     The rows of x must begin at multiples of 16 bytes; bias is float32.
     """
@@ -137,13 +102,7 @@ def wgmma_multiply(
         packed.padded_columns // (CHUNK * tile.chunks),
         row_tiles,
         token_tiles,
-        packed.scales.shape[1],
-        2.0**exponent,
-        2.0**-exponent,
-        packed.codes.data_ptr(),
-        packed.scales.data_ptr(),
-        0 if packed.zeros is None else packed.zeros.data_ptr(),
-        0 if packed.offsets is None else packed.offsets.data_ptr(),
+        PackedWeights.of(packed, exponent),
         out.data_ptr(),
         0 if bias is None else bias.data_ptr(),
     )
@@ -151,8 +110,7 @@ def wgmma_multiply(
     if tile.persistent:
         clusters = min(clusters, gpu(x.get_device()).multiprocessors * tile.blocks // tile.cluster)
     inputs = TensorMap.of(x, (tile.tokens // tile.multicast, CHUNK), swizzle=128)
-    kernel = cuda_kernel(SOURCE, ENTRY, tile.macros(packed, x.dtype))
-    kernel.launch(
+    cuda_kernel(SOURCE, ENTRY, tile.macros(packed, x.dtype)).launch(
         grid=(clusters * tile.cluster, 1, 1),
         block=((tile.warpgroups + 1) * 128, 1, 1),
         args=[inputs, problem],

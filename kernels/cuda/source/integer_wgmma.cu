@@ -8,8 +8,8 @@
 // Few tokens give few tiles: then the columns of a tile are split among the blocks of a cluster, which add up through
 // distributed shared memory in a fixed order. Many tokens: blocks stay and take tile after tile, and pairs of blocks
 // fetch each input once for both (MULTICAST).
+#include "integer_fragments.cuh"
 #include "integer_wgmma_shape.cuh"
-#include "integer_wgmma_weights.cuh"
 #include "ptx/barrier.cuh"
 #include "ptx/bulk_copy.cuh"
 #include "ptx/dynamic_shared.cuh"
@@ -20,13 +20,7 @@
 
 struct Problem {
     Extent extent;  // a step is CHUNKS chunks of 64 columns
-    int groups;
-    float scale_factor;      // a power of two that brings scales into the inputs' type
-    float output_factor;     // its inverse
-    const uint8_t* codes;    // [super rows][chunks][kChunkBytes]
-    const uint8_t* scales;   // [super rows][groups][64]
-    const uint8_t* zeros;    // the same, bytes
-    const uint8_t* offsets;  // as scales
+    PackedWeights weights;
     Output output;
 };
 
@@ -35,25 +29,20 @@ __device__ __forceinline__ void fetch_weights(const Block& block, const Problem&
                                               int step, uint64_t cache) {
     const int total = (problem.extent.rows + 63) / 64, left = total - place.row_tile * kSuperRows;
     const int super_rows = left < 0 ? 0 : left < kSuperRows ? left : kSuperRows, chunk = step * CHUNKS;
+    const PackedWeights& packed = problem.weights;
     const uint32_t barrier = block.full(stage);
     mbarrier_arrive_expect(barrier, kInputBytes + super_rows * kSuperRowBytes);
     uint32_t target = block.shared + kWeightStart + stage * kWeightBytes;
 #pragma unroll 1
     for (int i = 0; i < super_rows; ++i, target += kSuperRowBytes) {
         const int64_t row = place.row_tile * kSuperRows + i, chunks = problem.extent.steps * CHUNKS;
-        bulk_load(target, problem.codes + (row * chunks + chunk) * kChunkBytes, kCodeBytes, barrier, cache);
-        if constexpr (GROUP != 0) {
-            const int group = GROUP > 64 ? chunk * 64 / GROUP : chunk * kGroupsPerChunk;
-            const int64_t line = (row * problem.groups + group) * 64;
-            bulk_load(target + kCodeBytes, problem.scales + line * kScaleBytes, kScaleStage, barrier, cache);
-            if (ZEROS == 1) {
-                bulk_load(target + kCodeBytes + kScaleStage, problem.zeros + line, kZeroStage, barrier, cache);
-            }
-            if (ZEROS == 2) {
-                bulk_load(target + kCodeBytes + kScaleStage, problem.offsets + line * kScaleBytes, kOffsetStage,
-                          barrier, cache);
-            }
-        }
+        bulk_load(target, packed.codes + (row * chunks + chunk) * kChunkBytes, kCodeBytes, barrier, cache);
+        if (GROUP == 0) continue;
+        const int64_t line = packed.line(row, chunk) * 64;
+        bulk_load(target + kCodeBytes, packed.scales + line * kScaleBytes, kScaleStage, barrier, cache);
+        const uint32_t behind = target + kCodeBytes + kScaleStage;
+        if (ZEROS == 1) bulk_load(behind, packed.zeros + line, kZeroStage, barrier, cache);
+        if (ZEROS == 2) bulk_load(behind, packed.offsets + line * kScaleBytes, kOffsetStage, barrier, cache);
     }
 }
 
@@ -81,13 +70,6 @@ __device__ __forceinline__ void multiply(float (&sums)[kAccumulators], const uin
     } else {
         wgmma_f16(sums, fragment, descriptor, accumulate);
     }
-}
-
-template <int STEP>
-__device__ __forceinline__ void make_fragment(const LaneCodes<CODE_BITS>& codes, const GroupValues& values,
-                                              uint32_t (&fragment)[4]) {
-    dequantize<CODE_BITS, kIsBf16, ZEROS == 0, STEP>(codes, values.zeros, fragment);
-    values.apply(fragment);
 }
 
 // One chunk of 64 columns: four steps, STEPS at a time; while some are converted, those before are multiplied.
@@ -160,7 +142,7 @@ __device__ __forceinline__ void accumulate_tile(const Block& block, const Proble
                 codes[tile] = load_codes<CODE_BITS>(bytes, lane);
             }
             const int group = GROUP >= 64 * CHUNKS ? 0 : part * kGroupsPerChunk;
-            multiply_steps<0>(sums, codes, values, fragments, weights, group, place, problem.scale_factor,
+            multiply_steps<0>(sums, codes, values, fragments, weights, group, place, problem.weights.scale_factor,
                               inputs + part * (TOKENS * 128 / 16), accumulate, [&] {
                                   if (part == 0 && used >= 0) block.release(used);
                               });
@@ -176,20 +158,12 @@ __device__ __forceinline__ void accumulate_tile(const Block& block, const Proble
     block.release(used);
 }
 
-// The factor of a row: its scale where a row has one, or the inverse of the power of two that scales were brought in by.
-__device__ __forceinline__ float row_factor(const Problem& problem, int row) {
-    if (GROUP != 0) return problem.output_factor;
-    if (row >= problem.extent.rows) return 0.0f;
-    const int64_t place = row / 64 * 64 + row % 8 * 8 + row % 64 / 16 * 2 + row % 16 / 8;
-    if (SCALE_TYPE == 2) return reinterpret_cast<const float*>(problem.scales)[place];
-    return number_of(reinterpret_cast<const uint16_t*>(problem.scales)[place]);
-}
-
 __device__ __forceinline__ void scale_sums(const Problem& problem, int first_row, float (&sums)[TILES][kAccumulators]) {
     const int row = first_row + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4;
+    const auto factor = [&](int place) { return row_factor(problem.weights, place, problem.extent.rows); };
 #pragma unroll
     for (int tile = 0; tile < TILES; ++tile) {
-        const float factors[2] = {row_factor(problem, row + tile * 64), row_factor(problem, row + tile * 64 + 8)};
+        const float factors[2] = {factor(row + tile * 64), factor(row + tile * 64 + 8)};
 #pragma unroll
         for (int i = 0; i < kAccumulators; ++i) sums[tile][i] *= factors[i / 2 % 2];
     }
@@ -202,7 +176,7 @@ __device__ __forceinline__ void consume(const Block& block, const Problem& probl
     for (Tiles tiles(problem.extent); tiles.more(); tiles.next()) {
         const Place place = tiles.place(block.sharer);
         accumulate_tile(block, problem, ring, warpgroup, sums);
-        if (GROUP == 0 || !kScalesFit) scale_sums(problem, place.row() + warpgroup * TILES * 64, sums);
+        if (kScalesSums) scale_sums(problem, place.row() + warpgroup * TILES * 64, sums);
         put_out(problem.output, problem.extent, block, sums, warpgroup, place);
     }
 }

@@ -1,12 +1,14 @@
-// A warpgroup's share of the weight in a stage: codes to fragments, scaled.
+// Packed weights in shared memory to scaled fragments.
 #pragma once
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include "float8_dequantize.cuh"
 #include "integer_dequantize.cuh"
-#include "integer_wgmma_shape.cuh"
+#include "integer_stage.cuh"
 
+constexpr bool kIsBfloat = BFLOAT;
 constexpr bool kScalesFit = SCALE_TYPE == (BFLOAT ? 1 : 0);  // exactly, in the type of the inputs
 
 __device__ __forceinline__ float number_of(uint32_t bits16) {
@@ -17,7 +19,7 @@ __device__ __forceinline__ float number_of(uint32_t bits16) {
 // `value` rounded to the type of the inputs, twice, and what the rounding took away.
 __device__ __forceinline__ uint32_t round_pair(float value, float& rest) {
     uint32_t bits;
-    if (kIsBf16) {
+    if (kIsBfloat) {
         const __nv_bfloat16 rounded = __float2bfloat16_rn(value);
         rest = value - __bfloat162float(rounded);
         bits = __bfloat16_as_ushort(rounded);
@@ -30,13 +32,8 @@ __device__ __forceinline__ uint32_t round_pair(float value, float& rest) {
 }
 
 __device__ __forceinline__ uint32_t multiply_pair(uint32_t a, uint32_t b) {
-    uint32_t d;
-    if (kIsBf16) {
-        asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
-    } else {
-        asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
-    }
-    return d;
+    constexpr uint32_t kNegativeZero = 0x80008000u;
+    return fused_multiply_add_pair<kIsBfloat>(a, b, kNegativeZero);
 }
 
 // The two rows' values of one group, each twice in a word. A value that the type of the inputs cannot hold comes as a
@@ -74,7 +71,7 @@ struct PairValue {
 struct GroupValues {
     PairValue scale;
     PairValue offset;
-    ZeroPair<CODE_BITS, kIsBf16> zeros;
+    ZeroPair<CODE_BITS, kIsBfloat> zeros;
 
     __device__ __forceinline__ void load(const uint8_t* weights, int group, int place, float factor) {
         if (GROUP != 0) scale.load(weights + kCodeBytes + group * 64 * kScaleBytes, place, factor);
@@ -103,14 +100,38 @@ struct GroupValues {
             // Smallest terms first, so that only the last rounding counts.
             uint32_t sum = ZEROS == 2 && !kScalesFit ? offset.rest[half] : 0;
             if (!kScalesFit) {
-                sum = ZEROS == 2 ? fused_multiply_add_pair<kIsBf16>(code, scale.rest[half], sum)
+                sum = ZEROS == 2 ? fused_multiply_add_pair<kIsBfloat>(code, scale.rest[half], sum)
                                  : multiply_pair(code, scale.rest[half]);
             }
             if (ZEROS == 2) {
                 const uint32_t offsets = offset.rounded[half];
-                sum = kScalesFit ? offsets : fused_multiply_add_pair<kIsBf16>(offsets, PairConstants<kIsBf16>::kOne, sum);
+                sum = kScalesFit ? offsets : fused_multiply_add_pair<kIsBfloat>(offsets, PairConstants<kIsBfloat>::kOne, sum);
             }
-            fragment[r] = fused_multiply_add_pair<kIsBf16>(code, scale.rounded[half], sum);
+            fragment[r] = fused_multiply_add_pair<kIsBfloat>(code, scale.rounded[half], sum);
         }
     }
 };
+
+// The fragment of k16-step STEP of a tile of 16 rows.
+template <int STEP>
+__device__ __forceinline__ void make_fragment(const LaneCodes<CODE_BITS>& codes, const GroupValues& values,
+                                              uint32_t (&fragment)[4]) {
+#if CODE_FLOAT8
+    dequantize_float8<kIsBfloat, STEP>(codes, fragment);
+#else
+    dequantize<CODE_BITS, kIsBfloat, ZEROS == 0, STEP>(codes, values.zeros, fragment);
+#endif
+    values.apply(fragment);
+}
+
+// Whether sums must still be multiplied by `row_factor`.
+constexpr bool kScalesSums = GROUP == 0 || !kScalesFit;
+
+// The factor of a row: its scale where a row has one, or the inverse of the power of two that scales were brought in by.
+__device__ __forceinline__ float row_factor(const PackedWeights& weights, int row, int rows) {
+    if (GROUP != 0) return weights.output_factor;
+    if (row >= rows) return 0.0f;
+    const int64_t place = row / 64 * 64 + row % 8 * 8 + row % 64 / 16 * 2 + row % 16 / 8;
+    if (SCALE_TYPE == 2) return reinterpret_cast<const float*>(weights.scales)[place];
+    return number_of(reinterpret_cast<const uint16_t*>(weights.scales)[place]);
+}
