@@ -33,7 +33,16 @@ Ctrl-D  leave"""
 @click.option("--temperature", default=0.7, show_default=True, type=click.FloatRange(0), help="0 is greedy.")
 @click.option("--max-tokens", type=click.IntRange(1), help="Longest answer.  [default: what the context holds]")
 @click.option("--prompt", metavar="TEXT", help="Answer this on stdout, and leave.")
-def command(model: str, system: str | None, temperature: float, max_tokens: int | None, prompt: str | None) -> None:
+@click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    help="Where the model runs; auto is a GPU if one can be used.",
+)
+def command(
+    model: str, system: str | None, temperature: float, max_tokens: int | None, prompt: str | None, device: str
+) -> None:
     """Talk to the model in DIR (a checkpoint directory, GGUF file or Hub id).
 
     With --prompt, or with the prompt on standard input, the answer is written plainly to standard output.
@@ -48,7 +57,7 @@ def command(model: str, system: str | None, temperature: float, max_tokens: int 
         sys.stdout.reconfigure(errors="replace")  # an emoji must not end the answer where the encoding is Latin-1
     from aphroquant.engine.engine import Engine
 
-    engine = Engine(EngineConfig(model=model, max_num_seqs=1))
+    engine = Engine(EngineConfig(model=model, max_num_seqs=1, device=device))
     conversation = Conversation(engine, system, sampling)
     if prompt is None:
         _converse(conversation)

@@ -51,7 +51,9 @@ class _Memory(click.ParamType[int]):
 @click.option("--max-model-len", type=click.IntRange(1), help="Longest prompt and answer together, in tokens.")
 @click.option("--max-num-seqs", default=64, show_default=True, type=click.IntRange(1), help="Answers at a time.")
 @click.option(
-    "--max-num-batched-tokens", default=512, show_default=True, type=click.IntRange(1), help="Tokens in one step."
+    "--max-num-batched-tokens",
+    type=click.IntRange(1),
+    help="Tokens in one step.  [default: 512 on a CPU, 4096 on a GPU]",
 )
 @click.option(
     "--max-open",
@@ -61,7 +63,28 @@ class _Memory(click.ParamType[int]):
     help="Answers that run or wait at a time; more get a 503.",
 )
 @click.option("--num-threads", type=click.IntRange(1), help="CPU threads.  [default: all cores]")
-@click.option("--backend", default="auto", show_default=True, help="Kernels: auto, reference or cpu.")
+@click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    help="Where the model runs; auto is a GPU if one can be used.",
+)
+@click.option(
+    "--dtype",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "bfloat16", "float16"]),
+    help="Activations on a GPU; auto is the model's own.",
+)
+@click.option(
+    "--gpu-memory-utilization",
+    default=0.9,
+    show_default=True,
+    type=click.FloatRange(0, 1, min_open=True),
+    help="Share of the GPU's memory that may be used.",
+)
+@click.option("--backend", default="auto", show_default=True, help="Kernels: auto, reference, cpu or cuda.")
 @click.option(
     "--activations",
     default="int8",
@@ -81,9 +104,12 @@ def command(
     kv_cache_memory: int | None,
     max_model_len: int | None,
     max_num_seqs: int,
-    max_num_batched_tokens: int,
+    max_num_batched_tokens: int | None,
     max_open: int,
     num_threads: int | None,
+    device: str,
+    dtype: str,
+    gpu_memory_utilization: float,
     backend: str,
     activations: str,
     no_prefix_caching: bool,
@@ -101,6 +127,9 @@ def command(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
         num_threads=num_threads,
+        device=device,
+        dtype=dtype,
+        gpu_memory_utilization=gpu_memory_utilization,
         backend=backend,
         activations=activations,
         enable_prefix_caching=not no_prefix_caching,

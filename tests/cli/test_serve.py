@@ -41,11 +41,12 @@ def test_every_option_reaches_its_setting(served: Any) -> None:
         "--kv-cache-dtype", "int8_per_token_head", "--kv-cache-memory", "1.5GiB", "--max-model-len", "100",
         "--max-num-seqs", "5", "--max-num-batched-tokens", "64", "--max-open", "9", "--num-threads", "1",
         "--backend", "cpu", "--activations", "float", "--no-prefix-caching", "--log-level", "error",
+        "--device", "cpu", "--dtype", "float16", "--gpu-memory-utilization", "0.5",
     )  # fmt: skip
     assert config == EngineConfig(
         model="model", kv_cache_dtype="int8_per_token_head", kv_cache_memory=3 * 2**29, max_model_len=100,
         max_num_seqs=5, max_num_batched_tokens=64, num_threads=1, backend="cpu", activations="float",
-        enable_prefix_caching=False,
+        enable_prefix_caching=False, device="cpu", dtype="float16", gpu_memory_utilization=0.5,
     )  # fmt: skip
     assert settings == ServerSettings(
         host="0.0.0.0", port=0, api_keys=("a", "b"), served_model_name="m", max_open=9, log_level="error"
