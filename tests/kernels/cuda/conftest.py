@@ -26,6 +26,9 @@ WRAPPERS = [
         "fused.gated_activation",
         "fused.rms_norm",
         "fused.rotary_cache",
+        "integer.batch",
+        "integer.decode",
+        "integer.mma",
     )
 ]
 
@@ -37,7 +40,7 @@ class EmulatedKernel:
         key = hashlib.sha256(repr((source, entry, sorted(macros.items()))).encode()).hexdigest()[:16]
         library = directory / f"{entry}-{key}.so"
         if not library.exists():
-            definitions = [f"-D{name}={value}" for name, value in macros.items()]
+            definitions = [f"-D{name}={int(value) if value in (True, False) else value}" for name, value in macros.items()]
             subprocess.run(
                 [*_compiler(directory, include), "-shared", *definitions, f'-DSOURCE="{source}"', f"-DENTRY={entry}",
                  str(directory / "main.cpp"), "-o", str(library)],
@@ -77,7 +80,15 @@ def emulation_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The sources with the emulated instructions in place of the real ones."""
     directory = tmp_path_factory.mktemp("emulation")
     source = Path(importlib.import_module("aphroquant.kernels.cuda").__file__).parent / "source"
-    for path in (*source.glob("attention_*"), *source.glob("fused_*"), *EMULATION.glob("*.*")):
+    for path in (
+        *source.glob("attention_*"),
+        *source.glob("fused_*"),
+        *source.glob("float8_*"),
+        *source.glob("gather_*"),
+        *source.glob("integer_*"),
+        source / "types.cuh",
+        *EMULATION.glob("*.*"),
+    ):
         shutil.copy(path, directory)
     shutil.copytree(EMULATION / "ptx", directory / "ptx")
     include = _cuda_headers()
