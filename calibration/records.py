@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from aphroquant.checkpoint.template_limits import limited_rendering
 from aphroquant.errors import InputError
 
 if TYPE_CHECKING:
@@ -77,7 +78,8 @@ def _render(messages: Any, where: str, tokenizer: PreTrainedTokenizerBase) -> st
     if tokenizer.chat_template is None:
         return "\n\n".join(str(message["content"]) for message in messages)
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+        with limited_rendering(tokenizer.chat_template):
+            return str(tokenizer.apply_chat_template(messages, tokenize=False))
     except Exception as error:  # templates are programs, and fail in any way they like
         raise InputError(f"{where}: the model's chat template refuses the messages: {error}") from error
 

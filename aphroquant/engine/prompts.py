@@ -8,6 +8,7 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from aphroquant.checkpoint.template_limits import limited_rendering
 from aphroquant.errors import RequestError
 
 Messages = Sequence[Mapping[str, Any]]
@@ -22,8 +23,9 @@ def text_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 def chat_prompt(tokenizer: PreTrainedTokenizerBase, messages: Messages, **options: Any) -> list[int]:
     """The tokens of a conversation up to where the assistant's next words begin.
 
-    The template is the model's own and runs in transformers' sandbox. Control tokens written out in a message are
-    ordinary text: who writes a message cannot end it and begin another. `options` are variables of the template.
+    The template is the model's own and runs in transformers' sandbox, within limits of time and size. Control tokens
+    written out in a message are ordinary text: who writes a message cannot end it and begin another. `options` are
+    variables of the template.
     """
     if not tokenizer.chat_template:
         raise RequestError("the model has no chat template: send a plain prompt instead", param="messages")
@@ -31,15 +33,16 @@ def chat_prompt(tokenizer: PreTrainedTokenizerBase, messages: Messages, **option
         for value in dict(message).values():
             _check_unicode(str(value), "messages")
     try:
-        tokens: Any = tokenizer.apply_chat_template(
-            [dict(message) for message in messages],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=False,
-            sanitize_control_tokens=True,
-            **options,
-        )
-    except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+        with limited_rendering(tokenizer.chat_template):
+            tokens: Any = tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=False,
+                sanitize_control_tokens=True,
+                **options,
+            )
+    except (TemplateError, TypeError, ValueError, KeyError, AttributeError, RecursionError) as error:
         raise RequestError(f"messages do not fit the model's chat template: {error}", param="messages") from error
     return [int(token) for token in tokens]
 
