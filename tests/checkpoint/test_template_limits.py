@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from aphroquant.checkpoint.tokenizer import load_tokenizer
 from aphroquant.checkpoint import template_limits
-from aphroquant.engine.prompts import chat_prompt
 from aphroquant.checkpoint.template_limits import TemplateLimitError, check_template
+from aphroquant.checkpoint.tokenizer import load_tokenizer
+from aphroquant.engine.prompts import chat_prompt
 from aphroquant.errors import RequestError
 
 MESSAGES = [{"role": "user", "content": "How are you?"}]
