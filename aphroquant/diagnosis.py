@@ -92,7 +92,7 @@ def gpus() -> Iterator[Finding]:
 
 
 def compiler() -> Finding:
-    """NVRTC, which compiles the CUDA kernels on this machine."""
+    """What compiles the CUDA kernels on this machine."""
     from aphroquant.kernels.cuda.toolchain import CompilerUnavailableError, toolchain
 
     try:
@@ -100,8 +100,7 @@ def compiler() -> Finding:
     except CompilerUnavailableError as error:
         hint = "pip install nvidia-cuda-nvrtc nvidia-cuda-runtime (of the driver's CUDA version), or set CUDA_HOME"
         return Finding("cuda compiler", False, str(error), {}, hint)
-    details = {"library": str(found.library), "include": str(found.include), "version": list(found.version)}
-    return Finding("cuda compiler", True, str(found), details)
+    return Finding("cuda compiler", True, str(found), {"version": list(found.version)})
 
 
 def launcher() -> Finding:

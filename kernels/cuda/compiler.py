@@ -1,4 +1,4 @@
-"""CUDA sources to machine code: NVRTC in a process of its own, results kept on disk.
+"""CUDA sources to machine code: a compiler in a process of its own, results kept on disk.
 
 A kernel is compiled for one exact architecture with its shape constants as macros, so there is nothing to choose at run
 time and no PTX for the driver to compile. Without a GPU, this shows what a kernel uses:
@@ -22,11 +22,12 @@ from aphroquant.errors import AphroquantError, UsageError
 from aphroquant.kernels.cuda.cache import Entry, cached
 from aphroquant.kernels.cuda.resources import Resources, parse_resources
 from aphroquant.kernels.cuda.sources import SOURCE_ROOT, source_digest, source_path
-from aphroquant.kernels.cuda.toolchain import CompilerUnavailableError, Toolchain, driver_version, toolchain
+from aphroquant.kernels.cuda.toolchain import CompilerUnavailableError, Nvcc, Nvrtc, driver_version, toolchain
 from aphroquant.kernels.cuda.variants import Macro
 
 _WORKER = Path(__file__).parent / "nvrtc_worker.py"
 _OPTIONS = ("--std=c++17", "--ptxas-options=-v")
+Tools = Nvrtc | Nvcc
 _TIMEOUT = 600.0  # seconds; the largest kernel takes a few
 
 
@@ -57,12 +58,15 @@ def compile_kernel(source: str, macros: Mapping[str, Macro], architecture: str) 
     tools = _toolchain()
     definitions = _definitions(macros)
     name = f"{source}({', '.join(option[2:] for option in definitions)})"
-    options = [*_OPTIONS, *definitions, f"--gpu-architecture={architecture}"]
+    options = [*_OPTIONS, *definitions]
 
     def make() -> Entry:
-        return _run(tools, source, options, f"{name} for {architecture}")
+        description = f"{name} for {architecture}"
+        if isinstance(tools, Nvcc):
+            return _run_nvcc(tools, source, options, architecture, description)
+        return _run_nvrtc(tools, source, options, architecture, description)
 
-    entry = cached(_key(tools, source, options), make)
+    entry = cached(_key(tools, source, options, architecture), make)
     return CompiledKernel(name, architecture, entry.cubin, entry.log)
 
 
@@ -81,7 +85,7 @@ def compile_all(
         return list(pool.map(one, jobs))
 
 
-def _toolchain() -> Toolchain:
+def _toolchain() -> Tools:
     try:
         return toolchain()
     except CompilerUnavailableError as error:
@@ -96,14 +100,15 @@ def _definitions(macros: Mapping[str, Macro]) -> list[str]:
     return [f"-D{name}={int(value) if isinstance(value, bool) else value}" for name, value in sorted(macros.items())]
 
 
-def _key(tools: Toolchain, source: str, options: list[str]) -> str:
+def _key(tools: Tools, source: str, options: list[str], architecture: str) -> str:
     """Of everything that decides the machine code, and of the driver that runs it."""
-    parts = [source_digest(source), *options, str(tools.version), tools.builtins.name, str(driver_version())]
+    compiler = f"{type(tools).__name__} {tools.version}"
+    parts = [source_digest(source), *options, architecture, compiler, str(driver_version())]
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()
     return f"{Path(source).stem}-{digest[:40]}"
 
 
-def _run(tools: Toolchain, source: str, options: list[str], description: str) -> Entry:
+def _run_nvrtc(tools: Nvrtc, source: str, options: list[str], architecture: str, description: str) -> Entry:
     path = source_path(source)
     with tempfile.TemporaryDirectory(prefix="aphroquant-") as folder:
         output = Path(folder) / "kernel.cubin"
@@ -112,13 +117,33 @@ def _run(tools: Toolchain, source: str, options: list[str], description: str) ->
             "preload": [str(tools.builtins)],
             "name": str(path),
             "source": path.read_text(encoding="utf-8"),
-            "options": [*options, f"--include-path={SOURCE_ROOT}", f"--include-path={tools.include}"],
+            "options": [
+                *options,
+                f"--gpu-architecture={architecture}",
+                f"--include-path={SOURCE_ROOT}",
+                f"--include-path={tools.include}",
+            ],
             "output": str(output),
         }
         answer = _answer(job, description)
         if answer["error"] is not None:
             raise KernelCompileError(f"{description} does not compile ({answer['error']}):\n{answer['log']}")
         return Entry(output.read_bytes(), str(answer["log"]), description)
+
+
+def _run_nvcc(tools: Nvcc, source: str, options: list[str], architecture: str, description: str) -> Entry:
+    number = architecture.removeprefix("sm_")
+    with tempfile.TemporaryDirectory(prefix="aphroquant-") as folder:
+        output = Path(folder) / "kernel.cubin"
+        target = f"-gencode=arch=compute_{number},code=sm_{number}"
+        command = [str(tools.path), "--cubin", target, *options, f"-I{SOURCE_ROOT}", str(source_path(source))]
+        try:
+            done = subprocess.run([*command, "-o", str(output)], capture_output=True, text=True, timeout=_TIMEOUT)
+        except subprocess.TimeoutExpired as error:
+            raise KernelCompileError(f"{description}: the compiler did not end within {_TIMEOUT:.0f} s") from error
+        if done.returncode != 0:
+            raise KernelCompileError(f"{description} does not compile ({tools}):\n{done.stderr or done.stdout}")
+        return Entry(output.read_bytes(), done.stderr, description)
 
 
 def _answer(job: dict[str, object], description: str) -> dict[str, str | None]:

@@ -77,6 +77,9 @@ class Kernel:
         settings = ", ".join(f"{name}={value}" for name, value in self.macros.items())
         return f"{self.entry}({settings})"
 
+    def __deepcopy__(self, memo: object) -> Kernel:
+        return self  # what is loaded is shared; a layer's copy differs in its tensors
+
     def on(self, device: int) -> LoadedFunction:
         """The kernel on that device; tells its registers and limits."""
         if found := self._functions.get(device):

@@ -1,4 +1,4 @@
-"""Finding NVRTC and the CUDA headers: the wheels that torch's CUDA builds bring along, or an installed CUDA toolkit."""
+"""Finding a CUDA compiler: NVRTC in the wheels that torch's CUDA builds bring, or in a CUDA toolkit, else nvcc."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import importlib.util
 import os
 import re
 import shutil
+import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -16,11 +17,11 @@ HEADERS = ("cuda_fp16.h", "cuda_bf16.h", "cuda_fp8.h")
 
 
 class CompilerUnavailableError(Exception):
-    """There is no usable NVRTC; the message says where it was looked for."""
+    """There is no usable compiler; the message says what was looked for."""
 
 
 @dataclass(frozen=True)
-class Toolchain:
+class Nvrtc:
     """An NVRTC library with the headers that belong to it. `builtins` must be loaded before the library."""
 
     library: Path
@@ -32,24 +33,31 @@ class Toolchain:
         return f"NVRTC {self.version[0]}.{self.version[1]} ({self.library})"
 
 
+@dataclass(frozen=True)
+class Nvcc:
+    """The compiler driver of a toolkit that has no NVRTC. Slower, and it needs a C++ compiler beside it."""
+
+    path: Path
+    version: tuple[int, int]
+
+    def __str__(self) -> str:
+        return f"nvcc {self.version[0]}.{self.version[1]} ({self.path})"
+
+
 @cache
-def toolchain() -> Toolchain:
-    """The toolchain to compile with. Raises CompilerUnavailableError."""
+def toolchain() -> Nvrtc | Nvcc:
+    """The compiler to use. Raises CompilerUnavailableError."""
     driver = driver_version()
     rejected: list[str] = []
-    for library, include in _candidates():
-        found = _complete(library, include)
+    for found in _compilers():
         if isinstance(found, str):
             rejected.append(found)
         elif driver is not None and found.version[0] > driver[0]:
             rejected.append(f"{found} is newer than the driver, which runs CUDA {driver[0]}.{driver[1]}")
         else:
             return found
-    why = (
-        "; ".join(rejected)
-        or "neither the packages nvidia-cuda-nvrtc and nvidia-cuda-runtime nor a CUDA toolkit is there"
-    )
-    raise CompilerUnavailableError(f"no NVRTC compiler found: {why}")
+    nothing = "neither the packages nvidia-cuda-nvrtc and nvidia-cuda-runtime nor a CUDA toolkit is there"
+    raise CompilerUnavailableError(f"no CUDA compiler found: {'; '.join(rejected) or nothing}")
 
 
 @cache
@@ -65,8 +73,15 @@ def driver_version() -> tuple[int, int] | None:
     return version.value // 1000, version.value % 1000 // 10
 
 
-def _complete(library: Path, include: Path) -> Toolchain | str:
-    """The toolchain around a library, or what it lacks."""
+def _compilers() -> Iterator[Nvrtc | Nvcc | str]:
+    """Best first; a sentence in place of one that lacks something."""
+    for library, include in _candidates():
+        yield _complete(library, include)
+    yield from _nvcc()
+
+
+def _complete(library: Path, include: Path) -> Nvrtc | str:
+    """NVRTC with all that it needs, or what it lacks."""
     if missing := [name for name in HEADERS if not (include / name).is_file()]:
         return f"{library} has no headers beside it ({include} lacks {', '.join(missing)})"
     found = sorted(library.parent.glob("libnvrtc-builtins.so.*"))
@@ -75,7 +90,7 @@ def _complete(library: Path, include: Path) -> Toolchain | str:
     if not exact:
         return f"{library} has no libnvrtc-builtins beside it"
     builtins, match = exact[-1]
-    return Toolchain(library.resolve(), builtins, include, (int(match[1]), int(match[2])))
+    return Nvrtc(library.resolve(), builtins, include, (int(match[1]), int(match[2])))
 
 
 def _candidates() -> Iterator[tuple[Path, Path]]:
@@ -106,3 +121,13 @@ def _toolkits() -> list[Path]:
     nvcc = shutil.which("nvcc")
     found = [Path(nvcc).resolve().parent.parent] if nvcc else []
     return [*named, *found, Path("/usr/local/cuda")]
+
+
+def _nvcc() -> Iterator[Nvcc | str]:
+    """Those that say which version they are."""
+    on_path = shutil.which("nvcc")
+    paths = ([Path(on_path)] if on_path else []) + [root / "bin" / "nvcc" for root in _toolkits()]
+    for path in dict.fromkeys(path for path in paths if path.is_file()):
+        done = subprocess.run([str(path), "--version"], capture_output=True, text=True)
+        match = re.search(r"release (\d+)\.(\d+)", done.stdout)
+        yield Nvcc(path, (int(match[1]), int(match[2]))) if match else f"{path} does not say its version"

@@ -12,7 +12,7 @@ from aphroquant.errors import UsageError
 from aphroquant.kernels.cuda import compiler, sources
 from aphroquant.kernels.cuda.compiler import KernelCompileError, compile_all, compile_kernel
 from aphroquant.kernels.cuda.machine_code import entries
-from aphroquant.kernels.cuda.toolchain import CompilerUnavailableError
+from aphroquant.kernels.cuda.toolchain import CompilerUnavailableError, Nvcc, _nvcc
 
 SCALE = """
 #include <cuda_fp16.h>
@@ -46,7 +46,8 @@ def test_a_kernel_becomes_machine_code_for_its_architecture(source_root: Path) -
 
 def test_a_compiled_kernel_comes_from_the_cache(source_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = compile_kernel("scale.cu", {"MACRO": 4}, "sm_80")
-    monkeypatch.setattr(compiler, "_run", None)
+    monkeypatch.setattr(compiler, "_run_nvrtc", None)
+    monkeypatch.setattr(compiler, "_run_nvcc", None)
     assert compile_kernel("scale.cu", {"MACRO": 4}, "sm_80") == first
 
 
@@ -92,6 +93,19 @@ def test_a_compiler_that_crashes_is_an_error_and_not_the_end(
         compile_kernel("scale.cu", {"MACRO": 9}, "sm_80")
 
 
+def test_nvcc_compiles_where_there_is_no_nvrtc(source_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = next((tools for tools in _nvcc() if isinstance(tools, Nvcc)), None)
+    if found is None:
+        pytest.skip("nvcc is not installed")
+    monkeypatch.setattr(compiler, "toolchain", lambda: found)
+    compiled = compile_kernel("scale.cu", {"MACRO": 10}, "sm_90a")
+    assert entries(compiled.cubin) == ["scale"]
+    assert compiled.resources["scale"].registers > 0
+    (source_root / "broken.cu").write_text("#error no\n")
+    with pytest.raises(KernelCompileError, match=r"broken.cu\(\) for sm_90a does not compile \(nvcc"):
+        compile_kernel("broken.cu", {}, "sm_90a")
+
+
 def test_an_unknown_source_lists_the_known_ones(source_root: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no kernel source 'scall.cu' .* there are: scale.cu"):
         compile_kernel("scall.cu", {}, "sm_80")
@@ -99,10 +113,10 @@ def test_an_unknown_source_lists_the_known_ones(source_root: Path) -> None:
 
 def test_without_a_compiler_the_way_out_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     def nothing() -> None:
-        raise CompilerUnavailableError("no NVRTC compiler found: nothing is installed")
+        raise CompilerUnavailableError("no CUDA compiler found: nothing is installed")
 
     monkeypatch.setattr(compiler, "toolchain", nothing)
-    with pytest.raises(UsageError, match="cannot be compiled: no NVRTC") as caught:
+    with pytest.raises(UsageError, match="cannot be compiled: no CUDA") as caught:
         compile_kernel("launch_probe.cu", {}, "sm_80")
     assert "pip install nvidia-cuda-nvrtc" in str(caught.value.hint)
 
