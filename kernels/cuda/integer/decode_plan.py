@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -142,42 +142,71 @@ def _up(value: int, multiple: int) -> int:
 
 
 _MAX_WARPS = 16
-_SHARED_OF_TWO = 115_000  # bytes of a block if two are to fit a multiprocessor
-_SHARED_OF_ONE = 231_000
+_MAX_STAGES = 8
+_PHASES = (1, 2, 4, 8, 16, 32)
+_REGISTERS = {1: 80, 2: 112, 3: 160, 4: 200}  # what the kernel needs at least, by token tiles
+_SHARED_BYTES = {(8, 0): 163 << 10, (8, 7): 163 << 10, (9, 0): 227 << 10, (10, 0): 227 << 10}
+_OTHER_SHARED_BYTES = 99 << 10
+_RESERVED = 1 << 10  # by the system, for each block
 
 
-def choose_plan(
-    shape: DecodeShape, token_tiles: int, multiprocessors: int, capability: tuple[int, int]
-) -> DecodePlan:
-    """The plan with the least estimated time for a GPU."""
+def choose_plan(shape: DecodeShape, token_tiles: int, multiprocessors: int, capability: tuple[int, int]) -> DecodePlan:
+    """The plan with the least estimated time on a GPU."""
     plans = candidate_plans(shape, token_tiles, multiprocessors, capability)
-    return min(plans, key=lambda plan: plan_cost(shape, plan, token_tiles, multiprocessors))
+    return min(plans, key=lambda plan: plan_cost(shape, plan, multiprocessors))
 
 
 def candidate_plans(
     shape: DecodeShape, token_tiles: int, multiprocessors: int, capability: tuple[int, int]
 ) -> list[DecodePlan]:
-    """Plans that fit, each with as many stages as shared memory holds."""
+    """Plans that fit the GPU, each with as many stages as shared memory holds."""
     found = []
-    for cluster in (1, 2, 4, 8) if capability >= (9, 0) else (1,):
+    for cluster in (1, 2, 4, 8) if capability[0] >= 9 else (1,):
         turns = ceil_div(shape.super_rows, _resident_clusters(cluster, multiprocessors))
         num_clusters = ceil_div(shape.super_rows, turns)
         for warp_rows in range(1, min(turns, _MAX_WARPS) + 1):
             for warp_columns in range(1, _MAX_WARPS // warp_rows + 1):
-                for phases in (1, 2, 4, 8, 16):
-                    plan = _with_stages(shape, token_tiles, DecodePlan(cluster, num_clusters, warp_rows, warp_columns, 2, phases=phases), capability)
-                    if plan is not None:
-                        found.append(plan)
-                        break
+                for blocks in (1, 2):
+                    plan = DecodePlan(
+                        cluster, num_clusters, warp_rows, warp_columns, 2, blocks_per_multiprocessor=blocks
+                    )
+                    fitted = _fit(shape, token_tiles, plan, capability)
+                    if fitted is not None:
+                        found.append(fitted)
     return found
 
 
-def plan_cost(shape: DecodeShape, plan: DecodePlan, token_tiles: int, multiprocessors: int) -> float:
-    return 0.0
+def plan_cost(shape: DecodeShape, plan: DecodePlan, multiprocessors: int) -> float:
+    """Microseconds, roughly: of an H100; only the order matters."""
+    turns = ceil_div(shape.super_rows, plan.num_clusters)
+    passes = ceil_div(turns, plan.warp_rows)
+    units = ceil_div(shape.padded_columns // (plan.unit_chunks * CHUNK), plan.cluster * plan.warp_columns)
+    warp_bytes = passes * units * shape.stage_bytes(plan.unit_chunks)
+    block_bytes = warp_bytes * plan.num_warps
+    in_flight = plan.num_warps * plan.stages * shape.stage_bytes(plan.unit_chunks)
+    streaming = block_bytes * multiprocessors / 3.0e6
+    starved = max(0.0, 1.0 - in_flight / 90_000) * 4.0
+    few_warps = max(0, 8 - plan.num_warps) * 0.15
+    reduction = 0.25 * plan.cluster.bit_length() + 0.6 * (passes - 1) * (plan.num_warps > plan.warp_rows)
+    return streaming + starved + few_warps + reduction + 0.7 * (plan.phases - 1)
 
 
-def _with_stages(shape: DecodeShape, token_tiles: int, plan: DecodePlan, capability: tuple[int, int]) -> DecodePlan | None:
-    return plan
+def _fit(shape: DecodeShape, token_tiles: int, plan: DecodePlan, capability: tuple[int, int]) -> DecodePlan | None:
+    """The plan with the fewest phases that allow two stages, and as many stages as then fit; None if none do."""
+    if plan.blocks_per_multiprocessor * plan.num_warps * 32 * _REGISTERS[token_tiles] > 65536:
+        return None
+    whole = _SHARED_BYTES.get(capability, _OTHER_SHARED_BYTES)
+    limit = whole if plan.blocks_per_multiprocessor == 1 else (whole + _RESERVED) // 2 - _RESERVED
+    units = shape.padded_columns // (plan.unit_chunks * CHUNK)
+    passes = ceil_div(ceil_div(shape.super_rows, plan.num_clusters), plan.warp_rows)
+    most = min(_MAX_STAGES, max(2, passes * ceil_div(units, plan.cluster * plan.warp_columns)))
+    for phases in _PHASES:
+        for stages in range(most, 1, -1):
+            fitted = replace(plan, stages=stages, phases=phases)
+            layout = shared_layout(shape, fitted, token_tiles)
+            if layout.num_bytes(token_tiles * TOKENS_OF_TILE) <= limit:
+                return fitted
+    return None
 
 
 def _resident_clusters(cluster: int, multiprocessors: int) -> int:
