@@ -1,0 +1,52 @@
+"""The attention kernels of well-known shapes, for checking their machine code and for compiling ahead."""
+
+from __future__ import annotations
+
+from aphroquant.kernels.cuda.variants import KernelVariant
+
+_FORMATS = range(4)  # bf16, fp16, FP8, int8
+
+
+def _shape(head_dim: int, group: int, num_kv_heads: int, cache_format: int) -> dict[str, int]:
+    return {
+        "HEAD_DIM": head_dim,
+        "GROUP": group,
+        "NUM_KV_HEADS": num_kv_heads,
+        "BLOCK_SIZE": 16,
+        "KEY_FORMAT": cache_format,
+        "VALUE_FORMAT": cache_format,
+        "ELEMENT_IS_BF16": int(cache_format != 1),
+    }
+
+
+def _variants(head_dim: int, group: int, num_kv_heads: int, cache_format: int, *, tested: bool) -> list[KernelVariant]:
+    shape = _shape(head_dim, group, num_kv_heads, cache_format)
+    tiles = 2 if cache_format >= 2 else 1
+    return [
+        KernelVariant(
+            "attention_decode.cu",
+            "attention_decode",
+            {**shape, "WARPS": 4 if head_dim <= 128 else 2, "STAGES": 3, "TILES": tiles},
+            sass=("HMMA", "LDGSTS"),
+            no_sass=("LDL", "STL"),
+            tested=tested,
+        ),
+        KernelVariant(
+            "attention_prefill.cu",
+            "attention_prefill",
+            {**shape, "WARPS": 4},
+            max_spill_bytes=0 if head_dim <= 128 else 256,  # on sm_80, a few bytes outside of the loop
+            sass=("HMMA", "LDSM"),
+            tested=tested,
+        ),
+    ]
+
+
+VARIANTS = (
+    *(variant for cache in _FORMATS for variant in _variants(128, 4, 8, cache, tested=True)),
+    *_variants(64, 3, 3, 1, tested=True),
+    *_variants(64, 4, 8, 0, tested=False),
+    *_variants(96, 1, 32, 0, tested=False),
+    *_variants(128, 8, 8, 0, tested=False),
+    *_variants(256, 4, 4, 0, tested=False),
+)
