@@ -37,8 +37,11 @@ def solve(
     return solutions
 
 
-def quantize_fp8(weight: Tensor, scheme: FloatScheme) -> QuantizedWeight:
-    """Weight [N, K] with scale = greatest magnitude / 448 of its tensor, row or block, float32."""
+def quantize_fp8(weight: Tensor, scheme: FloatScheme, magnitude: Tensor | None = None) -> QuantizedWeight:
+    """Weight [N, K] with scale = greatest magnitude / 448 of its tensor, row or block, float32.
+
+    `magnitude` [] is that of the tensor, if the weight is only a part of its rows.
+    """
     weight = weight.float()
     if not torch.isfinite(weight).all():
         raise InputError("a weight is not finite and cannot be quantized")
@@ -52,7 +55,9 @@ def quantize_fp8(weight: Tensor, scheme: FloatScheme) -> QuantizedWeight:
     elif scheme.granularity == "channel":
         scales = per_weight = _scale_of(weight.abs().amax(1, keepdim=True))
     else:
-        scales = per_weight = _scale_of(weight.abs().amax() if weight.numel() else torch.zeros(()))
+        if magnitude is None:
+            magnitude = weight.abs().amax() if weight.numel() else torch.zeros(())
+        scales = per_weight = _scale_of(magnitude)
     codes = (weight / per_weight).clamp_(-E4M3_MAX, E4M3_MAX).to(scheme.dtype)
     return QuantizedWeight(scheme, {"codes": codes, "scales": scales}, (num_rows, width))
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,9 @@ from aphroquant.calibration.solution import Solution
 from aphroquant.calibration.solvers import FP8_ROUNDING
 from aphroquant.calibration.statistics import InputStatistics, StatisticsCollector
 from aphroquant.conversion.activations import Activations, chunks, default_memory_limit
+from aphroquant.conversion.ahead import in_order
 from aphroquant.conversion.calibration_block import CalibrationBlock, load_calibration_block
+from aphroquant.conversion.dataless import naming_modules, solve_in_pieces
 from aphroquant.conversion.plan import ConversionPlan
 from aphroquant.conversion.scaling import SAMPLE_TOKENS, BlockScaler
 from aphroquant.errors import InputError
@@ -34,18 +37,16 @@ class SolvedBlock:
 
 
 def solve_without_data(plan: ConversionPlan) -> Iterator[SolvedBlock]:
-    """All blocks from the weights alone."""
-    rounding = FP8_ROUNDING() if not isinstance(plan.scheme, IntegerScheme) else plan.solver.load()
-    for layer in range(plan.spec.num_layers):
-        prefix = f"{plan.spec.block_prefix(layer)}."
-        solutions = {}
-        for module in plan.modules:
-            if module.startswith(prefix):
-                weight = plan.checkpoint.weight(module).dequantize()
-                _check_finite(module, weight)
-                with _naming(module):
-                    solutions[module] = rounding([weight], None, plan.scheme, plan.scale_dtype)[0]
-        yield SolvedBlock(layer, solutions)
+    """All blocks from the weights alone, each module as soon as it is solved: a block may come in several parts."""
+    layers = {
+        module: layer
+        for layer in range(plan.spec.num_layers)
+        for module in plan.modules
+        if module.startswith(f"{plan.spec.block_prefix(layer)}.")
+    }
+    sizes = [(module, math.prod(plan.modules[module])) for module in layers]
+    for module, solution in in_order(sizes, partial(solve_in_pieces, plan)):
+        yield SolvedBlock(layers[module], {module: solution})
 
 
 class CalibratedSolver:
@@ -131,7 +132,9 @@ class CalibratedSolver:
         if not chosen:
             return
         weights = [block.linears[name].weight for name in chosen]
-        with _naming(f"{block.prefix}.{chosen[0]}" if len(chosen) == 1 else f"{block.prefix}: {', '.join(chosen)}"):
+        with naming_modules(
+            f"{block.prefix}.{chosen[0]}" if len(chosen) == 1 else f"{block.prefix}: {', '.join(chosen)}"
+        ):
             solutions = self._rounding(weights, statistics, self._plan.scheme, self._plan.scale_dtype)
         for name, solution in zip(chosen, solutions, strict=True):
             solved.solutions[f"{block.prefix}.{name}"] = solution
@@ -172,15 +175,6 @@ class CalibratedSolver:
     def _check_weights(self, block: CalibrationBlock) -> None:
         for name, linear in block.linears.items():
             _check_finite(f"{block.prefix}.{name}", linear.weight)
-
-
-@contextmanager
-def _naming(modules: str) -> Iterator[None]:
-    """Puts the modules before the message of an InputError from code that knows only numbers."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError(f"{modules}: {error.message}", hint=error.hint) from error
 
 
 def _check_finite(module: str, weight: Tensor) -> None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
-
-from torch import Tensor
 
 from aphroquant.checkpoint import Checkpoint
 from aphroquant.checkpoint.base import is_kv_scale, read_json
@@ -39,11 +38,11 @@ def written_names(checkpoint: Checkpoint, names: Sequence[str], target: str) -> 
     return found
 
 
-def in_targets_shape(name: str, scale: Tensor, target: str) -> Tensor:
-    """A scale of one number with as many dimensions as the target's readers expect; other tensors as they are."""
-    if not is_kv_scale(name) or scale.numel() != 1:
-        return scale
-    return scale.reshape(() if target in _SCALARS else (1,))
+def in_targets_shape(name: str, shape: tuple[int, ...], target: str) -> tuple[int, ...]:
+    """For a scale of one number as many dimensions as the target's readers expect; other shapes as they are."""
+    if not is_kv_scale(name) or math.prod(shape) != 1:
+        return shape
+    return () if target in _SCALARS else (1,)
 
 
 def with_cache_scheme(target: Format, checkpoint: Checkpoint) -> Format:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from aphroquant.checkpoint import Checkpoint
 from aphroquant.conversion.kv_cache import written_names
 from aphroquant.conversion.request import ConversionRequest
 from aphroquant.conversion.sizes import module_bytes
+from aphroquant.conversion.soundness import finite_pieces
 from aphroquant.conversion.targets import check_target, needs_calibration, resolve_scheme, resolve_solver
 from aphroquant.errors import ResourceError, UsageError
 from aphroquant.formats import format_class
@@ -110,12 +112,24 @@ def carried_tensors(checkpoint: Checkpoint, quantized: set[str]) -> list[str]:
     return [*kept, *(name for name in others if name not in set(kept))]
 
 
-def read_carried(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> Tensor:
-    """A carried tensor as it will be stored: byte for byte, or as `dtype` if only the source quantizes it."""
+class Carried(NamedTuple):
+    """A carried tensor as it will be stored, in consecutive pieces of its elements."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    pieces: Iterator[Tensor]
+
+
+def read_carried(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> Carried:
+    """A carried tensor byte for byte, or as `dtype` if only the source quantizes it. InputError from the pieces if
+    they hold NaN or infinity."""
     module = name.removesuffix(".weight")
     if is_dequantized(checkpoint, name):
-        return checkpoint.weight(module).dequantize(dtype)
-    return checkpoint.read(name)
+        shape = _matrix_shape(checkpoint, module)
+        dense = (piece.dequantize(dtype).flatten() for piece in checkpoint.weight_pieces(module))
+        return Carried(dtype, shape, finite_pieces(checkpoint, name, dense))
+    info = checkpoint.info(name)
+    return Carried(info.dtype, info.shape, finite_pieces(checkpoint, name, checkpoint.read_pieces(name)))
 
 
 def carried_bytes(checkpoint: Checkpoint, names: Sequence[str], target: str, dtype: torch.dtype) -> dict[str, int]:

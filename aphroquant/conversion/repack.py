@@ -13,17 +13,16 @@ import torch
 from torch import Tensor
 
 from aphroquant.checkpoint import Checkpoint
+from aphroquant.checkpoint.base import suffix
 from aphroquant.conversion.loss import LossError, contradiction
 from aphroquant.conversion.plan import EXACT_DTYPE, carried_bytes, carried_tensors, check_disk, is_dequantized
 from aphroquant.conversion.request import ConversionRequest
 from aphroquant.conversion.soundness import check_codes
 from aphroquant.errors import AphroquantError, UsageError
 from aphroquant.formats import format_class
-from aphroquant.formats.base import Format
+from aphroquant.formats.base import Format, Part, TensorHeader
 from aphroquant.models.spec import EMBEDDING, LM_HEAD
 from aphroquant.schemes import DenseScheme, QuantizedWeight, Scheme
-
-Stored = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -82,10 +81,7 @@ class RepackPlan:
         """Shape and stored bytes of each module. One of each kind is decoded and written; headers tell the kind."""
         measured = {}
         by_kind: dict[tuple[Scheme, frozenset[tuple[str, tuple[int, ...]]]], tuple[tuple[int, int], int]] = {}
-        headers: dict[str, set[tuple[str, tuple[int, ...]]]] = {}
-        for name, info in self.checkpoint.tensors.items():
-            module, _, suffix = name.rpartition(".")
-            headers.setdefault(module, set()).add((suffix, info.shape))
+        headers = self._headers()
         for module, scheme in self.schemes.items():
             kind = scheme, frozenset(headers.get(module, {(module, ())}))
             if kind not in by_kind:
@@ -94,6 +90,17 @@ class RepackPlan:
                 by_kind[kind] = weight.shape, sum(tensor.nbytes for tensor in written.values())
             measured[module] = by_kind[kind]
         return measured
+
+    def _headers(self) -> dict[str, set[tuple[str, tuple[int, ...]]]]:
+        """(suffix, shape) of what each module has in the source."""
+        headers: dict[str, set[tuple[str, tuple[int, ...]]]] = {}
+        for name, info in self.checkpoint.tensors.items():
+            parts = [Part(name.rpartition(".")[0], suffix(name))]
+            if self.checkpoint.format is not None:
+                parts = self.checkpoint.format.locate(name, TensorHeader(info.dtype, info.shape))
+            for module, part, entry in parts:
+                headers.setdefault(module, set()).add((part, info.shape if entry is None else info.shape[1:]))
+        return headers
 
 
 def make_repack_plan(checkpoint: Checkpoint, request: ConversionRequest) -> RepackPlan | None:

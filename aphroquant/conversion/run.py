@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,9 @@ from torch import Tensor
 
 from aphroquant.calibration.data import CalibrationData, calibration_windows
 from aphroquant.checkpoint import Checkpoint, CheckpointWriter, open_checkpoint
+from aphroquant.checkpoint.base import naming
 from aphroquant.checkpoint.carried import carried_name
+from aphroquant.conversion.ahead import in_order
 from aphroquant.conversion.blocks import CalibratedSolver, SolvedBlock, solve_without_data
 from aphroquant.conversion.conversion import Conversion, peak_memory
 from aphroquant.conversion.gguf_run import GgufConversion
@@ -125,8 +130,9 @@ class _Conversion(Conversion):
         return replace(self._result(done=False), dry_run=True, seconds=0.0, peak_memory_bytes=0)
 
     def run(self) -> ConversionResult:
-        with self.timed("check"):
-            check_carried(self.checkpoint, self.plan.dense_names)
+        if isinstance(self.plan, ConversionPlan) and self.plan.calibrates:  # else it is found soon enough while copying
+            with self.timed("check"):
+                check_carried(self.checkpoint, self.plan.dense_names)
         data = self._read_calibration()
         with self.writer as writer:
             for line in writer.removed:
@@ -179,11 +185,13 @@ class _Conversion(Conversion):
 
     def _repack(self, plan: RepackPlan, writer: CheckpointWriter) -> None:
         self.progress.stage("repacking")
+        stacks = list(plan.stacks)
+        sizes = [(module, math.prod(plan.modules[module])) for modules, _ in stacks for module in modules]
+        repacked = in_order(sizes, partial(repack_module, plan))
         done = 0
-        for modules, num_entries in plan.stacks:
+        for modules, num_entries in stacks:
             stack = Stack(num_entries)
-            for module in modules:
-                tensors, rescaled = repack_module(plan, module)
+            for module, (tensors, rescaled) in islice(repacked, len(modules)):
                 self._num_rescaled += rescaled
                 self._add_module(writer, module, tensors, stack)
                 done += 1
@@ -199,15 +207,17 @@ class _Conversion(Conversion):
         if data is None:
             solved_blocks = solve_without_data(plan)
         else:
-            solver = CalibratedSolver(plan, data.windows)
+            with naming(self.checkpoint.path):
+                solver = CalibratedSolver(plan, data.windows)
             if solver.spilled:
                 self.note("the hidden states are kept in a temporary file")
             solved_blocks = solver.solve()
         changed: dict[str, Tensor] = {}
-        for solved in solved_blocks:
-            changed |= solved.changed
-            self._write_block(plan, solved, writer)
-            self.progress.block(solved.layer + 1, total)
+        with naming(self.checkpoint.path):
+            for solved in solved_blocks:
+                changed |= solved.changed
+                self._write_block(plan, solved, writer)
+                self.progress.block(solved.layer + 1, total)
         self._carry_tensors(writer, changed)
 
     def _write_block(self, plan: ConversionPlan, solved: SolvedBlock, writer: CheckpointWriter) -> None:
@@ -236,9 +246,13 @@ class _Conversion(Conversion):
         dtype = EXACT_DTYPE if isinstance(self.plan, RepackPlan) else DEQUANTIZED_DTYPE
         written = written_names(self.checkpoint, names, target)
         for name in names:
-            tensor = changed[name] if name in changed else read_carried(self.checkpoint, name, dtype)
             for new_name in written[name]:
-                writer.add(new_name, in_targets_shape(name, tensor, target))
+                if name in changed:
+                    writer.add(new_name, changed[name])
+                    continue
+                carried = read_carried(self.checkpoint, name, dtype)
+                shape = in_targets_shape(new_name, carried.shape, target)
+                writer.add_pieces(new_name, carried.dtype, shape, carried.pieces)
         left_out = [name for name in names if not written[name]]
         if left_out:
             self.note(f"{left_out[0]} is left out: the same scale is stored under another name, which counts")

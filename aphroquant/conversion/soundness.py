@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -45,8 +46,17 @@ def check_complete(checkpoint: Checkpoint) -> None:
 def check_carried(checkpoint: Checkpoint, names: Iterable[str]) -> None:
     """InputError naming the first of the tensors that hold something else than numbers."""
     for name in names:
-        if name in checkpoint.tensors and not is_finite(checkpoint.read(name)):
+        if name in checkpoint.tensors:
+            for _ in finite_pieces(checkpoint, name, checkpoint.read_pieces(name)):
+                pass
+
+
+def finite_pieces(checkpoint: Checkpoint, name: str, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The pieces of a tensor as they are. InputError at the first with something else than numbers."""
+    for piece in pieces:
+        if not is_finite(piece):
             raise InputError(f"{checkpoint.source}: {name} holds NaN or infinite values", hint=_DAMAGED)
+        yield piece
 
 
 def check_codes(checkpoint: Checkpoint, module: str, tensors: Iterable[Tensor]) -> None:
@@ -59,5 +69,14 @@ def is_finite(tensor: Tensor) -> bool:
     """Whether all numbers are; integers always are."""
     if not tensor.dtype.is_floating_point:
         return True
-    wide = tensor.float() if tensor.dtype.itemsize == 1 else tensor  # torch has no isfinite for 8-bit floats
-    return bool(torch.isfinite(wide).all())
+    if tensor.dtype.itemsize == 1:  # torch has no isfinite for 8-bit floats
+        codes = tensor.contiguous().view(torch.uint8)
+        return not any((codes == code).any() for code in _codes_of_no_number(tensor.dtype))
+    return bool(torch.isfinite(tensor).all())
+
+
+@cache
+def _codes_of_no_number(dtype: torch.dtype) -> list[int]:
+    """The bytes that mean NaN or infinity in an 8-bit float."""
+    values = torch.arange(256, dtype=torch.uint8).view(dtype).float()
+    return (~values.isfinite()).nonzero().flatten().tolist()
