@@ -26,7 +26,7 @@ def hugging_face_config(
 ) -> dict[str, Any]:
     """config.json of the model in the file. InputError naming the metadata key that is missing or not supported."""
     architecture = metadata.get("general.architecture")
-    if architecture not in CLASSES:
+    if not isinstance(architecture, str) or architecture not in CLASSES:
         known = ", ".join(CLASSES)
         raise InputError(f"general.architecture {architecture!r} is not supported; known are {known}")
     read = _Keys(metadata, architecture)
@@ -115,13 +115,19 @@ def _vocab_size(metadata: Mapping[str, Any], tensors: Mapping[str, GgufTensor]) 
 
 def _token_ids(metadata: Mapping[str, Any]) -> dict[str, Any]:
     names = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "pad_token_id": "padding_token_id"}
-    return {ours: metadata.get(f"tokenizer.ggml.{theirs}") for ours, theirs in names.items()}
+    found = {ours: metadata.get(f"tokenizer.ggml.{theirs}") for ours, theirs in names.items()}
+    for name, value in found.items():
+        if value is not None and type(value) is not int:
+            raise InputError(f"tokenizer.ggml.{names[name]} = {value!r} must be an integer")
+    return found
 
 
 def _rope(read: _Keys, head_dim: int, factors: Tensor | None) -> dict[str, Any]:
     """rope_theta and rope_scaling, the spelling that every version of transformers reads."""
     theta = read.number("rope.freq_base", 10000.0)
-    kind = read.get("rope.scaling.type") or "none"
+    kind = "none" if read.get("rope.scaling.type") is None else read.get("rope.scaling.type")
+    if not isinstance(kind, str):
+        raise InputError(f"{read.prefix}.rope.scaling.type = {kind!r} must be a string")
     if factors is not None:
         return {"rope_theta": theta, "rope_scaling": _llama3_scaling(factors, theta, head_dim)}
     if kind == "none" and read.has("rope.scale_linear"):

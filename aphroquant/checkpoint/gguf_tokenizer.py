@@ -62,12 +62,14 @@ def _model(
 ) -> tuple[Tokenizer, bool]:
     """The tokenizer without added tokens, and whether it adds a beginning if the file does not say."""
     model = metadata.get("tokenizer.ggml.model")
+    if not isinstance(model, str):
+        raise InputError(f"tokenizer.ggml.model = {model!r} must be a string")
     repeated = len(tokens) - len(set(tokens))
     if repeated:
         raise InputError(f"tokenizer.ggml.tokens has {repeated} tokens twice")
     if model == "gpt2":
         name = metadata.get("tokenizer.ggml.pre", "default")
-        if name not in SPLITTINGS:
+        if not isinstance(name, str) or name not in SPLITTINGS:
             raise InputError(f"the pre-tokenizer {name!r} is unknown; known are {', '.join(SPLITTINGS)}", hint=_HINT)
         splitting = SPLITTINGS[name]
         return _byte_level_bpe(tokens, _strings(metadata, "merges"), splitting), splitting.adds_bos
@@ -124,8 +126,8 @@ def _token_types(metadata: Mapping[str, Any], tokens: list[str]) -> list[int]:
     types = metadata.get("tokenizer.ggml.token_type")
     if types is None:
         return [TokenType.NORMAL] * len(tokens)
-    if not isinstance(types, np.ndarray) or len(types) != len(tokens):
-        raise InputError(f"tokenizer.ggml.token_type must be {len(tokens)} numbers, one a token")
+    if not isinstance(types, np.ndarray) or len(types) != len(tokens) or types.dtype.kind not in "iu":
+        raise InputError(f"tokenizer.ggml.token_type must be {len(tokens)} integers, one a token")
     return [int(kind) for kind in types]
 
 
@@ -151,4 +153,7 @@ def _token_id(metadata: Mapping[str, Any], key: str, tokens: list[str]) -> int |
 
 
 def _flag(metadata: Mapping[str, Any], key: str, default: bool) -> bool:
-    return bool(metadata.get(f"tokenizer.ggml.{key}", default))
+    value = metadata.get(f"tokenizer.ggml.{key}", default)
+    if not isinstance(value, bool):
+        raise InputError(f"tokenizer.ggml.{key} = {value!r} must be true or false")
+    return value

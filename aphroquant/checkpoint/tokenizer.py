@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
+_SAMPLE = "How are you?"
 _OPENED = ("*.json", "*.model", "*.txt", "*.jinja")  # by transformers, whatever they are
 
 
@@ -37,6 +38,7 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
             tokenizer: PreTrainedTokenizerBase = choose.from_pretrained(
                 directory, trust_remote_code=False, local_files_only=True
             )
+            tokenizer.decode(tokenizer(_SAMPLE)["input_ids"])  # some settings fail only when they are used
     except (MemoryError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # panics of the tokenizers library are no Exceptions
