@@ -1,7 +1,7 @@
 """Listed kernels compile without a GPU, and are what they promise to be.
 
-scripts/compile_kernels compiles all of them for every architecture; here it is a choice that takes seconds: every tested
-variant for the newest architecture that it lists, and the first one of each kernel for all of them.
+scripts/compile_kernels compiles all of them for every architecture; here it is a choice that takes seconds: every
+tested variant for the newest architecture that it lists, and the first one of each kernel for all of them.
 """
 
 from __future__ import annotations
