@@ -116,10 +116,7 @@ def _vocab_size(metadata: Mapping[str, Any], tensors: Mapping[str, GgufTensor]) 
 def _token_ids(metadata: Mapping[str, Any]) -> dict[str, Any]:
     names = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "pad_token_id": "padding_token_id"}
     found = {ours: metadata.get(f"tokenizer.ggml.{theirs}") for ours, theirs in names.items()}
-    for name, value in found.items():
-        if value is not None and type(value) is not int:
-            raise InputError(f"tokenizer.ggml.{names[name]} = {value!r} must be an integer")
-    return found
+    return {name: value if type(value) is int else None for name, value in found.items()}  # the tokenizer tells of it
 
 
 def _rope(read: _Keys, head_dim: int, factors: Tensor | None) -> dict[str, Any]:

@@ -61,9 +61,7 @@ def _model(
     metadata: Mapping[str, Any], tokens: list[str], types: list[int], unknown: str | None
 ) -> tuple[Tokenizer, bool]:
     """The tokenizer without added tokens, and whether it adds a beginning if the file does not say."""
-    model = metadata.get("tokenizer.ggml.model")
-    if not isinstance(model, str):
-        raise InputError(f"tokenizer.ggml.model = {model!r} must be a string")
+    model = str(metadata.get("tokenizer.ggml.model"))
     repeated = len(tokens) - len(set(tokens))
     if repeated:
         raise InputError(f"tokenizer.ggml.tokens has {repeated} tokens twice")
@@ -79,7 +77,7 @@ def _model(
         add_space = _flag(metadata, "add_space_prefix", True)
         scores = _scores(metadata, tokens)
         return sentencepiece_tokenizer(tokens, scores, types, unknown, add_space=add_space), True
-    raise InputError(f"the tokenizer model {model!r} cannot be rebuilt exactly; gpt2 and llama can", hint=_HINT)
+    raise InputError(f"the tokenizer model {model} cannot be rebuilt exactly; gpt2 and llama can", hint=_HINT)
 
 
 def _byte_level_bpe(tokens: list[str], merges: list[str], splitting: Splitting) -> Tokenizer:
@@ -127,7 +125,7 @@ def _token_types(metadata: Mapping[str, Any], tokens: list[str]) -> list[int]:
     if types is None:
         return [TokenType.NORMAL] * len(tokens)
     if not isinstance(types, np.ndarray) or len(types) != len(tokens) or types.dtype.kind not in "iu":
-        raise InputError(f"tokenizer.ggml.token_type must be {len(tokens)} integers, one a token")
+        raise InputError(f"tokenizer.ggml.token_type must be {len(tokens)} numbers, one a token")
     return [int(kind) for kind in types]
 
 
