@@ -96,6 +96,7 @@ def float8_multiply(
     bias: Tensor | None = None,
     block_rows: int | None = None,
     out: Tensor | None = None,
+    multiprocessors: int | None = None,
 ) -> Tensor:
     """e4m3 x [T, K] times e4m3 weight [N, K]: [T, N] in `dtype`. Rows begin at multiples of 16 bytes.
 
@@ -124,7 +125,8 @@ def float8_multiply(
     )
     clusters = -(-row_tiles // tile.multicast) * token_tiles
     if tile.persistent:
-        clusters = min(clusters, gpu(x.get_device()).multiprocessors * tile.blocks // tile.cluster)
+        multiprocessors = multiprocessors or gpu(x.get_device()).multiprocessors
+        clusters = min(clusters, multiprocessors * tile.blocks // tile.cluster)
     inputs = TensorMap.of(x, (tile.tokens // tile.multicast, STEP), swizzle=128)
     weights = TensorMap.of(weight, (tile.rows, STEP), swizzle=128)
     cuda_kernel(SOURCE, ENTRY, tile.macros(dtype, block_rows)).launch(

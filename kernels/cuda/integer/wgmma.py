@@ -86,11 +86,17 @@ class _Problem(ctypes.Structure):
 
 
 def wgmma_multiply(
-    packed: PackedInteger, x: Tensor, bias: Tensor | None, tile: WgmmaTile, exponent: int = 0, out: Tensor | None = None
+    packed: PackedInteger,
+    x: Tensor,
+    bias: Tensor | None,
+    tile: WgmmaTile,
+    exponent: int = 0,
+    out: Tensor | None = None,
+    multiprocessors: int | None = None,
 ) -> Tensor:
     """x [T, columns in packed order] -> [T, N]; columns that x lacks are 0. `exponent`: of `scale_exponent`.
 
-    The rows of x must begin at multiples of 16 bytes; bias is float32.
+    The rows of x begin at multiples of 16 bytes; bias is float32. Persistent blocks fill `multiprocessors`, or all.
     """
     tokens = x.shape[0]
     if out is None:
@@ -108,7 +114,8 @@ def wgmma_multiply(
     )
     clusters = -(-row_tiles // tile.multicast) * token_tiles
     if tile.persistent:
-        clusters = min(clusters, gpu(x.get_device()).multiprocessors * tile.blocks // tile.cluster)
+        multiprocessors = multiprocessors or gpu(x.get_device()).multiprocessors
+        clusters = min(clusters, multiprocessors * tile.blocks // tile.cluster)
     inputs = TensorMap.of(x, (tile.tokens // tile.multicast, CHUNK), swizzle=128)
     cuda_kernel(SOURCE, ENTRY, tile.macros(packed, x.dtype)).launch(
         grid=(clusters * tile.cluster, 1, 1),

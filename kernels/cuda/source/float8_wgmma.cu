@@ -25,21 +25,14 @@ struct Problem {
     Output output;
 };
 
-// A read that is never moved in front of the wait for the kernel that wrote it.
-__device__ __forceinline__ float load_written(const float* address) {
-    float value;
-    asm volatile("ld.global.f32 %0, [%1];" : "=f"(value) : "l"(address) : "memory");
-    return value;
-}
-
-__device__ __forceinline__ void fetch_weights(const Block& block, const TensorMap* map, int stage, const Place& place,
+__device__ __forceinline__ void fetch_weights(const BlockPart& block, const TensorMap* map, int stage, const Place& place,
                                               int step, uint64_t cache) {
     mbarrier_arrive_expect(block.full(stage), kInputBytes + kCodeBytes + kTokenScaleBytes);
     const uint32_t target = block.shared + kWeightStart + stage * kWeightBytes;
     tensor_load(target, map, step * 128, place.row(), block.full(stage), cache);
 }
 
-__device__ __forceinline__ void fetch_inputs(const Block& block, const TensorMap* map, const Problem& problem, int stage,
+__device__ __forceinline__ void fetch_inputs(const BlockPart& block, const TensorMap* map, const Problem& problem, int stage,
                                              const Place& place, int step) {
     constexpr int kPart = TOKENS / MULTICAST;
     const int first = block.sharer * kPart;
@@ -58,7 +51,7 @@ __device__ __forceinline__ void fetch_inputs(const Block& block, const TensorMap
 }
 
 // The product of one stage, issued and committed.
-__device__ __forceinline__ void multiply_stage(const Block& block, int stage, int warpgroup,
+__device__ __forceinline__ void multiply_stage(const BlockPart& block, int stage, int warpgroup,
                                                float (&sums)[TILES][kAccumulators], int& accumulate) {
     const uint64_t inputs = wgmma_descriptor(block.shared + stage * kInputBytes);
     const uint64_t weights =
@@ -102,7 +95,7 @@ __device__ __forceinline__ void add_scaled(float (&sums)[TILES][kAccumulators],
     }
 }
 
-__device__ __forceinline__ void accumulate_blocks(const Block& block, Ring& ring, const Problem& problem,
+__device__ __forceinline__ void accumulate_blocks(const BlockPart& block, Ring& ring, const Problem& problem,
                                                   const Place& place, int warpgroup,
                                                   float (&sums)[TILES][kAccumulators]) {
     float part[TILES][kAccumulators];
@@ -118,7 +111,7 @@ __device__ __forceinline__ void accumulate_blocks(const Block& block, Ring& ring
     for (int step = block.first_step; step < block.end_step; ++step, ring.advance()) {
         float row_scales[TILES];
 #pragma unroll
-        for (int tile = 0; tile < TILES; ++tile) row_scales[tile] = __ldg(lines[tile] + step);
+        for (int tile = 0; tile < TILES; ++tile) row_scales[tile] = lines[tile][step];
         mbarrier_wait(block.full(ring.stage), ring.phase);
         int accumulate = 0;
         multiply_stage(block, ring.stage, warpgroup, part, accumulate);
@@ -131,7 +124,7 @@ __device__ __forceinline__ void accumulate_blocks(const Block& block, Ring& ring
     }
 }
 
-__device__ __forceinline__ void accumulate_all(const Block& block, Ring& ring, int warpgroup,
+__device__ __forceinline__ void accumulate_all(const BlockPart& block, Ring& ring, int warpgroup,
                                                float (&sums)[TILES][kAccumulators]) {
     int accumulate = 0, used = -1;
     for (int step = block.first_step; step < block.end_step; ++step, ring.advance()) {
@@ -174,7 +167,7 @@ __device__ __forceinline__ void scale_sums(const Problem& problem, const Place& 
     }
 }
 
-__device__ __forceinline__ void consume(const Block& block, const Problem& problem, int warpgroup) {
+__device__ __forceinline__ void consume(const BlockPart& block, const Problem& problem, int warpgroup) {
     Ring ring;
     float sums[TILES][kAccumulators];
     for (Tiles tiles(problem.extent); tiles.more(); tiles.next()) {
@@ -193,7 +186,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS)
     float8_wgmma(const __grid_constant__ TensorMap inputs, const __grid_constant__ TensorMap weights,
                  const __grid_constant__ Problem problem) {
     grid_dependency_launch();
-    const Block block = enter_block(dynamic_shared(), problem.extent);
+    const BlockPart block = enter_block(dynamic_shared(), problem.extent);
     if (threadIdx.x >= kConsumers) {
         warpgroup_give_registers<kProducerRegisters>();
         if (threadIdx.x == kConsumers) {

@@ -25,7 +25,7 @@ struct Problem {
 };
 
 // Codes, scales, zero points and offsets of a stage; arms the stage's barrier for all that comes.
-__device__ __forceinline__ void fetch_weights(const Block& block, const Problem& problem, int stage, const Place& place,
+__device__ __forceinline__ void fetch_weights(const BlockPart& block, const Problem& problem, int stage, const Place& place,
                                               int step, uint64_t cache) {
     const int total = (problem.extent.rows + 63) / 64, left = total - place.row_tile * kSuperRows;
     const int super_rows = left < 0 ? 0 : left < kSuperRows ? left : kSuperRows, chunk = step * CHUNKS;
@@ -46,7 +46,7 @@ __device__ __forceinline__ void fetch_weights(const Block& block, const Problem&
     }
 }
 
-__device__ __forceinline__ void fetch_inputs(const Block& block, const TensorMap* map, int stage, const Place& place,
+__device__ __forceinline__ void fetch_inputs(const BlockPart& block, const TensorMap* map, int stage, const Place& place,
                                              int step) {
     constexpr int kPart = TOKENS / MULTICAST;
     const int first = block.sharer * kPart;
@@ -120,7 +120,7 @@ __device__ __forceinline__ void multiply_steps(float (&sums)[TILES][kAccumulator
 }
 
 // A warpgroup's tiles over the block's columns.
-__device__ __forceinline__ void accumulate_tile(const Block& block, const Problem& problem, Ring& ring, int warpgroup,
+__device__ __forceinline__ void accumulate_tile(const BlockPart& block, const Problem& problem, Ring& ring, int warpgroup,
                                                 float (&sums)[TILES][kAccumulators]) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
     const int place = lane / 4 * 8 + warp * 2;
@@ -170,7 +170,7 @@ __device__ __forceinline__ void scale_sums(const Problem& problem, int first_row
 }
 
 // A multiplying warpgroup.
-__device__ __forceinline__ void consume(const Block& block, const Problem& problem, int warpgroup) {
+__device__ __forceinline__ void consume(const BlockPart& block, const Problem& problem, int warpgroup) {
     Ring ring;
     float sums[TILES][kAccumulators];
     for (Tiles tiles(problem.extent); tiles.more(); tiles.next()) {
@@ -184,7 +184,7 @@ __device__ __forceinline__ void consume(const Block& block, const Problem& probl
 extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS)
     integer_wgmma(const __grid_constant__ TensorMap inputs, const __grid_constant__ Problem problem) {
     grid_dependency_launch();
-    const Block block = enter_block(dynamic_shared(), problem.extent);
+    const BlockPart block = enter_block(dynamic_shared(), problem.extent);
     if (threadIdx.x >= kConsumers) {
         warpgroup_give_registers<kProducerRegisters>();
         if (threadIdx.x == kConsumers) {

@@ -1,6 +1,9 @@
 // From accumulators to the output: transposed through shared memory, so that global memory sees whole lines.
 #pragma once
 
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
 #include "ptx/barrier.cuh"
 #include "ptx/cluster.cuh"
 #include "ptx/store_matrices.cuh"
@@ -16,13 +19,12 @@ struct Output {
 };
 
 __device__ __forceinline__ uint32_t output_pair(float low, float high) {
-    uint32_t pair;
     if (kIsBf16) {
-        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-    } else {
-        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+        const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+        return *reinterpret_cast<const uint32_t*>(&pair);
     }
-    return pair;
+    const __half2 pair = __floats2half2_rn(low, high);
+    return *reinterpret_cast<const uint32_t*>(&pair);
 }
 
 // Eight outputs of one token, or fewer at the edge.
@@ -94,7 +96,7 @@ __device__ __forceinline__ void stage_partial(const float (&sums)[TILES][kAccumu
 }
 
 // This block's share of the tokens, summed over the blocks that share the tile, always in the same order.
-__device__ __forceinline__ void store_sums(const Output& output, const Extent& extent, const Block& block,
+__device__ __forceinline__ void store_sums(const Output& output, const Extent& extent, const BlockPart& block,
                                            const float* staging, const Place& place) {
     constexpr int kShare = TOKENS / SPLIT, kVectors = kRows / 8;
     const uint32_t own = shared_address(staging);
@@ -121,7 +123,7 @@ __device__ __forceinline__ void store_sums(const Output& output, const Extent& e
 }
 
 // What a multiplying warpgroup does with its finished, scaled sums.
-__device__ __forceinline__ void put_out(const Output& output, const Extent& extent, const Block& block,
+__device__ __forceinline__ void put_out(const Output& output, const Extent& extent, const BlockPart& block,
                                         const float (&sums)[TILES][kAccumulators], int warpgroup, const Place& place) {
     if (!PERSISTENT) named_barrier_sync(15, kConsumers);  // all have read the stages that the output overwrites
     if constexpr (SPLIT == 1) {

@@ -47,7 +47,7 @@ struct Place {
     __device__ __forceinline__ int token() const { return token_tile * TOKENS; }
 };
 
-struct Block {
+struct BlockPart {
     uint32_t shared;  // its address, a multiple of 1024
     uint8_t* memory;
     uint32_t sharer, split;  // its part in the cluster
@@ -88,10 +88,10 @@ struct Tiles {
 };
 
 // Sets up a block: its barriers, and its part of the work.
-__device__ __forceinline__ Block enter_block(uint8_t* memory, const Extent& extent) {
+__device__ __forceinline__ BlockPart enter_block(uint8_t* memory, const Extent& extent) {
     memory += (1024 - shared_address(memory) % 1024) % 1024;
     const uint32_t rank = kCluster > 1 ? cluster_rank() : 0, split = rank / MULTICAST;
-    const Block block{shared_address(memory),
+    const BlockPart block{shared_address(memory),
                       memory,
                       rank % MULTICAST,
                       split,
@@ -117,7 +117,7 @@ __device__ __forceinline__ void leave_block() {
 // The fetching thread's loop: `weights(stage, place, step)` arms a stage's barrier and fetches what no kernel in front
 // writes, which the first stages do not wait for; `inputs(stage, place, step)` the rest.
 template <typename Weights, typename Inputs>
-__device__ __forceinline__ void produce(const Block& block, Tiles tiles, const Weights& weights, const Inputs& inputs) {
+__device__ __forceinline__ void produce(const BlockPart& block, Tiles tiles, const Weights& weights, const Inputs& inputs) {
     const int steps = block.end_step - block.first_step, ahead = steps < STAGES ? steps : STAGES;
     Ring ring;
     bool first = true;

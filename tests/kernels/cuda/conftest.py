@@ -26,11 +26,28 @@ WRAPPERS = [
         "fused.gated_activation",
         "fused.rms_norm",
         "fused.rotary_cache",
+        "float8.quantize",
+        "float8.wgmma",
         "integer.batch",
         "integer.decode",
         "integer.mma",
+        "integer.wgmma",
     )
 ]
+
+
+class EmulatedTensorMap(ctypes.Structure):
+    """What emulation/ptx/bulk_copy.cuh reads."""
+
+    _fields_ = (("words", ctypes.c_uint64 * 16),)
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor, box: Sequence[int], *, swizzle: int = 0) -> EmulatedTensorMap:
+        assert tensor.dim() == 2 and tensor.stride(1) == 1 and swizzle == 128
+        size = tensor.element_size()
+        assert tensor.stride(0) * size % 16 == 0 and box[1] * size == 128
+        words = (tensor.data_ptr(), *tensor.shape, tensor.stride(0) * size, *box, size)
+        return cls((ctypes.c_uint64 * 16)(*words))
 
 
 class EmulatedKernel:
@@ -40,7 +57,7 @@ class EmulatedKernel:
         key = hashlib.sha256(repr((source, entry, sorted(macros.items()))).encode()).hexdigest()[:16]
         library = directory / f"{entry}-{key}.so"
         if not library.exists():
-            definitions = [f"-D{name}={int(value) if value in (True, False) else value}" for name, value in macros.items()]
+            definitions = [f"-D{name}={int(value) if value is True else value or 0}" for name, value in macros.items()]
             subprocess.run(
                 [*_compiler(directory, include), "-shared", *definitions, f'-DSOURCE="{source}"', f"-DENTRY={entry}",
                  str(directory / "main.cpp"), "-o", str(library)],
@@ -86,6 +103,7 @@ def emulation_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
         *source.glob("float8_*"),
         *source.glob("gather_*"),
         *source.glob("integer_*"),
+        *source.glob("wgmma_*"),
         source / "types.cuh",
         *EMULATION.glob("*.*"),
     ):
@@ -122,7 +140,10 @@ def emulated_kernels(emulation_directory: Path, monkeypatch: pytest.MonkeyPatch)
         return EmulatedKernel(emulation_directory, include, source, entry, macros or {})
 
     for name in WRAPPERS:
-        monkeypatch.setattr(importlib.import_module(name), "cuda_kernel", emulated)
+        module = importlib.import_module(name)
+        monkeypatch.setattr(module, "cuda_kernel", emulated)
+        if hasattr(module, "TensorMap"):
+            monkeypatch.setattr(module, "TensorMap", EmulatedTensorMap)
 
 
 def _cuda_headers() -> Path | None:

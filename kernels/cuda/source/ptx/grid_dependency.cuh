@@ -15,3 +15,10 @@ __device__ __forceinline__ void grid_dependency_launch() {
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
+
+// A read of what a kernel in front has written; the compiler never moves it before the wait.
+__device__ __forceinline__ float load_written(const float* address) {
+    float value;
+    asm volatile("ld.global.f32 %0, [%1];" : "=f"(value) : "l"(address) : "memory");
+    return value;
+}

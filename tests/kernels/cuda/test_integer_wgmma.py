@@ -1,0 +1,54 @@
+"""The wgmma kernel for packed weights against float64 on the dequantized weight, on a Hopper GPU or emulated."""
+
+from __future__ import annotations
+
+import torch
+
+from aphroquant.kernels.cuda.integer.packing import pack_groups, unpack
+from aphroquant.kernels.cuda.integer.problem import scale_exponent
+from aphroquant.kernels.cuda.integer.wgmma import WgmmaTile, wgmma_multiply
+
+# Relative error in the norm: what rounding weights and outputs does, and no more.
+TOLERANCE = {torch.bfloat16: 3.5e-3, torch.float16: 5e-4}
+
+
+def check(
+    shape: tuple[int, int, int],
+    tile: WgmmaTile,
+    device: torch.device,
+    *,
+    bits: int = 4,
+    group_size: int | None = 64,
+    kind: str = "symmetric",
+    scale_dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype = torch.bfloat16,
+) -> None:
+    rows, columns, tokens = shape
+    groups = 1 if group_size is None else -(-columns // group_size)
+    packed = pack_groups(
+        bits,
+        torch.randint(0, 2**bits, (rows, columns), dtype=torch.uint8, device=device),
+        (torch.randn(rows, groups, device=device) * 0.01).to(scale_dtype),
+        group_size,
+        zeros=torch.randint(0, 2**bits, (rows, groups), dtype=torch.uint8, device=device) if kind == "zeros" else None,
+        offsets=(torch.randn(rows, groups, device=device) * 0.05).to(scale_dtype) if kind == "offsets" else None,
+    )
+    x = torch.randn(tokens, columns, device=device).to(dtype)
+    bias = torch.randn(rows, device=device)
+    out = torch.full((tokens, rows), torch.nan, dtype=dtype, device=device)
+    wgmma_multiply(packed, x, bias, tile, scale_exponent(packed, dtype), out, multiprocessors=3)
+    expected = x.cpu().double() @ unpack(packed, torch.float64).cpu().T + bias.cpu().double()
+    error = float((out.cpu().double() - expected).norm() / expected.norm())
+    assert error < TOLERANCE[dtype], f"{error:.2e}"
+
+
+def test_one_tile(device: torch.device) -> None:
+    check((128, 256, 16), WgmmaTile(16, stages=2), device)
+
+
+def test_odd_rows_tokens_and_columns(device: torch.device) -> None:
+    check((203, 328, 19), WgmmaTile(16, warpgroups=1, tiles=2, stages=2, steps=2), device, group_size=32, kind="zeros")
+
+
+def test_blocks_take_tile_after_tile(device: torch.device) -> None:
+    check((130, 200, 40), WgmmaTile(16, warpgroups=1, chunks=1, stages=3, persistent=True), device, group_size=None)
