@@ -1,6 +1,6 @@
 // FP8 weights times FP8 tokens on Hopper: Y^T = W X^T by wgmma, both from shared memory.
 //
-// One warp fetches 128 columns a stage of both by tensor maps; the other warpgroups multiply. With SCALES 0, scales of rows
+// Two warps fetch 128 columns a stage, one of each, by tensor maps; the other warpgroups multiply. With SCALES 0, scales of rows
 // and tokens (or of the whole tensors) multiply the finished sums. With SCALES 1 each token has a scale for every 128
 // columns, and each block of SCALE_ROWS x 128 weights has one: the product of 128 columns is summed up by the tensor
 // cores, scaled, and added in float32, which also keeps long sums exact where the tensor cores alone would not.
@@ -27,7 +27,7 @@ struct Problem {
 
 __device__ __forceinline__ void fetch_weights(const BlockPart& block, const TensorMap* map, int stage, const Place& place,
                                               int step, uint64_t cache) {
-    mbarrier_arrive_expect(block.full(stage), kInputBytes + kCodeBytes + kTokenScaleBytes);
+    mbarrier_arrive_expect(block.full(stage), kCodeBytes);
     const uint32_t target = block.shared + kWeightStart + stage * kWeightBytes;
     tensor_load(target, map, step * 128, place.row(), block.full(stage), cache);
 }
@@ -37,6 +37,7 @@ __device__ __forceinline__ void fetch_inputs(const BlockPart& block, const Tenso
     constexpr int kPart = TOKENS / MULTICAST;
     const int first = block.sharer * kPart;
     const uint32_t target = block.shared + stage * kInputBytes + first * 128, barrier = block.full(stage);
+    mbarrier_arrive_expect(barrier, kInputBytes + kTokenScaleBytes);
     if (MULTICAST == 1) {
         tensor_load(target, map, step * 128, place.token() + first, barrier, kCacheEvictLast);
     } else {
@@ -182,6 +183,25 @@ __device__ __forceinline__ void consume(const BlockPart& block, const Problem& p
     }
 }
 
+// The warps that fetch: the first thread of each.
+__device__ __forceinline__ void fetch_tiles(const BlockPart& block, const TensorMap* inputs, const TensorMap* weights,
+                                            const Problem& problem) {
+    const int fetcher = threadIdx.x / 32 - kConsumers / 32;
+    if (threadIdx.x % 32 != 0 || fetcher >= kFetchers) return;
+    const Tiles tiles(problem.extent);
+    if (fetcher == 0) {
+        grid_dependency_wait();
+        produce(block, tiles, [&](int stage, const Place& place, int step) {
+            fetch_inputs(block, inputs, problem, stage, place, step);
+        });
+    } else {
+        const uint64_t cache = problem.extent.token_tiles == 1 ? kCacheEvictFirst : kCacheEvictNormal;
+        produce(block, tiles, [&](int stage, const Place& place, int step) {
+            fetch_weights(block, weights, stage, place, step, cache);
+        });
+    }
+}
+
 extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS)
     float8_wgmma(const __grid_constant__ TensorMap inputs, const __grid_constant__ TensorMap weights,
                  const __grid_constant__ Problem problem) {
@@ -189,17 +209,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS)
     const BlockPart block = enter_block(dynamic_shared(), problem.extent);
     if (threadIdx.x >= kConsumers) {
         warpgroup_give_registers<kProducerRegisters>();
-        if (threadIdx.x == kConsumers) {
-            const uint64_t cache = problem.extent.token_tiles == 1 ? kCacheEvictFirst : kCacheEvictNormal;
-            produce(
-                block, Tiles(problem.extent),
-                [&](int stage, const Place& place, int step) {
-                    fetch_weights(block, &weights, stage, place, step, cache);
-                },
-                [&](int stage, const Place& place, int step) {
-                    fetch_inputs(block, &inputs, problem, stage, place, step);
-                });
-        }
+        fetch_tiles(block, &inputs, &weights, problem);
         __syncwarp();
         if (SPLIT > 1) cluster_arrive(), cluster_wait();
     } else {

@@ -17,3 +17,4 @@ constexpr int kInputBytes = TOKENS * 128;
 constexpr int kCodeBytes = kRows * 128;
 constexpr int kTokenScaleBytes = SCALES == 1 ? TOKENS * 4 : 0;
 constexpr int kWeightBytes = kCodeBytes + (SCALES == 1 ? 1024 : 0);  // swizzled tiles begin at multiples of 1024
+constexpr int kFetchers = 2;  // one for inputs, one for weights

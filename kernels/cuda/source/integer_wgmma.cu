@@ -1,9 +1,9 @@
 // Integer weights times many tokens on Hopper: Y^T = W X^T by wgmma, with W as the register operand.
 //
-// One warp fetches: codes and scales as contiguous bytes, inputs as swizzled tiles by a tensor map, several stages ahead.
+// Some warps fetch: codes and scales as contiguous bytes, inputs as swizzled tiles by a tensor map, several stages ahead.
 // Each other warpgroup turns the codes of its 64-row tiles into fragments, in the very registers that wgmma reads, while
 // its previous products run; the packed layout needs no shuffle for that. The weights do not depend on the kernel in
-// front, so the first stages' codes are fetched before waiting for it.
+// front, so only the inputs wait for it.
 //
 // Few tokens give few tiles: then the columns of a tile are split among the blocks of a cluster, which add up through
 // distributed shared memory in a fixed order. Many tokens: blocks stay and take tile after tile, and pairs of blocks
@@ -24,32 +24,36 @@ struct Problem {
     Output output;
 };
 
-// Codes, scales, zero points and offsets of a stage; arms the stage's barrier for all that comes.
-__device__ __forceinline__ void fetch_weights(const BlockPart& block, const Problem& problem, int stage, const Place& place,
-                                              int step, uint64_t cache) {
-    const int total = (problem.extent.rows + 63) / 64, left = total - place.row_tile * kSuperRows;
-    const int super_rows = left < 0 ? 0 : left < kSuperRows ? left : kSuperRows, chunk = step * CHUNKS;
+// Codes, scales, zero points and offsets of every kWeightFetchers-th super row, from the `fetcher`th.
+__device__ __forceinline__ void fetch_weights(const BlockPart& block, const Problem& problem, int fetcher, int stage,
+                                              const Place& place, int step, uint64_t cache) {
     const PackedWeights& packed = problem.weights;
-    const uint32_t barrier = block.full(stage);
-    mbarrier_arrive_expect(barrier, kInputBytes + super_rows * kSuperRowBytes);
-    uint32_t target = block.shared + kWeightStart + stage * kWeightBytes;
-#pragma unroll 1
-    for (int i = 0; i < super_rows; ++i, target += kSuperRowBytes) {
-        const int64_t row = place.row_tile * kSuperRows + i, chunks = problem.extent.steps * CHUNKS;
-        bulk_load(target, packed.codes + (row * chunks + chunk) * kChunkBytes, kCodeBytes, barrier, cache);
+    const uint32_t barrier = block.full(stage), target = block.shared + kWeightStart + stage * kWeightBytes;
+    const int first = place.row_tile * kSuperRows, left = (problem.extent.rows + 63) / 64 - first;
+    const int end = left < kSuperRows ? left : kSuperRows, chunk = step * CHUNKS;
+    const int count = (end - fetcher + kWeightFetchers - 1) / kWeightFetchers;
+    mbarrier_arrive_expect(barrier, count > 0 ? count * kSuperRowBytes : 0);
+#pragma unroll
+    for (int i = 0; i < kSuperRows; i += kWeightFetchers) {
+        const int index = i + fetcher;
+        if (index >= end) break;
+        const int64_t row = first + index, chunks = problem.extent.steps * CHUNKS;
+        const uint32_t codes = target + index * kSuperRowBytes;
+        bulk_load(codes, packed.codes + (row * chunks + chunk) * kChunkBytes, kCodeBytes, barrier, cache);
         if (GROUP == 0) continue;
         const int64_t line = packed.line(row, chunk) * 64;
-        bulk_load(target + kCodeBytes, packed.scales + line * kScaleBytes, kScaleStage, barrier, cache);
-        const uint32_t behind = target + kCodeBytes + kScaleStage;
+        bulk_load(codes + kCodeBytes, packed.scales + line * kScaleBytes, kScaleStage, barrier, cache);
+        const uint32_t behind = codes + kCodeBytes + kScaleStage;
         if (ZEROS == 1) bulk_load(behind, packed.zeros + line, kZeroStage, barrier, cache);
         if (ZEROS == 2) bulk_load(behind, packed.offsets + line * kScaleBytes, kOffsetStage, barrier, cache);
     }
 }
 
-__device__ __forceinline__ void fetch_inputs(const BlockPart& block, const TensorMap* map, int stage, const Place& place,
-                                             int step) {
+__device__ __forceinline__ void fetch_inputs(const BlockPart& block, const TensorMap* map, int stage,
+                                             const Place& place, int step) {
     constexpr int kPart = TOKENS / MULTICAST;
     const int first = block.sharer * kPart;
+    mbarrier_arrive_expect(block.full(stage), kInputBytes);
 #pragma unroll
     for (int i = 0; i < CHUNKS; ++i) {
         const uint32_t target = block.shared + stage * kInputBytes + (i * TOKENS + first) * 128;
@@ -60,6 +64,24 @@ __device__ __forceinline__ void fetch_inputs(const BlockPart& block, const Tenso
             const uint16_t blocks = ((1 << MULTICAST) - 1) << (block.split * MULTICAST);
             tensor_load_multicast(target, map, column, token, block.full(stage), blocks, kCacheEvictLast);
         }
+    }
+}
+
+// The warps that fetch: the first thread of each.
+__device__ __forceinline__ void fetch_tiles(const BlockPart& block, const TensorMap* map, const Problem& problem) {
+    const int fetcher = threadIdx.x / 32 - kConsumers / 32;
+    if (threadIdx.x % 32 != 0 || fetcher >= kFetchers) return;
+    const Tiles tiles(problem.extent);
+    if (fetcher == kWeightFetchers) {
+        grid_dependency_wait();
+        produce(block, tiles, [&](int stage, const Place& place, int step) {
+            fetch_inputs(block, map, stage, place, step);
+        });
+    } else {
+        const uint64_t cache = problem.extent.token_tiles == 1 ? kCacheEvictFirst : kCacheEvictNormal;
+        produce(block, tiles, [&](int stage, const Place& place, int step) {
+            fetch_weights(block, problem, fetcher, stage, place, step, cache);
+        });
     }
 }
 
@@ -187,15 +209,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS)
     const BlockPart block = enter_block(dynamic_shared(), problem.extent);
     if (threadIdx.x >= kConsumers) {
         warpgroup_give_registers<kProducerRegisters>();
-        if (threadIdx.x == kConsumers) {
-            const uint64_t cache = problem.extent.token_tiles == 1 ? kCacheEvictFirst : kCacheEvictNormal;
-            produce(
-                block, Tiles(problem.extent),
-                [&](int stage, const Place& place, int step) {
-                    fetch_weights(block, problem, stage, place, step, cache);
-                },
-                [&](int stage, const Place& place, int step) { fetch_inputs(block, &inputs, stage, place, step); });
-        }
+        fetch_tiles(block, &inputs, problem);
         __syncwarp();
         if (SPLIT > 1) cluster_arrive(), cluster_wait();
     } else {

@@ -11,3 +11,5 @@ static_assert(STEPS == 1 || STEPS == 2, "the fragments are buffered twice in a c
 
 constexpr int kInputBytes = CHUNKS * TOKENS * 128;
 constexpr int kWeightBytes = kSuperRows * kSuperRowBytes;
+constexpr int kWeightFetchers = kSuperRows < 3 ? kSuperRows : 3;
+constexpr int kFetchers = 1 + kWeightFetchers;  // one for the inputs

@@ -2,7 +2,8 @@
 //
 // They compute Y^T = W X^T. A block multiplies kRows rows of W with TOKENS rows of X, WARPGROUPS * TILES * 64 by TOKENS.
 // The blocks of a cluster are SPLIT parts of the columns times MULTICAST neighbours in the rows that share their tokens.
-// Before this header come kInputBytes and kWeightBytes of a stage, each a multiple of 16.
+// Before this header come kInputBytes and kWeightBytes of a stage, each a multiple of 16, and kFetchers, the number of
+// threads that fetch, each the first of a warp of its own: one alone would be slower than the tensor cores.
 #pragma once
 
 #include "ptx/barrier.cuh"
@@ -99,7 +100,7 @@ __device__ __forceinline__ BlockPart enter_block(uint8_t* memory, const Extent& 
                       extent.steps * static_cast<int>(split + 1) / SPLIT};
     if (threadIdx.x == 0) {
         for (int stage = 0; stage < STAGES; ++stage) {
-            mbarrier_init(block.full(stage), 1);
+            mbarrier_init(block.full(stage), kFetchers);
             mbarrier_init(block.empty(stage), WARPGROUPS * 4 * MULTICAST);
         }
         mbarrier_init_fence();
@@ -114,29 +115,17 @@ __device__ __forceinline__ void leave_block() {
     if (kCluster > 1) cluster_arrive(), cluster_wait();
 }
 
-// The fetching thread's loop: `weights(stage, place, step)` arms a stage's barrier and fetches what no kernel in front
-// writes, which the first stages do not wait for; `inputs(stage, place, step)` the rest.
-template <typename Weights, typename Inputs>
-__device__ __forceinline__ void produce(const BlockPart& block, Tiles tiles, const Weights& weights, const Inputs& inputs) {
-    const int steps = block.end_step - block.first_step, ahead = steps < STAGES ? steps : STAGES;
+// The loop of a thread that fetches: `fetch(stage, place, step)` arrives once at the stage's barrier, with its bytes.
+template <typename Fetch>
+__device__ __forceinline__ void produce(const BlockPart& block, Tiles tiles, const Fetch& fetch) {
     Ring ring;
-    bool first = true;
 #pragma unroll 1
-    for (; tiles.more(); tiles.next(), first = false) {
+    for (; tiles.more(); tiles.next()) {
         const Place place = tiles.place(block.sharer);
-        int step = block.first_step;
-        if (first) {
 #pragma unroll 1
-            for (int i = 0; i < ahead; ++i) weights(i, place, step + i);
-            grid_dependency_wait();
-#pragma unroll 1
-            for (int i = 0; i < ahead; ++i, ++step, ring.advance()) inputs(i, place, step);
-        }
-#pragma unroll 1
-        for (; step < block.end_step; ++step, ring.advance()) {
+        for (int step = block.first_step; step < block.end_step; ++step, ring.advance()) {
             mbarrier_wait(block.empty(ring.stage), ring.phase ^ 1);
-            weights(ring.stage, place, step);
-            inputs(ring.stage, place, step);
+            fetch(ring.stage, place, step);
         }
     }
 }
