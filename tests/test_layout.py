@@ -61,5 +61,8 @@ def test_a_wheel_holds_every_python_file_and_the_bundled_texts(tmp_path: Path) -
                 continue  # reached through its real folder
             inside = path.relative_to(ROOT).as_posix()
             assert (inside if folder == "aphroquant" else f"aphroquant/{inside}") in names
+    for path in (ROOT / "kernels" / "cuda").rglob("*"):
+        if path.suffix in (".cu", ".cuh", ".json"):
+            assert f"aphroquant/{path.relative_to(ROOT).as_posix()}" in names
     assert "aphroquant/py.typed" in names
     assert any(name.startswith("aphroquant/calibration/default_texts/") for name in names)

@@ -33,6 +33,7 @@ _MAX_ROWS = 1 << 20
     show_default=True,
     help="Inputs of weight-only integer layers on the CPU.",
 )
+@click.option("--threads", type=click.IntRange(1), help="CPU threads (default: torch's).")
 @click.option("--peers", type=click.Path(path_type=Path), metavar="DIR", help="Time the libraries in this folder too.")
 @click.option("--json", "json_file", metavar="FILE", help="Write the last line here, too.")
 def command(
@@ -42,6 +43,7 @@ def command(
     dtype: str,
     backend: str,
     activations: str,
+    threads: int | None,
     peers: Path | None,
     json_file: str | None,
 ) -> None:
@@ -62,7 +64,9 @@ def command(
     kind = backend if backend != "auto" else "cpu" if obstacle() else "cuda"
     if peers is not None and kind == "cpu":
         raise UsageError("--peers is for a GPU")
-    machine = _Gpu(dtype, peers) if kind == "cuda" else _Cpu(activations)
+    if threads is not None and kind == "cuda":
+        raise UsageError("--threads is for the CPU")
+    machine = _Gpu(dtype, peers) if kind == "cuda" else _Cpu(activations, threads)
     click.echo(f"{machine.describe()}\n{scheme}")
     found: list[dict[str, Any]] = []
     for model, layers in models.items():
@@ -105,14 +109,16 @@ class _Gpu:
 
 
 class _Cpu:
-    """Runs on the compiled CPU library, with torch's number of threads."""
+    """Runs on the compiled CPU library."""
 
-    def __init__(self, activations: str) -> None:
+    def __init__(self, activations: str, threads: int | None) -> None:
         import torch
 
         from aphroquant.kernels.benchmark.cpu_run import cpu_ceilings
         from aphroquant.kernels.dispatch import select_backend
 
+        if threads is not None:
+            torch.set_num_threads(threads)
         self._backend = select_backend("cpu", activations=activations)
         self._activations, self._threads = activations, torch.get_num_threads()
         self._ceilings: Ceilings = cpu_ceilings()

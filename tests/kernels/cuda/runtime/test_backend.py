@@ -6,13 +6,13 @@ import gc
 
 import pytest
 import torch
-from torch import Tensor
 
 from aphroquant.errors import InputError
 from aphroquant.kernels.cuda.backend import fallback_reason
 from aphroquant.kernels.cuda.dequantizing import DenseLinear, DequantizingLinear
 from aphroquant.kernels.cuda.operator import RegisteredLinear
 from aphroquant.kernels.dispatch import select_backend
+from aphroquant.kernels.random_weights import random_weight
 from aphroquant.kernels.reference.linear import ReferenceLinear
 from aphroquant.schemes import (
     ActivationScheme,
@@ -40,23 +40,10 @@ SCHEMES: list[Scheme] = [
 CPU = torch.device("cpu")
 
 
-def _random_weight(scheme: Scheme, n: int, k: int) -> QuantizedWeight:
-    tensors: dict[str, Tensor] = {}
-    for name, shape in scheme.shapes(n, k).items():
-        dtype = scheme.dtypes().get(name, torch.uint8 if name in ("codes", "zeros") else torch.float32)
-        if dtype == torch.float8_e4m3fn:
-            tensors[name] = torch.randn(shape).to(dtype)
-        elif dtype == torch.uint8:
-            tensors[name] = torch.randint(0, 2 ** (scheme.storage_bits(name) or 8), shape, dtype=dtype)
-        else:
-            tensors[name] = torch.rand(shape).mul(0.01).add(0.001).to(torch.float16 if "d" in name else torch.float32)
-    return QuantizedWeight(scheme, tensors, (n, k))
-
-
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 @pytest.mark.parametrize("piece", [1, 256 * 20, 1 << 24])
 def test_the_fallback_computes_every_scheme_whatever_its_pieces(scheme: Scheme, piece: int) -> None:
-    weight, x, bias = _random_weight(scheme, 64, 256), torch.randn(5, 256), torch.randn(64)
+    weight, x, bias = random_weight(scheme, 64, 256), torch.randn(5, 256), torch.randn(64)
     layer = DequantizingLinear(weight, bias, CPU, piece)
     assert (layer.out_features, layer.in_features) == weight.shape
     torch.testing.assert_close(layer(x), ReferenceLinear(weight, bias)(x), rtol=1e-5, atol=1e-5)
@@ -69,7 +56,7 @@ def test_the_fallback_refuses_inputs_that_it_cannot_round() -> None:
         "e2m1", 16, "float", activations=ActivationScheme("float", bits=4, granularity="group", group_size=16)
     )
     with pytest.raises(InputError, match="no kernel rounds inputs to 4-bit floats"):
-        DequantizingLinear(_random_weight(scheme, 16, 32), None, CPU)
+        DequantizingLinear(random_weight(scheme, 16, 32), None, CPU)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -117,11 +104,8 @@ def test_a_layer_that_is_gone_is_told() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("scheme", [*SCHEMES, DenseScheme(torch.bfloat16)], ids=str)
 def test_the_backend_runs_every_scheme(cuda: None, scheme: Scheme) -> None:
-    if isinstance(scheme, DenseScheme):
-        weight = QuantizedWeight.dense(torch.randn(64, 256).bfloat16())
-    else:
-        weight = _random_weight(scheme, 64, 256)
-    x, bias = torch.randn(5, 256).bfloat16(), torch.randn(64)
+    weight = random_weight(scheme, 64, 256)
+    x, bias = torch.randn(5, 256).bfloat16(), torch.randn(64) * 0.1
     layer = select_backend("cuda").prepare(weight, bias)
     expected = ReferenceLinear(weight, bias)(x.float()).double()
     found = layer(x.cuda()).double().cpu()
