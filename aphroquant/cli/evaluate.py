@@ -33,6 +33,13 @@ _STAGES = {"base": "base model", "model": "quantized model", "logits": "comparin
 @click.option("--windows", default=8, show_default=True, help="Windows of tokens, evenly spaced over the text.")
 @click.option("--window-len", default=1024, show_default=True, help="Tokens in a window.")
 @click.option("--seed", type=int, help="Draw the windows at random instead of evenly spaced.")
+@click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    help="What computes; auto is a GPU if there is one.",
+)
 @click.option("--json", "json_file", metavar="FILE", help="Write all figures here; - for standard output.")
 @click.option("--max-kld", type=float, help="Fail (exit 4) above this mean KL divergence, in nats.")
 @click.option("--max-p99-kld", type=float, help="Fail above this 99th percentile of it.")
@@ -46,6 +53,7 @@ def command(
     windows: int,
     window_len: int,
     seed: int | None,
+    device: str,
     json_file: str | None,
     **bounds: float | None,
 ) -> None:
@@ -67,6 +75,7 @@ def command(
             windows=windows,
             window_len=window_len,
             seed=seed,
+            device=device,
             on_progress=on_progress,
         )
     checks = check_bounds(result, limits)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from aphroquant.checkpoint import Checkpoint, open_checkpoint
+from aphroquant.devices import torch_device
 from aphroquant.errors import InputError, UsageError
 from aphroquant.evaluation.positions import Positions, compare_logits
 from aphroquant.evaluation.result import Evaluation, Protocol
@@ -25,7 +26,7 @@ from aphroquant.evaluation.texts import read_texts
 from aphroquant.evaluation.windows import check_same_tokens, encode, token_windows
 from aphroquant.kernels.reference.linear import ReferenceLinear
 from aphroquant.models.decoder import Linear
-from aphroquant.models.streamed import StreamedModel
+from aphroquant.models.streamed import CPU, StreamedModel
 from aphroquant.schemes import QuantizedWeight
 
 LOGIT_ROWS = 256  # positions whose logits of both models exist at once
@@ -40,16 +41,19 @@ def evaluate(
     windows: int = 8,
     window_len: int = 1024,
     seed: int | None = None,
+    device: str = "auto",
     on_progress: OnProgress | None = None,
 ) -> Evaluation:
     """Measure `model` against its base on the same `windows` of `window_len` tokens, in float32.
 
     Weights count as they dequantize, and inputs of linears are rounded where a scheme quantizes activations.
     `texts` are paths of UTF-8 files; without them a bundled text is used that calibration never sees. Windows are
-    evenly spaced over the text, or drawn with `seed`. Raises UsageError if the two do not share their tokens.
+    evenly spaced over the text, or drawn with `seed`. `device` is "auto" (a GPU if there is one), "cpu" or "cuda".
+    Raises UsageError if the two do not share their tokens.
     """
     started = time.monotonic()
     _check_windows(windows, window_len)
+    computes_on = torch_device(device)
     base, candidate = open_checkpoint(against), open_checkpoint(model)
     _check_lengths(base, candidate, window_len)
     text, sources = read_texts(texts)
@@ -58,7 +62,7 @@ def evaluate(
     token_ids = encode(tokenizer, text)
     batch = token_windows(token_ids, windows, window_len, seed)
     vocab_size = min(max(tokenizer.get_vocab().values()) + 1, base.spec.vocab_size, candidate.spec.vocab_size)
-    positions = compare_models(base, candidate, batch, vocab_size, on_progress)
+    positions = compare_models(base, candidate, batch, vocab_size, on_progress, computes_on)
     protocol = Protocol(
         texts=sources,
         num_text_tokens=len(token_ids),
@@ -82,11 +86,18 @@ def evaluate(
 
 
 def compare_models(
-    base: Checkpoint, candidate: Checkpoint, batch: Tensor, vocab_size: int, on_progress: OnProgress | None = None
+    base: Checkpoint,
+    candidate: Checkpoint,
+    batch: Tensor,
+    vocab_size: int,
+    on_progress: OnProgress | None = None,
+    device: torch.device = CPU,
 ) -> Positions:
     """Positions of token windows [W, S], all but the last of each: W * (S - 1) entries."""
     progress = on_progress or (lambda what, done, total: None)
-    models = [StreamedModel(checkpoint, make_linear=_reference_linear) for checkpoint in (base, candidate)]
+    models = [
+        StreamedModel(checkpoint, make_linear=_reference_linear, device=device) for checkpoint in (base, candidate)
+    ]
     hidden = [
         model.hidden_states(batch, on_block=partial(progress, name))[:, :-1]
         for model, name in zip(models, ("base", "model"), strict=True)
@@ -97,7 +108,8 @@ def compare_models(
     for start in range(0, len(targets), LOGIT_ROWS):
         chunk = slice(start, start + LOGIT_ROWS)
         logits = [model.logits(states[chunk])[:, :vocab_size] for model, states in zip(models, rows, strict=True)]
-        parts.append(compare_logits(logits[0], logits[1], targets[chunk]))
+        found = compare_logits(logits[0], logits[1], targets[chunk].to(device))
+        parts.append(Positions(*(column.cpu() for column in found)))
         progress("logits", min(start + LOGIT_ROWS, len(targets)), len(targets))
     positions = Positions.concatenate(parts)
     broken = int((~positions.base_finite).sum())

@@ -7,7 +7,7 @@ size of the model: each block is loaded once, applied to all windows chunk by ch
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,13 +15,22 @@ from torch import Tensor
 
 from aphroquant.errors import UsageError
 from aphroquant.kernels.reference.matmul import linear
-from aphroquant.models.decoder import CosSin, causal_attention, rms_norm
-from aphroquant.models.loader import MakeLinear, load_block, load_embedding, load_final_norm, load_head
+from aphroquant.models.decoder import CosSin, Linear, causal_attention, rms_norm
+from aphroquant.models.loader import (
+    MakeLinear,
+    dense_linear,
+    load_block,
+    load_embedding,
+    load_final_norm,
+    load_head,
+)
 from aphroquant.models.rope import cos_sin
+from aphroquant.schemes import QuantizedWeight
 
 if TYPE_CHECKING:
     from aphroquant.checkpoint import Checkpoint
 
+CPU = torch.device("cpu")
 CHUNK_TOKENS = 1024  # at most this many tokens (or one window) go through a block at once; 2048 was no faster
 OnBlock = Callable[[int, int], None]  # blocks done, blocks in all
 
@@ -29,25 +38,32 @@ OnBlock = Callable[[int, int], None]  # blocks done, blocks in all
 class StreamedModel:
     """Teacher-forced forward of a checkpoint. Windows are independent sequences that begin at position 0.
 
-    `make_linear` chooses how the linears of the blocks compute (default: the dequantized weight, in `dtype`).
+    `make_linear` chooses how the linears of the blocks compute (default: the dequantized weight, in `dtype`); they do
+    so on `device`, where a block is brought when its turn comes. Hidden states of all windows stay on the CPU.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32, make_linear: MakeLinear | None = None
+        self,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype = torch.float32,
+        make_linear: MakeLinear | None = None,
+        device: torch.device = CPU,
     ) -> None:
         self.checkpoint = checkpoint
         self.spec = checkpoint.spec
         self.dtype = dtype
-        self.make_linear = make_linear
+        self.make_linear = make_linear or partial(dense_linear, dtype=dtype)
+        self.device = device
 
     @torch.no_grad()
     def hidden_states(self, windows: Tensor, on_block: OnBlock | None = None) -> Tensor:
-        """Hidden states [B, S, H] after the final norm for token ids [B, S]."""
+        """Hidden states [B, S, H] after the final norm for token ids [B, S], on the CPU."""
         batch, window_len = windows.shape
         hidden = self._embed(windows)  # [B * S, H]
         chunk = max(1, CHUNK_TOKENS // window_len) * window_len
         positions = torch.arange(window_len).repeat(chunk // window_len)
-        rope = cos_sin(self.spec.rope, self.spec.head_dim, positions)  # [chunk, d / 2] each
+        cos, sin = cos_sin(self.spec.rope, self.spec.head_dim, positions)  # [chunk, d / 2] each
+        rope = (cos.to(self.device), sin.to(self.device))
         for layer in range(self.spec.num_layers):
             self._apply_block(hidden, layer, window_len, rope)
             if on_block is not None:
@@ -59,8 +75,8 @@ class StreamedModel:
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits [T, V] of hidden states [T, H]."""
-        return linear(hidden, self._head)
+        """Logits [T, V] of hidden states [T, H], on the model's device."""
+        return linear(hidden.to(self.device), self._head)
 
     def _embed(self, windows: Tensor) -> Tensor:
         ids = windows.reshape(-1)
@@ -71,15 +87,20 @@ class StreamedModel:
 
     def _apply_block(self, hidden: Tensor, layer: int, window_len: int, rope: CosSin) -> None:
         """Replace all hidden states [B * S, H] by the block's output, in place."""
-        block = load_block(self.checkpoint, layer, self.dtype, self.make_linear)
+        block = load_block(self.checkpoint, layer, self.dtype, self._linear)
+        block.norms = {name: gain.to(self.device) for name, gain in block.norms.items()}
         attend = causal_attention(self.spec, window_len)
         cos, sin = rope
         for part in _parts(hidden, len(cos)):
-            part.copy_(block.forward(part, (cos[: len(part)], sin[: len(part)]), attend))
+            rows = part.to(self.device)
+            part.copy_(block.forward(rows, (cos[: len(rows)], sin[: len(rows)]), attend))
+
+    def _linear(self, name: str, weight: QuantizedWeight, bias: Tensor | None) -> Linear:
+        return self.make_linear(name, weight.to(self.device), None if bias is None else bias.to(self.device))
 
     @cached_property
     def _head(self) -> Tensor:
-        return load_head(self.checkpoint, self.dtype)
+        return load_head(self.checkpoint, self.dtype).to(self.device)
 
 
 def _parts(hidden: Tensor, chunk: int) -> Iterator[Tensor]:

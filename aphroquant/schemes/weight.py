@@ -47,6 +47,10 @@ class QuantizedWeight:
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]
 
+    def to(self, device: torch.device) -> QuantizedWeight:
+        """The same weight on a device."""
+        return QuantizedWeight(self.scheme, {name: t.to(device) for name, t in self.tensors.items()}, self.shape)
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight [N, K], computed in float32 (float64 if asked for) and cast to `dtype` once at the end."""
         work = torch.float64 if dtype == torch.float64 else torch.float32

@@ -63,4 +63,4 @@ class Head:
 def _moved(weight: QuantizedWeight, device: torch.device, dtype: torch.dtype) -> QuantizedWeight:
     if isinstance(weight.scheme, DenseScheme):
         return QuantizedWeight.dense(weight["weight"].to(device, dtype))
-    return QuantizedWeight(weight.scheme, {name: t.to(device) for name, t in weight.tensors.items()}, weight.shape)
+    return weight.to(device)

@@ -72,7 +72,6 @@ def place(
         spec, weights, gpu.scheme, block_size=config.block_size, max_positions=max_model_len, dtype=gpu.dtype
     )
     runner = CudaRunner(decoder, cache, max_num_seqs=config.max_num_seqs, max_model_len=max_model_len)
-    runner.prepare_all()
     return runner, cache, max_model_len
 
 

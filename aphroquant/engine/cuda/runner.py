@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -37,6 +39,7 @@ class CudaRunner:
         self._buffers = DecodeBuffers(self._buckets[-1], table_width, decoder.device)
         self._steps: dict[int, _Step] = {}
         self._use_graphs = use_graphs and decoder.device.type == "cuda"
+        self._prepare_all()
 
     @torch.inference_mode()
     def forward(self, batch: ForwardBatch) -> Tensor:
@@ -45,7 +48,7 @@ class CudaRunner:
         if bucket is None:
             make_tiles = self._decoder.prefill_attention.tiles
             return self._run(mixed_inputs(batch, make_tiles, self._splits, self._decoder.device))
-        step = self._steps.get(bucket) or self._prepare(bucket)
+        step = self._steps[bucket]
         self._buffers.fill(batch, bucket)
         logits = step.run()[: batch.num_sequences]
         if batch.logits_rows.shape[0] == batch.num_sequences:
@@ -53,18 +56,18 @@ class CudaRunner:
         return logits[batch.logits_rows.to(logits.device)]
 
     @torch.inference_mode()
-    def prepare_all(self) -> None:
-        """Capture every batch size now, the largest first: its memory then serves the others too."""
+    def _prepare_all(self) -> None:
+        """Capture every batch size, the largest first: its memory then serves the others too."""
         started = time.monotonic()
-        for bucket in reversed(self._buckets):
-            self._prepare(bucket)
+        with _no_garbage_collection():
+            for bucket in reversed(self._buckets):
+                self._prepare(bucket)
         logger.info("captured decode steps for %d batch sizes in %.1f s", len(self._steps), time.monotonic() - started)
 
-    def _prepare(self, bucket: int) -> _Step:
+    def _prepare(self, bucket: int) -> None:
         inputs = self._buffers.inputs(bucket, self._splits(bucket))
         pool = next((step.pool for step in self._steps.values()), None)
-        step = self._steps[bucket] = _Step(lambda: self._run(inputs), captured=self._use_graphs, pool=pool)
-        return step
+        self._steps[bucket] = _Step(lambda: self._run(inputs), captured=self._use_graphs, pool=pool)
 
     def _run(self, inputs: StepInputs) -> Tensor:
         return self._decoder.forward(inputs, self._cache, self._workspace)
@@ -102,6 +105,19 @@ class _Step:
             return self._launch()
         self._graph.replay()
         return self._logits
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """During a capture no graph of an earlier runner may be freed: CUDA forbids that, and the capture fails."""
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _multiprocessors(device: torch.device) -> int:

@@ -19,6 +19,7 @@
 #include "fused_elements.cuh"
 #include "ptx/async_copy.cuh"
 #include "ptx/dynamic_shared.cuh"
+#include "ptx/exponential.cuh"
 #include "ptx/grid_dependency.cuh"
 #include "ptx/warp_matrix.cuh"
 
@@ -207,9 +208,9 @@ __device__ __forceinline__ void score_tile(const Walk& walk, unsigned char* tile
                                            const unsigned (&queries)[KEY_STEPS][4], float (&scores)[2][4]) {
   constexpr bool IS_BF16 = multiplies_bf16(KEY_FORMAT);
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
+  for (int chunk = 0; chunk < KEY_CHUNKS; ++chunk) {
 #pragma unroll
-    for (int chunk = 0; chunk < KEY_CHUNKS; ++chunk) {
+    for (int half = 0; half < 2; ++half) {
       unsigned words[(KEY_COPY + 3) / 4];
       read_words<KEY_COPY>(walk.key_copy(tile, half, chunk), words);
 #pragma unroll
@@ -279,14 +280,14 @@ struct Softmax {
       maximum = fmaxf(maximum, __shfl_xor_sync(ALL_LANES, maximum, 1));
       maximum = fmaxf(maximum, __shfl_xor_sync(ALL_LANES, maximum, 2));
       changed |= maximum != maxima[half];
-      corrections[half] = exp2f(maxima[half] - maximum);
+      corrections[half] = power_of_two(maxima[half] - maximum);
       maxima[half] = maximum;
       float sum = 0.0f;
 #pragma unroll
       for (int n = 0; n < 2 * TILES; ++n) {
 #pragma unroll
         for (int i = 2 * half; i < 2 * half + 2; ++i) {
-          scores[n][i] = exp2f(scores[n][i] - maximum);
+          scores[n][i] = power_of_two(scores[n][i] - maximum);
           sum += scores[n][i];
         }
       }
@@ -431,7 +432,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_decode(const __g
 #pragma unroll
     for (int other = 0; other < WARPS; ++other) {
       if (warp_sums[other][head] == 0.0f) continue;  // a warp without tokens
-      const float weight = exp2f(warp_maxima[other][head] - maximum);
+      const float weight = power_of_two(warp_maxima[other][head] - maximum);
       sum += weight * warp_sums[other][head];
       result += weight * warp_results[other * GROUP * HEAD_DIM + index];
     }
@@ -462,7 +463,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_decode(const __g
     float sum = 0.0f, result = 0.0f;
 #pragma unroll 4
     for (int other = 0; other < used_splits; ++other) {
-      const float weight = exp2f(__ldcg(sums + other * GROUP * 2) - maximum);
+      const float weight = power_of_two(__ldcg(sums + other * GROUP * 2) - maximum);
       sum += weight * __ldcg(sums + other * GROUP * 2 + 1);
       result += weight * __ldcg(parts + static_cast<long long>(other) * GROUP * HEAD_DIM);
     }

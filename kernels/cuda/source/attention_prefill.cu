@@ -12,6 +12,7 @@
 #include "fused_elements.cuh"
 #include "ptx/async_copy.cuh"
 #include "ptx/dynamic_shared.cuh"
+#include "ptx/exponential.cuh"
 #include "ptx/grid_dependency.cuh"
 #include "ptx/warp_matrix.cuh"
 
@@ -126,13 +127,13 @@ __device__ __forceinline__ void fetch_tile(const Arguments& arguments, unsigned 
 // scores = Q K^T for a warp's 16 rows and the tile's 64 tokens, 8 tokens an entry.
 __device__ __forceinline__ void score_tile(const unsigned (&queries)[CHANNEL_STEPS][4], const unsigned char* keys,
                                            int lane, float (&scores)[TILE / 8][4]) {
+  const unsigned char* row = keys + (lane % 8 + lane / 16 * 8) * ROW_BYTES + lane / 8 % 2 * 16;
 #pragma unroll
-  for (int pair = 0; pair < TILE / 16; ++pair) {
-    const unsigned char* row = keys + (pair * 16 + lane % 8 + lane / 16 * 8) * ROW_BYTES + lane / 8 % 2 * 16;
+  for (int step = 0; step < CHANNEL_STEPS; ++step) {  // outside: products that follow each other are independent
 #pragma unroll
-    for (int step = 0; step < CHANNEL_STEPS; ++step) {
+    for (int pair = 0; pair < TILE / 16; ++pair) {
       unsigned operands[4];
-      load_matrices<false>(operands, row + step * 32);
+      load_matrices<false>(operands, row + pair * 16 * ROW_BYTES + step * 32);
       multiply_add<multiplies_bf16(KEY_FORMAT)>(scores[2 * pair], queries[step], operands[0], operands[1]);
       multiply_add<multiplies_bf16(KEY_FORMAT)>(scores[2 * pair + 1], queries[step], operands[2], operands[3]);
     }
@@ -227,7 +228,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_prefill(const __
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int column = n * 8 + lane % 4 * 2 + i % 2;
-        scores[n][i] *= scales_vectors(KEY_FORMAT) ? scale * scales[column] : scale;
+        if (scales_vectors(KEY_FORMAT)) scores[n][i] *= scales[column];
         const int distance = positions[i / 2] - (tile * TILE + column);
         if (!whole && (distance < 0 || distance >= window)) scores[n][i] = LOWEST;
       }
@@ -240,15 +241,15 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_prefill(const __
       for (int n = 0; n < TILE / 8; ++n) maximum = fmaxf(maximum, fmaxf(scores[n][2 * i], scores[n][2 * i + 1]));
       maximum = fmaxf(maximum, __shfl_xor_sync(ALL_LANES, maximum, 1));
       maximum = fmaxf(maximum, __shfl_xor_sync(ALL_LANES, maximum, 2));
-      const float base = maximum == LOWEST ? 0.0f : maximum;  // a row that sees nothing of the walk so far
-      corrections[i] = exp2f(maxima[i] - base);
+      const float base = maximum == LOWEST ? 0.0f : maximum * scale;  // a row may see nothing of the walk so far
+      corrections[i] = power_of_two(maxima[i] * scale - base);
       maxima[i] = maximum;
       float sum = 0.0f;
 #pragma unroll
       for (int n = 0; n < TILE / 8; ++n) {
 #pragma unroll
         for (int j = 2 * i; j < 2 * i + 2; ++j) {
-          scores[n][j] = exp2f(scores[n][j] - base);
+          scores[n][j] = power_of_two(scores[n][j] * scale - base);
           sum += scores[n][j];
           if (scales_vectors(VALUE_FORMAT)) scores[n][j] *= scales[TILE + n * 8 + lane % 4 * 2 + j % 2];
         }
