@@ -65,7 +65,7 @@ class DecodeLinear:
         prepared = self._prepared.get(token_tiles) or self._prepare(token_tiles)
         plan, packed = prepared.plan, self._packed
         prepared.kernel.launch(
-            grid=(plan.num_clusters * plan.cluster, 1, 1),
+            grid=(plan.num_blocks, 1, 1),
             block=(plan.num_warps * 32, 1, 1),
             args=[
                 packed.codes,

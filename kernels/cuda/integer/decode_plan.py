@@ -10,7 +10,7 @@ from aphroquant.kernels.cuda.integer.packing import CHUNK, ROWS, PackedInteger, 
 from aphroquant.kernels.cuda.variants import Macro
 
 TOKENS_OF_TILE = 8
-_PARTIAL_STRIDE = 68  # floats; see the kernel
+_PARTIAL_PADDING = 4  # floats; see the kernel
 _SCALE_TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 
 
@@ -26,10 +26,20 @@ class DecodePlan:
     unit_chunks: int = 2
     phases: int = 1
     blocks_per_multiprocessor: int = 2
+    part_tiles: int = 4  # of 16 rows, that a warp works on: a super row, or half of one
+    idle_clusters: int = 0
 
     @property
     def num_warps(self) -> int:
         return self.warp_rows * self.warp_columns
+
+    @property
+    def part_rows(self) -> int:
+        return self.part_tiles * 16
+
+    @property
+    def num_blocks(self) -> int:
+        return (self.num_clusters + self.idle_clusters) * self.cluster
 
 
 @dataclass(frozen=True)
@@ -66,16 +76,22 @@ class DecodeShape:
     def super_rows(self) -> int:
         return ceil_div(self.out_features, ROWS)
 
+    def passes(self, plan: DecodePlan) -> int:
+        parts = self.super_rows * (ROWS // plan.part_rows)
+        return ceil_div(ceil_div(parts, plan.num_clusters), plan.warp_rows)
+
     @property
     def row_scales(self) -> bool:
         return self.group_size == self.padded_columns and self.zero_kind == 0
 
-    def stage_bytes(self, unit_chunks: int) -> int:
-        groups = max(1, unit_chunks * CHUNK // self.group_size)
+    def stage_bytes(self, plan: DecodePlan) -> int:
+        groups = max(1, plan.unit_chunks * CHUNK // self.group_size)
         size = 4 if self.scale_dtype == torch.float32 else 2
         zero_bytes = (0, 1, size)[self.zero_kind]
         values = 0 if self.row_scales else size
-        return unit_chunks * chunk_bytes(self.bits) + groups * ROWS * (values + zero_bytes)
+        return plan.unit_chunks * chunk_bytes(self.bits) * plan.part_rows // ROWS + groups * ROWS * (
+            values + zero_bytes
+        )
 
 
 @dataclass(frozen=True)
@@ -93,13 +109,13 @@ def shared_layout(shape: DecodeShape, plan: DecodePlan, token_tiles: int) -> Sha
     """As the kernel computes it, which checks these numbers."""
     units = shape.padded_columns // (plan.unit_chunks * CHUNK)
     max_units = ceil_div(units, plan.cluster * plan.warp_columns)
-    passes = ceil_div(ceil_div(shape.super_rows, plan.num_clusters), plan.warp_rows)
+    passes = shape.passes(plan)
     tokens = token_tiles * TOKENS_OF_TILE
-    ring = plan.num_warps * plan.stages * shape.stage_bytes(plan.unit_chunks)
-    partials = plan.num_warps * tokens * _PARTIAL_STRIDE * 4
+    ring = plan.num_warps * plan.stages * shape.stage_bytes(plan)
+    partials = plan.num_warps * tokens * (plan.part_rows + _PARTIAL_PADDING) * 4
     if passes == 1 and partials <= ring:
         partials = 0
-    received = tokens * plan.warp_rows * ROWS * 4 * (2 if passes > 1 else 1) if plan.cluster > 1 else 0
+    received = tokens * plan.warp_rows * plan.part_rows * 4 * (2 if passes > 1 else 1) if plan.cluster > 1 else 0
     barriers = _up(plan.num_warps * plan.stages * 8, 128)
     segment = ceil_div(max_units, plan.phases) * plan.unit_chunks * CHUNK
     return SharedLayout(ring + partials + received + barriers, plan.warp_columns * segment * 2 + 16)
@@ -127,6 +143,7 @@ def decode_macros(shape: DecodeShape, plan: DecodePlan, token_tiles: int) -> dic
         "STAGES": plan.stages,
         "UNIT_CHUNKS": plan.unit_chunks,
         "PHASES": plan.phases,
+        "PART_TILES": plan.part_tiles,
         "BLOCKS_PER_MULTIPROCESSOR": plan.blocks_per_multiprocessor,
         "INPUT_OFFSET": layout.input_offset,
         "INPUT_STRIDE": layout.input_stride,
@@ -178,12 +195,11 @@ def candidate_plans(
 
 def plan_cost(shape: DecodeShape, plan: DecodePlan, multiprocessors: int) -> float:
     """Microseconds, roughly: of an H100; only the order matters."""
-    turns = ceil_div(shape.super_rows, plan.num_clusters)
-    passes = ceil_div(turns, plan.warp_rows)
+    passes = shape.passes(plan)
     units = ceil_div(shape.padded_columns // (plan.unit_chunks * CHUNK), plan.cluster * plan.warp_columns)
-    warp_bytes = passes * units * shape.stage_bytes(plan.unit_chunks)
+    warp_bytes = passes * units * shape.stage_bytes(plan)
     block_bytes = warp_bytes * plan.num_warps
-    in_flight = plan.num_warps * plan.stages * shape.stage_bytes(plan.unit_chunks)
+    in_flight = plan.num_warps * plan.stages * shape.stage_bytes(plan)
     streaming = block_bytes * multiprocessors / 3.0e6
     starved = max(0.0, 1.0 - in_flight / 90_000) * 4.0
     few_warps = max(0, 8 - plan.num_warps) * 0.15
@@ -198,7 +214,7 @@ def _fit(shape: DecodeShape, token_tiles: int, plan: DecodePlan, capability: tup
     whole = _SHARED_BYTES.get(capability, _OTHER_SHARED_BYTES)
     limit = whole if plan.blocks_per_multiprocessor == 1 else (whole + _RESERVED) // 2 - _RESERVED
     units = shape.padded_columns // (plan.unit_chunks * CHUNK)
-    passes = ceil_div(ceil_div(shape.super_rows, plan.num_clusters), plan.warp_rows)
+    passes = shape.passes(plan)
     most = min(_MAX_STAGES, max(2, passes * ceil_div(units, plan.cluster * plan.warp_columns)))
     for phases in _PHASES:
         for stages in range(most, 1, -1):

@@ -80,6 +80,9 @@
 #ifndef UNIT_CHUNKS  // chunks of 64 columns in a stage
 #define UNIT_CHUNKS 2
 #endif
+#ifndef PART_TILES  // tiles of 16 rows that a warp works on: 4 (a super row) or 2
+#define PART_TILES 4
+#endif
 #ifndef PHASES  // parts in which a block's slice of x is held
 #define PHASES 1
 #endif
@@ -89,13 +92,13 @@
 
 constexpr bool kBf16 = BF16_INPUTS != 0;
 constexpr int kWarps = WARP_ROWS * WARP_COLUMNS, kThreads = kWarps * 32;
-constexpr int kSuperRows = (OUT_FEATURES + 63) / 64;
+constexpr int kParts = (OUT_FEATURES + 63) / 64 * (4 / PART_TILES), kPartRows = PART_TILES * 16;
 constexpr int kChunkBytes = 64 * 8 * CODE_BITS, kTileBytes = kChunkBytes / 4;
 constexpr int kUnitColumns = UNIT_CHUNKS * 64;
 constexpr int kUnits = PADDED_COLUMNS / kUnitColumns;
 constexpr int kSplits = CLUSTER * WARP_COLUMNS;
 constexpr int kMaxUnits = (kUnits + kSplits - 1) / kSplits;  // of a warp in a super row
-constexpr int kTurns = (kSuperRows + NUM_CLUSTERS - 1) / NUM_CLUSTERS;
+constexpr int kTurns = (kParts + NUM_CLUSTERS - 1) / NUM_CLUSTERS;
 constexpr int kPasses = (kTurns + WARP_ROWS - 1) / WARP_ROWS;
 
 // A weight with one scale a row and no zero points is scaled at the end.
@@ -104,7 +107,8 @@ constexpr int kGroups = (PADDED_COLUMNS + GROUP_SIZE - 1) / GROUP_SIZE;
 constexpr int kUnitGroups = GROUP_SIZE < kUnitColumns ? kUnitColumns / GROUP_SIZE : 1;
 constexpr int kGroupSteps = (GROUP_SIZE < kUnitColumns ? GROUP_SIZE : kUnitColumns) / 16;
 constexpr int kScaleSize = SCALE_TYPE == 2 ? 4 : 2;
-constexpr int kCodeBytes = UNIT_CHUNKS * kChunkBytes;
+constexpr int kPieceBytes = PART_TILES * kTileBytes;  // of a chunk
+constexpr int kCodeBytes = UNIT_CHUNKS * kPieceBytes;
 constexpr int kScaleBytes = kRowScales ? 0 : kUnitGroups * 64 * kScaleSize;
 constexpr int kZeroBytes = ZERO_KIND == 0 ? 0 : kUnitGroups * 64 * (ZERO_KIND == 1 ? 1 : kScaleSize);
 constexpr int kStageBytes = kCodeBytes + kScaleBytes + kZeroBytes;
@@ -112,11 +116,11 @@ constexpr int kStageBytes = kCodeBytes + kScaleBytes + kZeroBytes;
 // Shared memory: rings | partial sums of warps | partial sums of blocks | x | barriers.
 constexpr int kMaxTokens = TOKEN_TILES * 8;
 constexpr int kRingBytes = kWarps * STAGES * kStageBytes;
-constexpr int kPartialStride = 68;  // floats between tokens of a warp's partial sums: no bank conflicts
+constexpr int kPartialStride = kPartRows + 4;  // floats between tokens of a warp's partial sums: no bank conflicts
 constexpr int kPartialBytes = kWarps * kMaxTokens * kPartialStride * 4;
 constexpr bool kPartialsInRing = kPasses == 1 && kPartialBytes <= kRingBytes;
-constexpr int kOwnRows = WARP_ROWS * 64 / CLUSTER;
-constexpr int kReceivedFloats = CLUSTER > 1 ? kMaxTokens * WARP_ROWS * 64 : 0;  // of all blocks
+constexpr int kOwnRows = WARP_ROWS * kPartRows / CLUSTER;
+constexpr int kReceivedFloats = CLUSTER > 1 ? kMaxTokens * WARP_ROWS * kPartRows : 0;  // of all blocks
 constexpr int kReceivedBuffers = kPasses > 1 ? 2 : 1;
 constexpr int kPhaseUnits = (kMaxUnits + PHASES - 1) / PHASES;
 constexpr int kSegment = kPhaseUnits * kUnitColumns;  // columns of x that a warp needs in a phase
@@ -132,15 +136,16 @@ static_assert(CODE_BITS == 2 || CODE_BITS == 3 || CODE_BITS == 4 || CODE_BITS ==
 static_assert(PADDED_COLUMNS % 128 == 0 && IN_FEATURES <= PADDED_COLUMNS * (HAS_COLUMNS ? 16 : 1), "padded columns");
 static_assert(GROUP_SIZE % 16 == 0 && (GROUP_SIZE % kUnitColumns == 0 || kUnitColumns % GROUP_SIZE == 0),
               "groups and stages must fit");
-static_assert(UNIT_CHUNKS == 1 || UNIT_CHUNKS == 2, "columns are padded to two chunks");
-static_assert(WARP_ROWS * 64 % CLUSTER == 0 && kOwnRows % 4 == 0, "each block of a cluster owns as many rows");
+static_assert(PADDED_COLUMNS % kUnitColumns == 0, "whole stages");
+static_assert(PART_TILES == 2 || PART_TILES == 4, "tiles of a warp");
+static_assert(WARP_ROWS * kPartRows % CLUSTER == 0 && kOwnRows % 4 == 0, "each block of a cluster owns as many rows");
 
 using Element = uint16_t;
 
 __device__ __forceinline__ int split_start(int split) { return static_cast<int>(static_cast<int64_t>(split) * kUnits / kSplits); }
 
-// The super row that this warp works on in a pass, or one past the end.
-__device__ __forceinline__ int super_row(int cluster, int pass, int row_part) {
+// The rows that a warp works on in a pass, in units of kPartRows; kParts or more: none.
+__device__ __forceinline__ int part_of(int cluster, int pass, int row_part) {
     return (pass * WARP_ROWS + row_part) * NUM_CLUSTERS + cluster;
 }
 
@@ -154,19 +159,26 @@ __device__ __forceinline__ Element from_float(float value) {
     return __half_as_ushort(__float2half_rn(value));
 }
 
-// Eight stored values in a row as float32: the scales or offsets of a lane's rows in its four tiles.
-__device__ __forceinline__ void load_values(const uint8_t* line, int group_row, float (&values)[8]) {
+// Stored values in a row as float32: the scales or offsets of a lane's rows, two for each tile.
+__device__ __forceinline__ void load_values(const uint8_t* line, float (&values)[PART_TILES * 2]) {
     if (SCALE_TYPE == 2) {
-        const float4 low = reinterpret_cast<const float4*>(line)[group_row * 2];
-        const float4 high = reinterpret_cast<const float4*>(line)[group_row * 2 + 1];
-        values[0] = low.x, values[1] = low.y, values[2] = low.z, values[3] = low.w;
-        values[4] = high.x, values[5] = high.y, values[6] = high.z, values[7] = high.w;
+#pragma unroll
+        for (int i = 0; i < PART_TILES / 2; ++i) {
+            const float4 four = reinterpret_cast<const float4*>(line)[i];
+            values[4 * i] = four.x, values[4 * i + 1] = four.y, values[4 * i + 2] = four.z, values[4 * i + 3] = four.w;
+        }
         return;
     }
-    const uint4 packed = reinterpret_cast<const uint4*>(line)[group_row];
-    const uint32_t words[4] = {packed.x, packed.y, packed.z, packed.w};
+    uint32_t words[PART_TILES];
+    if constexpr (PART_TILES == 4) {
+        const uint4 packed = *reinterpret_cast<const uint4*>(line);
+        words[0] = packed.x, words[1] = packed.y, words[2] = packed.z, words[3] = packed.w;
+    } else {
+        const uint2 packed = *reinterpret_cast<const uint2*>(line);
+        words[0] = packed.x, words[1] = packed.y;
+    }
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < PART_TILES; ++i) {
         if (SCALE_TYPE == 1) {
             values[2 * i] = __uint_as_float(words[i] << 16);
             values[2 * i + 1] = __uint_as_float(words[i] & 0xFFFF0000u);
@@ -184,22 +196,31 @@ struct Weight {
 };
 
 // Copies one unit's bytes into a slot of a warp's ring; all lanes call it.
-__device__ __forceinline__ void load_unit(uint8_t* slot, uint64_t* filled, const Weight& weight, int row, int unit,
+__device__ __forceinline__ void load_unit(uint8_t* slot, uint64_t* filled, const Weight& weight, int part, int unit,
                                           int lane) {
-    const uint8_t* codes = weight.codes + (static_cast<int64_t>(row) * kUnits + unit) * kCodeBytes;
-    const int64_t group = static_cast<int64_t>(row) * kGroups + unit * kUnitColumns / GROUP_SIZE;
+    const int super_row = part / (4 / PART_TILES), piece = part % (4 / PART_TILES);
+    const uint8_t* codes = weight.codes + (static_cast<int64_t>(super_row) * kUnits + unit) * (UNIT_CHUNKS * kChunkBytes) +
+                           piece * kPieceBytes;
+    const int64_t group = static_cast<int64_t>(super_row) * kGroups + unit * kUnitColumns / GROUP_SIZE;
     const uint8_t* scales = weight.scales + group * (64 * kScaleSize);
     const uint8_t* zeros = weight.zeros + group * (64 * (ZERO_KIND == 1 ? 1 : kScaleSize));
 #if __CUDA_ARCH__ >= 900
     if (lane != 0) return;
     const uint32_t target = shared_address(slot), barrier = shared_address(filled);
     mbarrier_arrive_expect(barrier, kStageBytes);
-    bulk_load(target, codes, kCodeBytes, barrier, kCacheEvictFirst);
+    if (PART_TILES == 4) {
+        bulk_load(target, codes, kCodeBytes, barrier, kCacheEvictFirst);
+    } else {
+#pragma unroll
+        for (int chunk = 0; chunk < UNIT_CHUNKS; ++chunk) {
+            bulk_load(target + chunk * kPieceBytes, codes + chunk * kChunkBytes, kPieceBytes, barrier, kCacheEvictFirst);
+        }
+    }
     if (kScaleBytes) bulk_load(target + kCodeBytes, scales, kScaleBytes, barrier, kCacheEvictFirst);
     if (kZeroBytes) bulk_load(target + kCodeBytes + kScaleBytes, zeros, kZeroBytes, barrier, kCacheEvictFirst);
 #else
     for (int i = lane * 16; i < kStageBytes; i += 32 * 16) {
-        const uint8_t* source = i < kCodeBytes                 ? codes + i
+        const uint8_t* source = i < kCodeBytes                 ? codes + i / kPieceBytes * kChunkBytes + i % kPieceBytes
                                 : i < kCodeBytes + kScaleBytes ? scales + (i - kCodeBytes)
                                                                : zeros + (i - kCodeBytes - kScaleBytes);
         copy_async<16>(slot + i, source, true);
@@ -243,35 +264,41 @@ __device__ __forceinline__ void load_input(uint8_t* input, const Element* x, con
     }
 }
 
-using Sums = float[4][TOKEN_TILES][4];
+using Sums = float[PART_TILES][TOKEN_TILES][4];
 
 // Scales and zero points of one group for a lane's rows: row half `i % 2` of tile `i / 2`.
 struct Group {
-    float scales[8];
-    float offsets[8];
-    ZeroPair<CODE_BITS, kBf16> zeros[4];
+    float scales[PART_TILES * 2];
+    float offsets[PART_TILES * 2];
+    ZeroPair<CODE_BITS, kBf16> zeros[PART_TILES];
 };
 
-__device__ __forceinline__ void load_group(const uint8_t* slot, int group, int lane, Group& values) {
+// `first` is the place of the lane's values in a line of 64.
+__device__ __forceinline__ void load_group(const uint8_t* slot, int group, int first, Group& values) {
     if (kRowScales) return;
-    load_values(slot + kCodeBytes + group * 64 * kScaleSize, lane / 4, values.scales);
+    load_values(slot + kCodeBytes + (group * 64 + first) * kScaleSize, values.scales);
     const uint8_t* zeros = slot + kCodeBytes + kScaleBytes;
     if (ZERO_KIND == 1) {
-        const uint2 bytes = reinterpret_cast<const uint2*>(zeros + group * 64)[lane / 4];
 #pragma unroll
-        for (int i = 0; i < 8; ++i) values.zeros[i / 2].set(i % 2, (i < 4 ? bytes.x : bytes.y) >> (i % 4 * 8) & 0xFF);
+        for (int pair = 0; pair < PART_TILES / 2; ++pair) {
+            const uint32_t bytes = *reinterpret_cast<const uint32_t*>(zeros + group * 64 + first + pair * 4);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) values.zeros[pair * 2 + i / 2].set(i % 2, bytes >> (i * 8) & 0xFF);
+        }
     } else if (ZERO_KIND == 2) {
-        load_values(zeros + group * 64 * kScaleSize, lane / 4, values.offsets);
+        load_values(zeros + (group * 64 + first) * kScaleSize, values.offsets);
 #pragma unroll
-        for (int i = 0; i < 8; ++i) values.offsets[i] += values.scales[i] * static_cast<float>(1 << (CODE_BITS - 1));
+        for (int i = 0; i < PART_TILES * 2; ++i) {
+            values.offsets[i] += values.scales[i] * static_cast<float>(1 << (CODE_BITS - 1));
+        }
     }
 }
 
 // What a warp has at hand within a unit.
 struct Registers {
-    LaneCodes<CODE_BITS> codes[4];       // of a chunk, by tile
+    LaneCodes<CODE_BITS> codes[PART_TILES];  // of a chunk, by tile
     uint32_t inputs[TOKEN_TILES][4];     // B fragments of two k16-steps
-    float products[4][TOKEN_TILES][4];   // of a group, by tile
+    float products[PART_TILES][TOKEN_TILES][4];  // of a group, by tile
     float input_sums[TOKEN_TILES][4];    // of x over a group, in every row
     Group group;
 };
@@ -283,14 +310,14 @@ __device__ __forceinline__ void clear_products(Registers& at) {
         for (int i = 0; i < 4; ++i) {
             at.input_sums[token_tile][i] = 0.0f;
 #pragma unroll
-            for (int tile = 0; tile < 4; ++tile) at.products[tile][token_tile][i] = 0.0f;
+            for (int tile = 0; tile < PART_TILES; ++tile) at.products[tile][token_tile][i] = 0.0f;
         }
     }
 }
 
 __device__ __forceinline__ void add_products(const Registers& at, Sums& sums) {
 #pragma unroll
-    for (int tile = 0; tile < 4; ++tile) {
+    for (int tile = 0; tile < PART_TILES; ++tile) {
 #pragma unroll
         for (int token_tile = 0; token_tile < TOKEN_TILES; ++token_tile) {
 #pragma unroll
@@ -307,11 +334,11 @@ __device__ __forceinline__ void add_products(const Registers& at, Sums& sums) {
 // k16-step STEP of a unit and those after it. `input` is this lane's row of its first columns, for ldmatrix.
 template <int STEP>
 __device__ __forceinline__ void multiply_steps(const uint8_t* slot, const uint8_t* const (&input)[TOKEN_TILES], int lane,
-                                               Registers& at, Sums& sums) {
+                                               int first, Registers& at, Sums& sums) {
     if constexpr (STEP % 4 == 0) {
 #pragma unroll
-        for (int tile = 0; tile < 4; ++tile) {
-            at.codes[tile] = load_codes<CODE_BITS>(slot + STEP / 4 * kChunkBytes + tile * kTileBytes, lane);
+        for (int tile = 0; tile < PART_TILES; ++tile) {
+            at.codes[tile] = load_codes<CODE_BITS>(slot + STEP / 4 * kPieceBytes + tile * kTileBytes, lane);
         }
     }
     if constexpr (STEP % 2 == 0) {
@@ -321,11 +348,11 @@ __device__ __forceinline__ void multiply_steps(const uint8_t* slot, const uint8_
         }
     }
     if constexpr (STEP % kGroupSteps == 0) {
-        load_group(slot, STEP / kGroupSteps, lane, at.group);
+        load_group(slot, STEP / kGroupSteps, first, at.group);
         clear_products(at);
     }
 #pragma unroll
-    for (int tile = 0; tile < 4; ++tile) {
+    for (int tile = 0; tile < PART_TILES; ++tile) {
         uint32_t fragment[4];
         dequantize<CODE_BITS, kBf16, ZERO_KIND != 1, STEP % 4>(at.codes[tile], at.group.zeros[tile], fragment);
 #pragma unroll
@@ -345,12 +372,12 @@ __device__ __forceinline__ void multiply_steps(const uint8_t* slot, const uint8_
         }
     }
     if constexpr ((STEP + 1) % kGroupSteps == 0 && !kRowScales) add_products(at, sums);
-    if constexpr (STEP + 1 < UNIT_CHUNKS * 4) multiply_steps<STEP + 1>(slot, input, lane, at, sums);
+    if constexpr (STEP + 1 < UNIT_CHUNKS * 4) multiply_steps<STEP + 1>(slot, input, lane, first, at, sums);
 }
 
 // Adds one unit's product to the sums. `input` is the unit's first column of token 0.
 __device__ __forceinline__ void multiply_unit(const uint8_t* slot, const uint8_t* input, int num_tokens, int lane,
-                                              Sums& sums) {
+                                              int part, Sums& sums) {
     const uint8_t* rows[TOKEN_TILES];
 #pragma unroll
     for (int token_tile = 0; token_tile < TOKEN_TILES; ++token_tile) {
@@ -358,7 +385,7 @@ __device__ __forceinline__ void multiply_unit(const uint8_t* slot, const uint8_t
         rows[token_tile] = input + token * kInputStride + lane / 8 * 16;
     }
     Registers at;
-    multiply_steps<0>(slot, rows, lane, at, sums);
+    multiply_steps<0>(slot, rows, lane, lane / 4 * 8 + part % (4 / PART_TILES) * (PART_TILES * 2), at, sums);
 }
 
 // A warp's sums to shared memory, as [tokens][kPartialStride].
@@ -370,7 +397,7 @@ __device__ __forceinline__ void store_partials(float* partials, const Sums& sums
             const int token = token_tile * 8 + lane % 4 * 2 + i % 2;
             if (token >= num_tokens) continue;
 #pragma unroll
-            for (int tile = 0; tile < 4; ++tile) {
+            for (int tile = 0; tile < PART_TILES; ++tile) {
                 partials[token * kPartialStride + tile * 16 + i / 2 * 8 + lane / 4] = sums[tile][token_tile][i];
             }
         }
@@ -433,17 +460,17 @@ __device__ __forceinline__ void store_remote(float* local, int rank, float4 valu
 // Adds up what the warps and blocks have of a pass's rows, and stores it.
 __device__ __forceinline__ void finish_pass(uint8_t* shared, const float* partials, int pass, int cluster, int rank,
                                             int num_tokens, const Weight& weight, const float* bias, Element* y) {
-    constexpr int kQuads = WARP_ROWS * 16;
+    constexpr int kQuads = WARP_ROWS * kPartRows / 4;
     float* received = reinterpret_cast<float*>(shared + kReceivedOffset) + pass % kReceivedBuffers * kReceivedFloats;
     __syncthreads();
     for (int i = threadIdx.x; i < num_tokens * kQuads; i += kThreads) {
         const int token = i / kQuads, row = i % kQuads * 4;  // of the pass
-        const float4 sum = sum_partials(partials, row / 64, token, row % 64);
+        const float4 sum = sum_partials(partials, row / kPartRows, token, row % kPartRows);
         if (CLUSTER > 1) {
             const int owner = row / kOwnRows;
             store_remote(received + (rank * kMaxTokens + token) * kOwnRows + row % kOwnRows, owner, sum);
         } else {
-            store_outputs(sum, super_row(cluster, pass, row / 64) * 64 + row % 64, token, weight.scales, bias, y);
+            store_outputs(sum, part_of(cluster, pass, row / kPartRows) * kPartRows + row % kPartRows, token, weight.scales, bias, y);
         }
     }
 #if __CUDA_ARCH__ >= 900
@@ -460,7 +487,7 @@ __device__ __forceinline__ void finish_pass(uint8_t* shared, const float* partia
                 const float4 more = *reinterpret_cast<const float4*>(first + source * kMaxTokens * kOwnRows);
                 sum.x += more.x, sum.y += more.y, sum.z += more.z, sum.w += more.w;
             }
-            store_outputs(sum, super_row(cluster, pass, row / 64) * 64 + row % 64, token, weight.scales, bias, y);
+            store_outputs(sum, part_of(cluster, pass, row / kPartRows) * kPartRows + row % kPartRows, token, weight.scales, bias, y);
         }
     }
 #endif
@@ -481,6 +508,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_MULTIPROCESSOR
     const int rank = 0;
 #endif
     const int cluster = blockIdx.x / CLUSTER;
+    if (cluster >= NUM_CLUSTERS) {  // only keeps other blocks of this kernel and the next off a multiprocessor
+        grid_dependency_launch();
+        grid_dependency_wait();
+        return;
+    }
     const int split = rank * WARP_COLUMNS + column_part;
     const int first_unit = split_start(split), num_units = split_start(split + 1) - first_unit;
     uint8_t* ring = shared + warp * STAGES * kStageBytes;
@@ -496,9 +528,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_MULTIPROCESSOR
 #endif
     Cursor next{0, 0};
     auto load_next = [&](int stage) {
-        const int row = super_row(cluster, next.pass, row_part);
-        if (next.pass < kPasses && row < kSuperRows && num_units > 0) {
-            load_unit(ring + stage * kStageBytes, barriers + stage, weight, row, first_unit + next.unit, lane);
+        const int part = part_of(cluster, next.pass, row_part);
+        if (next.pass < kPasses && part < kParts && num_units > 0) {
+            load_unit(ring + stage * kStageBytes, barriers + stage, weight, part, first_unit + next.unit, lane);
             next.advance(num_units);
         }
 #if __CUDA_ARCH__ < 900
@@ -516,7 +548,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_MULTIPROCESSOR
     float* partials = reinterpret_cast<float*>(shared + (kPartialsInRing ? 0 : kRingBytes));
     int stage = 0, parity = 0;
     for (int pass = 0; pass < kPasses; ++pass) {
-        const bool has_row = super_row(cluster, pass, row_part) < kSuperRows;
+        const int part = part_of(cluster, pass, row_part);
         Sums sums = {};
         for (int phase = 0; phase < PHASES; ++phase) {
             if (PHASES > 1 || pass == 0) {
@@ -525,7 +557,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_MULTIPROCESSOR
                 __syncthreads();
             }
             const int count = min(kPhaseUnits, num_units - phase * kPhaseUnits);
-            for (int unit = 0; unit < count && has_row; ++unit) {
+            for (int unit = 0; unit < count && part < kParts; ++unit) {
 #if __CUDA_ARCH__ >= 900
                 mbarrier_wait(shared_address(barriers + stage), parity);
 #else
@@ -533,7 +565,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_MULTIPROCESSOR
                 __syncwarp();
 #endif
                 multiply_unit(ring + stage * kStageBytes, input + (column_part * kSegment + unit * kUnitColumns) * 2,
-                              num_tokens, lane, sums);
+                              num_tokens, lane, part, sums);
                 __syncwarp();
                 load_next(stage);
                 if (++stage == STAGES) stage = 0, parity ^= 1;

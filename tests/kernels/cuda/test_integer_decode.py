@@ -105,6 +105,7 @@ def test_odd_shapes(shape: Shape, device: torch.device) -> None:
         DecodePlan(1, 3, 1, 3, 3, unit_chunks=1),
         DecodePlan(1, 5, 1, 1, 2, phases=2),
         DecodePlan(1, 2, 2, 4, 2, phases=2),
+        DecodePlan(1, 4, 1, 2, 2, unit_chunks=4, part_tiles=2, idle_clusters=1),
     ],
 )
 def test_every_way_to_cut_a_layer(plan: DecodePlan, device: torch.device) -> None:
