@@ -1,0 +1,57 @@
+"""Linear layers with integer weights on a GPU: packed once, multiplied by the kernel that is fastest for the batch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from aphroquant.errors import UsageError
+from aphroquant.kernels.cuda.integer.batch import BatchLinear
+from aphroquant.kernels.cuda.integer.decode import DecodeLinear
+from aphroquant.kernels.cuda.integer.packing import pack
+from aphroquant.schemes import QuantizedWeight
+
+DTYPES = (torch.bfloat16, torch.float16)
+DECODE_TOKENS = 16  # up to so many, the decode kernel is the faster one
+
+
+class CudaIntegerLinear:
+    """y = x @ W.T + bias for x and y of `dtype` (bfloat16 or float16) on one GPU.
+
+    Sums are float32, in a fixed order: the same input gives the same bits. A call allocates its output and, for more
+    than DECODE_TOKENS tokens, what torch's allocator keeps in a graph's pool: calls can be captured in CUDA graphs once
+    each number of tokens has been run.
+    """
+
+    def __init__(
+        self, weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype, device: torch.device | str = "cuda"
+    ) -> None:
+        if dtype not in DTYPES:
+            raise UsageError(f"dtype = {dtype} must be torch.bfloat16 or torch.float16 for the CUDA kernels")
+        if bias is not None and tuple(bias.shape) != (weight.shape[0],):
+            raise UsageError(f"bias has shape {list(bias.shape)}, but the layer has {weight.shape[0]} outputs")
+        self.dtype = dtype
+        self.out_features, self.in_features = weight.shape
+        self.packed = pack(weight, device)
+        self.bias = None if bias is None else bias.detach().to(device, torch.float32).contiguous()
+        self._decode = DecodeLinear(self.packed, self.bias, dtype)
+        self._batch = BatchLinear(self.packed, self.bias)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the packed weight on the GPU."""
+        return self.packed.num_bytes
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[T, K] -> [T, N]."""
+        if x.dim() != 2 or x.shape[1] != self.in_features or x.dtype != self.dtype:
+            found = f"{x.dtype} {list(x.shape)}"
+            raise UsageError(f"input is {found}, but must be {self.dtype} [rows, {self.in_features}]")
+        if x.device != self.packed.codes.device:
+            raise UsageError(f"input is on {x.device}, but the weight is on {self.packed.codes.device}")
+        out = torch.empty(x.shape[0], self.out_features, dtype=x.dtype, device=x.device)
+        if x.shape[0] > DECODE_TOKENS:
+            self._batch(x, out)
+        elif x.shape[0] > 0:
+            self._decode(x, out)
+        return out
