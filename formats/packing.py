@@ -16,7 +16,7 @@ Words are int32, as files store them; the sign bit is an ordinary bit.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -85,9 +85,10 @@ def pack_awq(codes: Tensor) -> Tensor:
     _check_range(transposed, 4)
     eights = transposed.to(torch.uint8).view(columns // AWQ_PACK, AWQ_PACK, rows)
     words = torch.empty(columns // AWQ_PACK, rows, 4, dtype=torch.uint8, device=codes.device)
-    for byte in range(4):
-        low, high = AWQ_ORDER[2 * byte], AWQ_ORDER[2 * byte + 1]
-        words[..., byte] = eights[:, low] | (eights[:, high] << 4)
+    for part in _parts(columns // AWQ_PACK, rows):
+        for byte in range(4):
+            low, high = AWQ_ORDER[2 * byte], AWQ_ORDER[2 * byte + 1]
+            words[part, :, byte] = eights[part, low] | (eights[part, high] << 4)
     return words.view(torch.int32)[..., 0].T.contiguous()
 
 
@@ -96,9 +97,11 @@ def unpack_awq(words: Tensor) -> Tensor:
     rows, count = words.shape
     stored = words.T.flatten().view(torch.uint8).view(count, rows, 4)  # flat: a dimension of one may have any stride
     codes = torch.empty(count, AWQ_PACK, rows, dtype=torch.uint8, device=words.device)
-    for byte in range(4):
-        codes[:, AWQ_ORDER[2 * byte]] = stored[..., byte] & 15
-        codes[:, AWQ_ORDER[2 * byte + 1]] = stored[..., byte] >> 4
+    for part in _parts(count, rows):
+        for byte in range(4):
+            pairs = stored[part, :, byte].contiguous()
+            codes[part, AWQ_ORDER[2 * byte]] = pairs & 15
+            codes[part, AWQ_ORDER[2 * byte + 1]] = pairs >> 4
     return codes.view(count * AWQ_PACK, rows).T
 
 
@@ -110,26 +113,42 @@ _SPREADING: Mapping[int, tuple[torch.dtype, tuple[tuple[int, int], ...]]] = {
 }
 
 
+_CHUNK = 2**18  # elements handled at once, so that what lies between is in the processor's cache
+
+
+def _parts(count: int, size: int) -> Iterator[slice]:
+    """Slices of `count` things of that many elements, each of about a chunk."""
+    step = max(1, _CHUNK // max(size, 1))
+    return (slice(start, start + step) for start in range(0, count, step))
+
+
 def _spread(words: Tensor, bits: int) -> Tensor:
     """All codes of contiguous words [..., n]: uint8 [..., n * 32 / bits]."""
     wide, steps = _SPREADING[bits]
-    codes = words.flatten().view(torch.uint8).to(wide, copy=True)  # flat: a dimension of one may have any stride
-    for shift, mask in steps:
-        codes |= codes << shift
-        codes &= mask
+    stored = words.flatten().view(torch.uint8)  # flat: a dimension of one may have any stride
+    codes = torch.empty(stored.shape[0], dtype=wide, device=words.device)
+    for start in range(0, stored.shape[0], _CHUNK):
+        part = codes[start : start + _CHUNK]
+        part.copy_(stored[start : start + _CHUNK])
+        for shift, mask in steps:
+            part |= part << shift
+            part &= mask
     return codes.view(torch.uint8).view(*words.shape[:-1], words.shape[-1] * (WORD_BITS // bits))
 
 
 def _gather(codes: Tensor, bits: int) -> Tensor:
     """Contiguous codes that fill whole words, as words. Inverse of `_spread`."""
     wide, steps = _SPREADING[bits]
-    words = codes.flatten().view(wide)
-    for index in reversed(range(len(steps))):
-        words = words | (words >> steps[index][0])
-        if index:
-            words &= steps[index - 1][1]
-    packed = words.to(torch.uint8, copy=True).view(torch.int32)
-    return packed.view(*codes.shape[:-1], codes.shape[-1] // (WORD_BITS // bits))
+    spread = codes.flatten().view(wide)
+    packed = torch.empty(spread.shape[0], dtype=torch.uint8, device=codes.device)
+    for start in range(0, spread.shape[0], _CHUNK):
+        part = spread[start : start + _CHUNK]
+        for index in reversed(range(len(steps))):
+            part = part | (part >> steps[index][0])
+            if index:
+                part &= steps[index - 1][1]
+        packed[start : start + _CHUNK] = part
+    return packed.view(torch.int32).view(*codes.shape[:-1], codes.shape[-1] // (WORD_BITS // bits))
 
 
 def _check_range(codes: Tensor, bits: int) -> None:
