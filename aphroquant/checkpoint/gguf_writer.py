@@ -77,12 +77,14 @@ class GgufWriter:
         self._planned: dict[str, PlacedTensor] = {}  # by the name in the file
         self._missing: set[str] = set()
         self._descriptor: int | None = None
+        self._made_parent = False
         self._data_begin = 0
         self._num_written = 0
         self._check_target()
 
     def __enter__(self) -> Self:
         with self._disk_errors_told():
+            self._made_parent = not self.path.parent.exists()
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.removed = remove_leftovers(self.path)
             self._descriptor = os.open(self._partial, os.O_RDWR | os.O_CREAT, 0o666)
@@ -97,6 +99,8 @@ class GgufWriter:
             os.close(self._descriptor)
             self._descriptor = None
         self._partial.unlink(missing_ok=True)  # after finish it is gone already
+        if self._made_parent and error is not None and not any(self.path.parent.iterdir()):
+            self.path.parent.rmdir()
 
     @property
     def num_bytes(self) -> int:

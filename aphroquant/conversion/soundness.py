@@ -12,7 +12,9 @@ from torch import Tensor
 from aphroquant.checkpoint import Checkpoint
 from aphroquant.checkpoint.expected import expected_modules, expected_vectors
 from aphroquant.errors import InputError, UsageError
+from aphroquant.schemes import DenseScheme
 
+_CHUNK = 2**20  # numbers looked at at once, so that the comparison stays in the processor's cache
 _DAMAGED = "the file is damaged, or the model was trained badly; aphroquant inspect lists what is wrong with it"
 
 
@@ -27,7 +29,7 @@ def check_output_place(checkpoint: Checkpoint, out: Path) -> None:
 
 
 def check_complete(checkpoint: Checkpoint) -> None:
-    """InputError naming the first tensor that the model must have and the source has not."""
+    """InputError naming the first tensor that the model must have and the source has not, or has in another shape."""
     try:
         spec = checkpoint.spec
     except InputError:
@@ -41,6 +43,16 @@ def check_complete(checkpoint: Checkpoint) -> None:
             f"{checkpoint.source}: {missing[0]} is missing{others}",
             hint="the download is incomplete, or config.json belongs to another model",
         )
+    shapes: dict[str, tuple[int, ...]] = {f"{module}.weight": shape for module, shape in expected_modules(spec).items()}
+    shapes |= {name: (length,) for name, length in expected_vectors(spec).items()}
+    for name, shape in shapes.items():
+        info = checkpoint.tensors.get(name)
+        quantized = not isinstance(schemes.get(name.removesuffix(".weight")), DenseScheme | None)
+        if info is not None and not quantized and info.shape != shape:
+            raise InputError(
+                f"{checkpoint.source}: {name} has shape {list(info.shape)}, and config.json wants {list(shape)}",
+                hint="the file is damaged, or config.json belongs to another model",
+            )
 
 
 def check_carried(checkpoint: Checkpoint, names: Iterable[str]) -> None:
@@ -69,10 +81,20 @@ def is_finite(tensor: Tensor) -> bool:
     """Whether all numbers are; integers always are."""
     if not tensor.dtype.is_floating_point:
         return True
-    if tensor.dtype.itemsize == 1:  # torch has no isfinite for 8-bit floats
-        codes = tensor.contiguous().view(torch.uint8)
-        return not any((codes == code).any() for code in _codes_of_no_number(tensor.dtype))
+    if tensor.dtype.itemsize == 1:
+        codes = tensor.contiguous().view(torch.uint8).flatten()
+        return not any(_has_no_number(part, tensor.dtype) for part in torch.split(codes, _CHUNK))
     return bool(torch.isfinite(tensor).all())
+
+
+def _has_no_number(codes: Tensor, dtype: torch.dtype) -> bool:
+    """Whether one of these bytes is NaN or infinite as an 8-bit float, for which torch has no isfinite."""
+    if not codes.numel():
+        return False
+    bad = _codes_of_no_number(dtype)
+    if bad == [*range(bad[0], 128), *range(bad[0] + 128, 256)]:  # the highest codes of either sign: one comparison
+        return int((codes & 127).max()) >= bad[0]
+    return any(bool((codes == code).any()) for code in bad)
 
 
 @cache

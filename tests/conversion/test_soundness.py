@@ -59,7 +59,7 @@ def test_activations_that_overflow_are_named(source: Path, solver: str) -> None:
 
 def test_a_weight_too_large_for_its_scale_is_named(source: Path) -> None:
     change(source, lambda tensors: tensors["model.layers.1.mlp.down_proj.weight"].fill_(1e30))
-    with pytest.raises(InputError, match=r"^model\.layers\.1\.mlp\.down_proj: a weight is too large"):
+    with pytest.raises(InputError, match=r": model\.layers\.1\.mlp\.down_proj: a weight is too large"):
         aphroquant.convert(source, to="gptq", out=source.parent / "out", samples=0)
 
 
@@ -97,3 +97,12 @@ def test_numbers_of_every_width_are_looked_at() -> None:
     assert is_finite(torch.tensor([1, 2]))
     assert is_finite(torch.ones(3).to(torch.float8_e4m3fn))
     assert not is_finite(torch.tensor([float("nan")]).to(torch.float8_e4m3fn))
+
+
+def test_a_vector_of_another_length_is_refused_before_any_work(source: Path) -> None:
+    path = source / "model.safetensors"
+    tensors = load_file(path)
+    save_file({**tensors, "model.norm.weight": torch.ones(0)}, path)
+    with pytest.raises(InputError, match=r"model\.norm\.weight has shape \[0\], and config\.json wants \[\d+\]"):
+        aphroquant.convert(source, to="gptq", out=source.parent / "out", **QUICK)
+    assert [path.name for path in source.parent.iterdir()] == ["source"]
