@@ -10,7 +10,7 @@ from aphroquant.kernels.cuda.device import gpu, require
 from aphroquant.kernels.cuda.float8.packing import pack_float8
 from aphroquant.kernels.cuda.float8.quantize import GROUP, Granularity, quantize_tokens
 from aphroquant.kernels.cuda.float8.tiles import choose_tile
-from aphroquant.kernels.cuda.float8.wgmma import float8_multiply
+from aphroquant.kernels.cuda.float8.wgmma import Float8Tile, float8_multiply
 from aphroquant.kernels.cuda.integer.batch import BatchLinear
 from aphroquant.schemes import FloatScheme, QuantizedWeight, Scheme
 
@@ -56,6 +56,7 @@ class CudaFloat8Linear:
             return
         codes = weight["codes"].to(device).view(torch.uint8)
         padded = torch.nn.functional.pad(codes, (0, -codes.shape[1] % _ALIGNMENT))
+        self._tiles: dict[int, Float8Tile] = {}
         self._codes = padded.contiguous().view(torch.float8_e4m3fn)
         self._scales = weight["scales"].to(device, torch.float32).contiguous()
         if self._scheme.block_shape is None:
@@ -73,8 +74,7 @@ class CudaFloat8Linear:
 
     def _multiply(self, x: Tensor) -> Tensor:
         blocks = self._scheme.block_shape
-        device = gpu(x.get_device())
-        tile = choose_tile(self.out_features, self.in_features, x.shape[0], device.multiprocessors, blocks is not None)
+        tile = self._tile(x)
         if blocks is not None:
             padded = -(-x.shape[0] // tile.tokens) * tile.tokens
             tokens = quantize_tokens(x, Granularity.GROUP, padded_tokens=padded)
@@ -92,3 +92,11 @@ class CudaFloat8Linear:
             bias=self._bias,
             block_rows=None if blocks is None else blocks[0],
         )
+
+    def _tile(self, x: Tensor) -> Float8Tile:
+        tokens = x.shape[0]
+        if tokens not in self._tiles:
+            has_blocks = self._scheme.block_shape is not None
+            shape = (self.out_features, self.in_features)
+            self._tiles[tokens] = choose_tile(*shape, tokens, x.get_device(), has_blocks)
+        return self._tiles[tokens]
