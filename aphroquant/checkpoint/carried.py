@@ -5,6 +5,8 @@ from __future__ import annotations
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from aphroquant.errors import InputError
+
 TEMPLATES_FOLDER = "additional_chat_templates"  # transformers' own, for templates with names
 # No *.py: code in a checkpoint is neither run nor passed on. No README: it describes the source.
 CARRIED_PATTERNS = (
@@ -37,7 +39,20 @@ def carried_files(directory: Path) -> list[Path]:
     folder = directory / TEMPLATES_FOLDER
     if folder.is_dir():
         found += sorted(path for path in folder.iterdir() if path.is_file() and path.suffix == ".jinja")
+    for path in found:
+        _check_link(path, directory)
     return found
+
+
+def _check_link(path: Path, directory: Path) -> None:
+    """InputError for a link to a file of another name elsewhere: copying it would publish what is not the model's."""
+    target, home = path.resolve(), directory.resolve()
+    within_cache = target.parent == home.parent.parent / "blobs"  # where the Hub cache keeps the files
+    if target.name != path.name and not target.is_relative_to(home) and not within_cache:
+        raise InputError(
+            f"{path}: is a link to {target}, outside the checkpoint",
+            hint="put the file itself there, or remove the link",
+        )
 
 
 def carried_name(path: Path) -> str:

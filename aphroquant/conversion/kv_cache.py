@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from aphroquant.checkpoint import Checkpoint
-from aphroquant.checkpoint.base import is_kv_scale, read_json
+from aphroquant.checkpoint.base import is_kv_scale, naming, read_json
 from aphroquant.formats.base import CacheScheme, Format
 from aphroquant.formats.kv_scales import SPELLINGS, scale_name, written_name
 from aphroquant.formats.modelopt import SETTINGS_FILE
@@ -64,7 +64,8 @@ def _description(checkpoint: Checkpoint) -> CacheScheme | None:
     settings = checkpoint.directory / SETTINGS_FILE  # has more than config.json
     if found is None and checkpoint.format_name == "modelopt" and settings.exists():
         stored: Any = read_json(settings)
-        return type(checkpoint.format).from_config(stored).cache_scheme()
+        with naming(checkpoint.path):
+            return type(checkpoint.format).from_config(stored).cache_scheme()
     return found
 
 
