@@ -18,6 +18,7 @@ import os
 import select
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from pathlib import Path
@@ -86,7 +87,8 @@ def main() -> int:
         from fuzzing.worker import Worker
 
         name, seed = options.only
-        print(Worker(Path.cwd()).keep(name, int(seed), options.keep), file=sys.stderr)
+        with tempfile.TemporaryDirectory() as folder:
+            print(Worker(Path(folder)).keep(name, int(seed), options.keep), file=sys.stderr)
         return 0
     chosen = [name for name in names() if name.startswith(tuple(options.formats))]
     if options.only:

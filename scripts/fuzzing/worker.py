@@ -15,7 +15,7 @@ from random import Random
 import torch
 
 from fuzzing.corpus import checkpoint_files
-from fuzzing.directories import write_entries
+from fuzzing.directories import Entry, write_entries
 from fuzzing.mutations import DATA_KINDS, mutate
 from fuzzing.probe import Outcome, probe
 
@@ -31,7 +31,7 @@ class Worker:
         files, digest = self._sound_files(name)
         random = Random(f"{name} {seed}")
         entries, done = mutate(files, random)
-        outcome = self._probe(name, entries, random)
+        outcome = self._probe(name, entries, random, self.folder / "sound" / name / _source_name(name))
         result = outcome.to_dict() | {"name": name, "seed": seed, "kinds": done}
         changed = outcome.ended == "loaded" and outcome.digest != digest
         result["changed"] = changed and not DATA_KINDS & set(done)
@@ -47,19 +47,26 @@ class Worker:
     def _sound_files(self, name: str) -> tuple[dict[str, bytes], str]:
         if name not in self.sound:
             files = checkpoint_files(name)
-            outcome = self._probe(name, dict(files), Random(0), commands=False)
+            place = self.folder / "sound" / name
+            place.mkdir(parents=True)
+            write_entries(dict(files), place)
+            outcome = self._probe(name, dict(files), Random(0), None)
             assert outcome.ended == "loaded" and not outcome.faults, f"{name} is not sound: {outcome}"
             self.sound[name] = files, outcome.digest
         return self.sound[name]
 
-    def _probe(self, name: str, entries: dict[str, object], random: Random, *, commands: bool = True) -> Outcome:
+    def _probe(self, name: str, entries: dict[str, Entry], random: Random, sound: Path | None) -> Outcome:
         with tempfile.TemporaryDirectory(dir=self.folder) as place:
             model, output = Path(place) / "model", Path(place) / "out" / "converted"
             model.mkdir()
             output.parent.mkdir()
-            write_entries(entries, model)  # type: ignore[arg-type]
-            source = model / "model.gguf" if name.startswith("gguf") else model
-            return probe(source, output, random, commands=commands)
+            write_entries(entries, model)
+            return probe(model / _source_name(name), output, random, sound)
+
+
+def _source_name(name: str) -> str:
+    """What of the folder is given to the product: the GGUF file, or the folder itself."""
+    return "model.gguf" if name.startswith("gguf") else ""
 
 
 def main() -> None:
