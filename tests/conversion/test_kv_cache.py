@@ -65,3 +65,75 @@ def test_the_sources_own_description_is_kept(source: Path, options: dict[str, An
     again = source.parent / "again"
     aphroquant.convert(first, to="compressed-tensors", out=again, samples=0, requantize=True, **options)
     assert json.loads((again / "config.json").read_text())["quantization_config"]["kv_cache_scheme"] == PER_HEAD
+
+
+SCALED = "model.layers.0.self_attn"
+
+
+def respelled(source: Path, names: dict[str, str | None], **config: Any) -> None:
+    """Rename the cache scales of `source` (None: remove), and change its quantization_config."""
+    tensors = load_file(source / "model.safetensors")
+    for layer in (0, 1):
+        for old, new in names.items():
+            tensor = tensors.pop(f"model.layers.{layer}.self_attn.{old}")
+            if new is not None:
+                tensors[f"model.layers.{layer}.self_attn.{new}"] = tensor
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    ["attn.{}_scale", "{}_proj.{}_scale", "qkv_proj.{}_scale", "{}_cache.scale", "{}.scale", "{}_proj.output_scale"],
+)
+@pytest.mark.parametrize("to", ["compressed-tensors", "fp8", "modelopt"])
+def test_every_spelling_becomes_the_targets_own(source: Path, spelling: str, to: str) -> None:
+    respelled(source, {f"{which}_scale": spelling.replace("{}", which) for which in ("k", "v")})
+    _, tensors = written(source, to, **({"scheme": "fp8-dynamic"} if to == "modelopt" else {}))
+    found = {name: tensor for name, tensor in tensors.items() if name.startswith(SCALED) and tensor.numel() == 1}
+    expected = "{}_proj.{}_scale" if to == "modelopt" else "{}_scale"
+    names = {f"{SCALED}.{expected.replace('{}', which)}" for which in ("k", "v")}
+    assert names <= set(found)
+    assert not any(name.endswith(("output_scale", "cache.scale", ".k.scale")) for name in tensors)
+    assert {tensor.shape for name, tensor in found.items() if name in names} == {() if to == "modelopt" else (1,)}
+    assert all(float(found[name]) == 0.25 for name in names)
+
+
+def test_one_scale_for_both_becomes_two(source: Path) -> None:
+    respelled(source, {"k_scale": "kv_scale", "v_scale": None})
+    _, tensors = written(source, "compressed-tensors")
+    assert tensors[f"{SCALED}.k_scale"].tolist() == tensors[f"{SCALED}.v_scale"].tolist() == [0.25]
+    assert f"{SCALED}.kv_scale" not in tensors
+
+
+def test_of_two_spellings_the_one_that_counts_is_kept_and_it_says_so(source: Path) -> None:
+    tensors = load_file(source / "model.safetensors")
+    tensors[f"{SCALED}.k_proj.output_scale"] = torch.tensor(9.0)
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    result = aphroquant.convert(source, to="fp8", out=source.parent / "fp8")
+    assert any(
+        "k_proj.output_scale is left out: the same scale is stored under another name" in n for n in result.notes
+    )
+    assert load_file(source.parent / "fp8" / "model.safetensors")[f"{SCALED}.k_scale"].tolist() == [0.25]
+
+
+def test_modelopt_says_that_there_are_scales_in_both_of_its_files(source: Path) -> None:
+    config, _ = written(source, "modelopt", scheme="fp8-dynamic")
+    assert config["kv_cache_scheme"] == {"dynamic": False, "num_bits": 8, "type": "float"}
+    settings = json.loads((source.parent / "modelopt" / "hf_quant_config.json").read_text())
+    assert settings["quantization"]["kv_cache_quant_algo"] == "FP8"
+
+
+@pytest.mark.parametrize("algorithm", ["FP8", "NVFP4", "INT8", "FP8_CAST"])
+def test_modelopt_to_modelopt_keeps_the_algorithm_of_the_cache(source: Path, algorithm: str) -> None:
+    respelled(source, {"k_scale": None, "v_scale": None})  # a cache may need none
+    written(source, "modelopt", scheme="fp8-dynamic")
+    first = source.parent / "modelopt"
+    settings = json.loads((first / "hf_quant_config.json").read_text())
+    settings["quantization"]["kv_cache_quant_algo"] = algorithm
+    (first / "hf_quant_config.json").write_text(json.dumps(settings))
+    aphroquant.convert(first, to="modelopt", out=source.parent / "again")
+    again = json.loads((source.parent / "again" / "hf_quant_config.json").read_text())
+    assert again["quantization"]["kv_cache_quant_algo"] == algorithm
+    aphroquant.convert(first, to="compressed-tensors", out=source.parent / "ct")
+    config = json.loads((source.parent / "ct" / "config.json").read_text())["quantization_config"]
+    assert config["kv_cache_scheme"] is None  # no scales are stored
