@@ -45,6 +45,7 @@ class Tunable:
     """
 
     name: str
+    plan: type[Any]
     problems: Callable[[], Iterable[Problem]]
     candidates: Callable[[Problem], Sequence[Any]]
     prepare: Callable[[Problem, Any, int], Sequence[Callable[[], Any]]]

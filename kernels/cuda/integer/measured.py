@@ -1,0 +1,40 @@
+"""Plans and tiles of the integer kernels from the measured tables (kernels/cuda/tables)."""
+
+from __future__ import annotations
+
+from aphroquant.kernels.cuda.device import gpu
+from aphroquant.kernels.cuda.integer.decode_plan import TOKENS_OF_TILE, DecodePlan, DecodeShape, candidate_plans
+from aphroquant.kernels.cuda.integer.packing import PackedInteger
+from aphroquant.kernels.cuda.integer.wgmma import WgmmaTile
+from aphroquant.kernels.cuda.tuning import Problem, tuned
+
+DECODE, WGMMA = "integer_decode", "integer_wgmma"
+
+
+def kind_of(bits: int) -> str:
+    """What of a weight a plan depends on: groups and zero points cost the same in any plan."""
+    return f"bits={bits}"
+
+
+def measured_plan(shape: DecodeShape, token_tiles: int, device: int) -> DecodePlan | None:
+    """Of the plans that fit this layer, the one that splits it as the measured plan of the nearest layer does."""
+    tokens = 1 if token_tiles == 1 else token_tiles * TOKENS_OF_TILE
+    problem = Problem(kind_of(shape.bits), shape.out_features, shape.in_features, tokens)
+    measured = tuned(DECODE, DecodePlan, problem, device)
+    if measured is None:
+        return None
+    found = gpu(device)
+    plans = candidate_plans(shape, token_tiles, found.multiprocessors, found.capability)
+    return next((plan for plan in plans if _split(plan) == _split(measured)), None)
+
+
+def measured_tile(packed: PackedInteger, tokens: int, device: int, max_shared_bytes: int) -> WgmmaTile | None:
+    """The measured tile of the nearest product, if this weight's fits into shared memory."""
+    problem = Problem(kind_of(packed.bits), packed.out_features, packed.in_features, tokens)
+    tile = tuned(WGMMA, WgmmaTile, problem, device)
+    return tile if tile is not None and tile.shared_bytes(packed) <= max_shared_bytes else None
+
+
+def _split(plan: DecodePlan) -> tuple[int, ...]:
+    """What of a plan carries over to a layer of another size."""
+    return plan.cluster, plan.warp_rows, plan.warp_columns, plan.blocks_per_multiprocessor, plan.part_tiles
