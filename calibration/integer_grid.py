@@ -17,6 +17,7 @@ from aphroquant.errors import InputError
 from aphroquant.schemes import IntegerScheme, QuantizedWeight
 
 _CHUNK_ELEMENTS = 1 << 17  # of a search: its temporaries then stay in the processor's cache
+_GPU_CHUNK_ELEMENTS = 1 << 25  # enough to fill a GPU, few enough for its memory
 _NUM_SHARES = 20
 _SMALLEST_SHARE = {1: 0.2, 2: 0.3, 3: 0.5, 4: 0.6}  # of the range that a grid covers; 0.7 with more bits
 
@@ -53,7 +54,8 @@ def search_grid(
     weights = _split(importance.expand_as(weight) if importance.dim() == 2 else importance[None], scheme)
     scales, zeros = torch.empty(groups.shape[:2]), torch.empty(groups.shape[:2])
     scales, zeros = scales.to(weight.device), zeros.to(weight.device)
-    rows = max(1, _CHUNK_ELEMENTS // max(weight.shape[1], 1))
+    elements = _CHUNK_ELEMENTS if weight.device.type == "cpu" else _GPU_CHUNK_ELEMENTS
+    rows = max(1, elements // max(weight.shape[1], 1))
     for start in range(0, weight.shape[0], rows):
         part = slice(start, start + rows)
         chosen = _search_rows(groups[part], weights if weights.shape[0] == 1 else weights[part], scheme, scale_dtype)

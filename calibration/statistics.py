@@ -33,14 +33,17 @@ class InputStatistics(NamedTuple):
 class StatisticsCollector:
     """Sums over chunks of one layer's input. `module` is what errors name; `window_len` turns rows into samples."""
 
-    def __init__(self, module: str, width: int, window_len: int, *, second_moment: bool) -> None:
+    def __init__(
+        self, module: str, width: int, window_len: int, *, second_moment: bool, device: torch.device | None = None
+    ) -> None:
+        """`device`: where the inputs are, and the statistics will be."""
         self._module = module
         self._window_len = window_len
         self._num_tokens = 0
-        self._abs_sum = torch.zeros(width)
-        self._square_sum = torch.zeros(width)
-        self._max_abs = torch.zeros(width)
-        self._moment_sum = torch.zeros(width, width) if second_moment else None
+        self._abs_sum = torch.zeros(width, device=device)
+        self._square_sum = torch.zeros(width, device=device)
+        self._max_abs = torch.zeros(width, device=device)
+        self._moment_sum = torch.zeros(width, width, device=device) if second_moment else None
 
     def update(self, x: Tensor) -> None:
         """Add the rows of x [T, K]. InputError naming module and sample if one is not finite."""

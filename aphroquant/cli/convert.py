@@ -72,6 +72,13 @@ TARGETS = (
 @click.option("--seq-len", default=512, show_default=True, help="Tokens in a window.")
 @click.option("--seed", default=0, show_default=True, help="Chooses the windows.")
 @click.option("--ignore", multiple=True, metavar="PATTERN", help="Modules that stay as they are; repeatable.")
+@click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    help="What calibrates and solves; auto is a GPU if there is one.",
+)
 @click.option("--threads", type=click.IntRange(min=1), help="Processor threads to use. Default: all.")
 @click.option(
     "--requantize", is_flag=True, help="Allow a loss: quantize anew what is quantized already and cannot stay as it is."
@@ -93,6 +100,7 @@ def command(
     seq_len: int,
     seed: int,
     ignore: tuple[str, ...],
+    device: str,
     threads: int | None,
     requantize: bool,
     dry_run: bool,
@@ -128,6 +136,7 @@ def command(
             seed=seed,
             ignore=ignore,
             overwrite=overwrite,
+            device=device,
             requantize=requantize,
             dry_run=dry_run,
             progress=progress,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -24,6 +24,8 @@ from aphroquant.errors import InputError
 from aphroquant.models.loader import load_embedding
 from aphroquant.models.spec import DOWN, GATE, INPUT_NORM, POST_ATTENTION_NORM, UP, K, O, Q, V
 from aphroquant.schemes import IntegerScheme
+
+CPU = torch.device("cpu")
 
 
 @dataclass
@@ -55,8 +57,9 @@ class CalibratedSolver:
     Within a block: q, k, v; then o; then gate, up; then down, each on inputs that those before it made.
     """
 
-    def __init__(self, plan: ConversionPlan, windows: Tensor) -> None:
-        self._plan = plan
+    def __init__(self, plan: ConversionPlan, windows: Tensor, device: torch.device = CPU) -> None:
+        """Blocks are solved on `device`; the hidden states of all windows stay on the CPU."""
+        self._plan, self._device = plan, device
         self._window_len = windows.shape[1]
         self._memory_limit = default_memory_limit()
         self._rounding = FP8_ROUNDING() if not isinstance(plan.scheme, IntegerScheme) else plan.solver.load()
@@ -71,36 +74,44 @@ class CalibratedSolver:
     def solve(self) -> Iterator[SolvedBlock]:
         """All blocks, one at a time."""
         for layer in range(self._plan.spec.num_layers):
-            yield self._solve_block(load_calibration_block(self._plan.checkpoint, layer, self._window_len))
+            yield self._solve_block(self._load(layer))
+
+    def _load(self, layer: int) -> CalibrationBlock:
+        return load_calibration_block(self._plan.checkpoint, layer, self._window_len, self._device)
 
     @torch.no_grad()
     def _solve_block(self, block: CalibrationBlock) -> SolvedBlock:
-        solved = SolvedBlock(block.block.layer, {}, block.changed)
+        solved = SolvedBlock(block.block.layer, {})
         self._check_weights(block)
         self._half(block, solved, INPUT_NORM, (Q, K, V), O)
         self._half(block, solved, POST_ATTENTION_NORM, (GATE, UP), DOWN)
+        solved.changed = {name: tensor.cpu() for name, tensor in block.changed.items()}
         return solved
 
     def _half(self, block: CalibrationBlock, solved: SolvedBlock, norm: str, first: tuple[str, ...], last: str) -> None:
         """The attention or the MLP: layers that read the norm, the one that writes to the residual stream."""
         is_attention = norm == INPUT_NORM
         if self._scaler is not None:
-            sample = block.block.norm(norm, self._hidden.rows[self._sample_rows()])
+            sample = block.block.norm(norm, self._hidden.rows[self._sample_rows()].to(self._device))
             scale = self._scaler.scale_attention if is_attention else self._scaler.scale_mlp
             solved.scaling |= scale(block, sample)
-        statistics = self._gather(block, first, lambda rows: block.block.norm(norm, self._hidden.rows[rows]))
+        statistics = self._gather(block, first, lambda rows: block.block.norm(norm, self._states(rows)))
         self._round(block, solved, first, statistics)
         inner = self._inner(block, norm, block.attention_mix if is_attention else block.mlp_inner)
-        statistics = self._gather(block, (last,), lambda rows: inner.rows[rows])
+        statistics = self._gather(block, (last,), lambda rows: inner.rows[rows].to(self._device))
         self._round(block, solved, (last,), statistics)
         for rows in self._chunks():
-            self._hidden.rows[rows] += block.linears[last](inner.rows[rows])
+            self._hidden.rows[rows] += block.linears[last](inner.rows[rows].to(self._device)).cpu()
+
+    def _states(self, rows: slice) -> Tensor:
+        """Hidden states of some windows, on the device."""
+        return self._hidden.rows[rows].to(self._device)
 
     def _inner(self, block: CalibrationBlock, norm: str, forward: Callable[[Tensor], Tensor]) -> Activations:
         """The input of the last layer of a half, for all windows."""
         inner: Activations | None = None
         for rows in self._chunks():
-            part = forward(block.block.norm(norm, self._hidden.rows[rows]))
+            part = forward(block.block.norm(norm, self._states(rows)))
             inner = inner or Activations(len(self._hidden), part.shape[1], memory_limit=self._memory_limit)
             inner.rows[rows] = part
         assert inner is not None
@@ -115,7 +126,9 @@ class CalibratedSolver:
             return None
         width = block.linears[names[0]].weight.shape[1]
         second_moment = self._plan.solver.needs_second_moment
-        collector = StatisticsCollector(modules[0], width, self._window_len, second_moment=second_moment)
+        collector = StatisticsCollector(
+            modules[0], width, self._window_len, second_moment=second_moment, device=self._device
+        )
         for rows in self._chunks():
             collector.update(inputs(rows))
         return collector.finish()
@@ -137,8 +150,8 @@ class CalibratedSolver:
         ):
             solutions = self._rounding(weights, statistics, self._plan.scheme, self._plan.scale_dtype)
         for name, solution in zip(chosen, solutions, strict=True):
-            solved.solutions[f"{block.prefix}.{name}"] = solution
             block.linears[name].weight = solution.weight.dequantize()
+            solved.solutions[f"{block.prefix}.{name}"] = replace(solution, weight=solution.weight.to(CPU))
 
     def _make_scaler(self) -> BlockScaler | None:
         if not self._plan.solver.scales_channels:

@@ -72,18 +72,23 @@ class CalibrationBlock:
     def _rope(self, x: Tensor) -> CosSin:
         spec = self.block.spec
         positions = torch.arange(self.window_len).repeat(x.shape[0] // self.window_len)
-        return cos_sin(spec.rope, spec.head_dim, positions)
+        cos, sin = cos_sin(spec.rope, spec.head_dim, positions)
+        return cos.to(x.device), sin.to(x.device)
 
 
-def load_calibration_block(checkpoint: Checkpoint, layer: int, window_len: int) -> CalibrationBlock:
-    """Read and dequantize one block."""
+def load_calibration_block(
+    checkpoint: Checkpoint, layer: int, window_len: int, device: torch.device | None = None
+) -> CalibrationBlock:
+    """Read and dequantize one block, on a device."""
     linears: dict[str, BlockLinear] = {}
     prefix = f"{checkpoint.spec.block_prefix(layer)}."
 
     def make(module: str, weight: QuantizedWeight, bias: Tensor | None) -> BlockLinear:
-        made = BlockLinear(weight.dequantize(), None if bias is None else bias.float())
+        matrix = (weight if device is None else weight.to(device)).dequantize()
+        made = BlockLinear(matrix, None if bias is None else bias.float().to(device))
         linears[module.removeprefix(prefix)] = made
         return made
 
     block = load_block(checkpoint, layer, torch.float32, make)
+    block.norms = {name: gain.to(device) for name, gain in block.norms.items()}
     return CalibrationBlock(block, linears, window_len)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from aphroquant.devices import torch_device
 from aphroquant.errors import UsageError
 
 PER_ROW = -1  # as a group size: one group for the whole row
@@ -16,6 +17,7 @@ class ConversionRequest:
 
     `group_size` -1 means one group a row. `samples` 0 means no calibration. `ignore` are names of modules that stay
     dense: whole names, or patterns with * and ?, matched from any dot on ("o_proj", "model.layers.0.*").
+    `device` calibrates and solves: "auto" (a GPU if there is one), "cpu" or "cuda".
     `requantize` allows what is quantized already to be changed, with a loss.
     """
 
@@ -33,6 +35,7 @@ class ConversionRequest:
     seed: int = 0
     ignore: tuple[str, ...] = ()
     overwrite: bool = False
+    device: str = "auto"
     requantize: bool = False
 
     def __post_init__(self) -> None:
@@ -44,5 +47,6 @@ class ConversionRequest:
             raise UsageError(f"samples = {self.samples} must not be negative")
         if self.seq_len < 2:
             raise UsageError(f"seq_len = {self.seq_len} must be at least 2")
+        torch_device(self.device)  # found before the work
         if not 0 <= self.seed < 2**63:
             raise UsageError(f"seed = {self.seed} must be between 0 and 2**63 - 1")

@@ -39,6 +39,7 @@ from aphroquant.conversion.request import ConversionRequest
 from aphroquant.conversion.result import ConversionResult
 from aphroquant.conversion.soundness import check_carried, check_complete, check_output_place
 from aphroquant.conversion.targets import can_be_quantized_for, check_known
+from aphroquant.devices import torch_device
 from aphroquant.schemes import FloatScheme
 
 Plan = ConversionPlan | RepackPlan
@@ -60,6 +61,7 @@ def convert(
     seed: int = 0,
     ignore: Sequence[str] | str = (),
     overwrite: bool = False,
+    device: str = "auto",
     requantize: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
@@ -72,6 +74,7 @@ def convert(
     A source that is quantized already, in numbers that `to` can hold, is repacked without loss. If it cannot, or other
     numbers are asked for, it is an error without `requantize`, which allows a loss. The directory appears only when it
     is complete. `samples` = 0 does without calibration (rtn, FP8); GGUF's encoders use `calibration` if it is given.
+    `device` calibrates and solves: "auto" (a GPU if there is one), "cpu" or "cuda".
     """
     check_known(to)
     paths = [calibration] if isinstance(calibration, str | Path) else calibration or ()
@@ -90,6 +93,7 @@ def convert(
         seed=seed,
         ignore=(ignore,) if isinstance(ignore, str) else tuple(ignore),
         overwrite=overwrite,
+        device=device,
         requantize=requantize,
     )
     checkpoint, say = open_checkpoint(source), progress or Progress()
@@ -208,7 +212,7 @@ class _Conversion(Conversion):
             solved_blocks = solve_without_data(plan)
         else:
             with naming(self.checkpoint.path):
-                solver = CalibratedSolver(plan, data.windows)
+                solver = CalibratedSolver(plan, data.windows, torch_device(self.request.device))
             if solver.spilled:
                 self.note("the hidden states are kept in a temporary file")
             solved_blocks = solver.solve()
