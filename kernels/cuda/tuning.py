@@ -14,7 +14,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -72,6 +72,12 @@ def all_tunables() -> list[Tunable]:
 
 def tuned(kernel: str, plan: type[Plan], problem: Problem, device: int) -> Plan | None:
     """The measured plan nearest to the problem; None if there is no table, or none of that kind of weight."""
+    found: Plan | None = _tuned(kernel, plan, problem, device)
+    return found
+
+
+@lru_cache(maxsize=8192)  # asked for at every launch
+def _tuned(kernel: str, plan: type[Any], problem: Problem, device: int) -> Any:
     found = gpu(device)
     entry = nearest(load_table(kernel, found.name, found.architecture), problem)
     return None if entry is None else plan(**entry.plan)

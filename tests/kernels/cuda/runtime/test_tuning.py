@@ -68,6 +68,7 @@ def test_a_plan_comes_back_as_what_it_was(folder: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(tuning, "gpu", lambda device: Gpu(0, H100, (9, 0), 80 << 30, 132, 50 << 20))
     table = load_table("decode", H100, "sm_90a", folder)
     monkeypatch.setattr(tuning, "load_table", lambda *names: table)
+    tuning._tuned.cache_clear()
     assert tuned("decode", Plan, Problem("bits=4", 4096, 14336, 64), 0) == Plan(3, True)
     assert tuned("decode", Plan, Problem("bits=3", 4096, 14336, 64), 0) is None
 
