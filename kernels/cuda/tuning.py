@@ -72,7 +72,8 @@ def all_tunables() -> list[Tunable]:
 
 def tuned(kernel: str, plan: type[Plan], problem: Problem, device: int) -> Plan | None:
     """The measured plan nearest to the problem; None if there is no table, or none of that kind of weight."""
-    found: Plan | None = _tuned(kernel, plan, problem, device)
+    kind: Any = plan
+    found: Plan | None = _tuned(kernel, kind, problem, device)
     return found
 
 
