@@ -1,167 +1,78 @@
-"""Loads what we write in an outside library that needs an environment of its own, and compares weights and logits.
+"""Compares what we read and write with outside libraries, each in an environment of its own.
 
-    ./scripts/interop gptqmodel                  tiny random models in every setting that GPTQ and AWQ have
-    ./scripts/interop gptqmodel DIR [DIR ...]    these GPTQ or AWQ checkpoints
+    ./scripts/interop                 every library
+    ./scripts/interop LIBRARY ...     these
+    ./scripts/interop --write-table   and put the results of this run into README.md's table
+    ./scripts/interop --list          names of the libraries
 
-The environment is made once, in ~/.cache/aphroquant/interop or $APHROQUANT_CACHE/interop. For each checkpoint the
-reference is a dense transformers model with our dequantized weights; compared are
-
-    equal    the layers whose weight, as the library computes it, is bit for bit ours in float16
-    fp32     largest difference of float32 logits: the library's float16 weights against our float32 ones
-    own      the same for the library's own float16 forward
-    hf       the same for transformers, which loads GPTQ and AWQ through GPTQModel (not overrides of single modules)
-
-relative to the largest logit. It fails (exit code 4) unless all weights are equal and the others within TOLERANCES. The
-last line on stdout is the same as JSON.
+Theirs -> ours: the library quantizes and saves a tiny random Llama, and we load it. Ours -> theirs: the library loads
+what `aphroquant convert` wrote, unchanged. Both ways every weight as the library computes it must be ours bit for bit,
+and the logits of the library's own forward must agree with our float32 ones. Progress goes to stderr; the last line on
+stdout is JSON. The exit code is 4 if anything differs. Environments are made once, in ~/.cache/aphroquant/interop or
+$APHROQUANT_CACHE/interop.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
-import os
-import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
-from typing import Any
 
-ROOT = Path(__file__).parent.parent
-WORKER = ROOT / "tests" / "interop" / "gptqmodel_worker.py"
-GPTQMODEL_VERSION = "7.6.0"  # 7.7.0 needs torch >= 2.14.1, whose default build brings gigabytes of CUDA
-TOLERANCES = {"fp32": 0.01, "own": 0.05, "hf": 0.05}  # float16 rounding of weights; and of every activation
+from interop_lib.cases import CASES, Case
+from interop_lib.compare import Row, run_cases
+from interop_lib.ours import ROOT
+from interop_lib.table import write_table
+
 EXIT_DIFFERENT = 4
 
 
 def main() -> int:
+    libraries = list(dict.fromkeys(case.library for case in CASES))
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    libraries = parser.add_subparsers(dest="library", required=True)
-    gptqmodel = libraries.add_parser("gptqmodel", help="GPTQModel, and transformers through it")
-    gptqmodel.add_argument("checkpoints", nargs="*", type=Path, metavar="DIR")
-    gptqmodel.add_argument("--gptqmodel-version", default=GPTQMODEL_VERSION)
-    gptqmodel.add_argument("--torch-version", help="default: the release that this environment has")
+    parser.add_argument("libraries", nargs="*", metavar="LIBRARY", help=f"of {', '.join(libraries)}; default: all")
+    parser.add_argument("--case", help="only cases whose name contains this")
+    parser.add_argument("--write-table", action="store_true", help="put the results into README.md")
+    parser.add_argument("--list", action="store_true", help="print the names of the libraries, and stop")
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="work here, and keep what the workers said")
     options = parser.parse_args()
-    python = environment(options.gptqmodel_version, options.torch_version or own_torch_version())
-    with tempfile.TemporaryDirectory(prefix="aphroquant-interop-") as folder:
-        paths = options.checkpoints or tiny_checkpoints(Path(folder))
-        results = [compare(python, path, Path(folder)) for path in paths]
-    print(json.dumps({"library": f"gptqmodel {options.gptqmodel_version}", "results": results}))
-    return 0 if all(result["passed"] for result in results) else EXIT_DIFFERENT
+    if options.list:
+        print("\n".join(libraries))
+        return 0
+    if options.write_table and options.case:
+        parser.error("--write-table replaces all rows of a library, so it does not go with --case")
+    unknown = set(options.libraries) - set(libraries)
+    if unknown:
+        parser.error(f"unknown library {min(unknown)!r}; there are {', '.join(libraries)}")
+    chosen = [case for case in CASES if case.library in (options.libraries or libraries)]
+    chosen = [case for case in chosen if options.case is None or options.case in case.name]
+    with tempfile.TemporaryDirectory(prefix="aphroquant-interop-") as temporary:
+        folder = options.keep or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = []
+        for _, group in groupby(sorted(chosen, key=_process), key=_process):
+            rows += [_shown(row) for row in run_cases(list(group), folder.resolve())]
+    if options.write_table:
+        write_table(ROOT / "README.md", rows)
+    print(json.dumps({"results": [row.to_json() for row in rows]}))
+    return 0 if all(row.passed for row in rows) else EXIT_DIFFERENT
 
 
-def environment(version: str, torch_version: str) -> Path:
-    """The interpreter of an environment with GPTQModel, made if it is not there."""
-    cache = Path(os.environ.get("APHROQUANT_CACHE") or Path.home() / ".cache" / "aphroquant").expanduser()
-    folder = cache / "interop" / f"gptqmodel-{version}"
-    python, complete = folder / "bin" / "python", folder / ".complete"
-    if not complete.exists():
-        print(f"making {folder} (a few minutes) ...", file=sys.stderr)
-        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-        install = [python, "-m", "pip", "install", "--quiet"]
-        torch = f"torch=={torch_version}"
-        subprocess.run([*install, torch, "wheel", "setuptools"], check=True)
-        subprocess.run([*install, f"gptqmodel=={version}", "optimum", torch], check=True)
-        complete.touch()
-    return python
+def _process(case: Case) -> tuple[str, str, str]:
+    """Cases with the same answer are asked in one process."""
+    return case.library, case.environment, case.worker
 
 
-def own_torch_version() -> str:
-    import torch
-
-    return str(torch.__version__).split("+")[0]
-
-
-def compare(python: Path, checkpoint: Path, folder: Path) -> dict[str, Any]:
-    """One line of the table, printed, and its figures."""
-    reference = folder / "reference.safetensors"
-    write_reference(checkpoint, reference)
-    environ = {**os.environ, "GPTQMODEL_CPU_WORKERS": "2", "CUDA_VISIBLE_DEVICES": ""}
-    command = [python, WORKER, checkpoint.resolve(), reference]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environ, check=False)
-    last = (done.stdout.splitlines() or [""])[-1]
-    if done.returncode or not last.startswith("{"):
-        print(done.stdout[-4000:], done.stderr[-4000:], sep="\n", file=sys.stderr)
-        raise SystemExit(f"error: {checkpoint} does not load (exit code {done.returncode})")
-    result: dict[str, Any] = {"checkpoint": checkpoint.name, **json.loads(last)}
-    differences = {name: result[name] for name in TOLERANCES if result[name] is not None}
-    within = all(difference <= TOLERANCES[name] for name, difference in differences.items())
-    result["passed"] = within and result["equal"] == result["layers"] > 0
-    columns = "  ".join(f"{name} {difference:.1e}" for name, difference in differences.items())
-    verdict = "passed" if result["passed"] else "FAILED"
-    equal = f"equal {result['equal']}/{result['layers']}"
-    print(f"{checkpoint.name:20} {result['kernel']:16} {equal}  {columns}  {verdict}", file=sys.stderr)
-    return result
-
-
-def write_reference(checkpoint: Path, path: Path) -> None:
-    """The dequantized model (float32), tokens, and its logits, in one safetensors file for the worker."""
-    import torch
-    from safetensors.torch import save_file
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from aphroquant.checkpoint import open_checkpoint
-
-    opened = open_checkpoint(checkpoint)
-    settings = {key: value for key, value in opened.config.items() if key != "model_type"}
-    model = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(opened.config["model_type"], **settings), dtype=torch.float32
-    ).eval()
-    state = {f"{module}.weight": opened.weight(module).dequantize() for module in opened.schemes()}
-    state |= {name: opened.read(name).float() for name in opened.dense_names() if name not in state}
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    tied = {"lm_head.weight"} if opened.config.get("tie_word_embeddings") else set()
-    if unexpected or set(missing) - tied:
-        raise SystemExit(f"error: {checkpoint}: missing {missing}, unexpected {unexpected}")
-    model.tie_weights()
-    token_ids = torch.randint(0, model.config.vocab_size, (2, 24), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        logits = model(token_ids).logits
-    save_file({**state, "interop.token_ids": token_ids, "interop.logits": logits}, path)
-
-
-def tiny_checkpoints(folder: Path) -> Iterator[Path]:
-    """A tiny Llama in every setting that GPTQ and AWQ have."""
-    import torch
-
-    from aphroquant.formats import format_class
-    from aphroquant.schemes import DenseScheme, IntegerScheme, Scheme
-
-    sizes = {"hidden_size": 128, "intermediate_size": 256}
-    source = load_module(ROOT / "tests" / "conftest.py")._write_tiny_checkpoint(folder / "source", "llama", sizes)
-    quantize_checkpoint = load_module(ROOT / "tests" / "interop" / "checkpoints.py").quantize_checkpoint
-
-    def mixed(module: str) -> Scheme:
-        if "layers.0" in module:
-            return IntegerScheme(8, None, symmetric=True)
-        return DenseScheme(torch.float32) if "up_proj" in module else IntegerScheme(4, 32, symmetric=False)
-
-    settings: dict[str, Any] = {
-        "gptq-4-symmetric": lambda module: IntegerScheme(4, 32, symmetric=True),
-        "gptq-4-asymmetric": lambda module: IntegerScheme(4, 32, symmetric=False),
-        "gptq-4-act-order": lambda module: IntegerScheme(4, 32, symmetric=False, act_order=True),
-        "gptq-2-asymmetric": lambda module: IntegerScheme(2, 16, symmetric=False),
-        "gptq-3-asymmetric": lambda module: IntegerScheme(3, 64, symmetric=False),
-        "gptq-8-channel": lambda module: IntegerScheme(8, None, symmetric=True),
-        "gptq-mixed": mixed,
-        "awq-symmetric": lambda module: IntegerScheme(4, 32, symmetric=True),
-        "awq-asymmetric": lambda module: IntegerScheme(4, 64, symmetric=False),
-    }
-    for name, scheme_of in settings.items():
-        quantize_checkpoint(source, folder / name, format_class(name.split("-")[0]), scheme_of)
-        yield folder / name
-
-
-def load_module(path: Path) -> Any:
-    """A file of the tests, which are no package."""
-    spec = importlib.util.spec_from_file_location(f"interop_{path.stem}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+def _shown(row: Row) -> Row:
+    verdict = "passed" if row.passed else "FAILED"
+    print(f"{row.case.library:16} {row.case.name:32} {verdict}", file=sys.stderr)
+    for way in ("ours", "theirs"):
+        outcome = getattr(row, way)
+        if outcome is not None:
+            print(f"    {way:7} {outcome}", file=sys.stderr)
+    return row
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Runs in an environment with xllamacpp: what llama.cpp makes of a GGUF file. Prints one line of JSON.
+"""Runs in an environment with xllamacpp or llama-cpp-python: what llama.cpp makes of a GGUF file. Prints JSON.
 
     python llama_cpp_worker.py REQUEST.json LOGITS.npy
 
@@ -6,7 +6,7 @@ The request: `model` (path), `texts` (to tokenize with special tokens parsed), `
 answer: `tokens` of each text, `greedy` continuation of the prompt; the logits after each token of the prompt, float32
 [len(prompt), V], go into the .npy file.
 
-xllamacpp's wheel is llama.cpp built for any CPU, with llama.h's functions exported. Structs are passed by value in more
+Their wheels have llama.cpp built for any CPU, with llama.h's functions exported. Structs are passed by value in more
 space than they have, which x86-64 and AArch64 callees do not notice: only leading fields are known here.
 """
 
@@ -16,7 +16,7 @@ import ctypes
 import json
 import sys
 from ctypes import POINTER, c_bool, c_char_p, c_float, c_int32, c_uint32, c_void_p
-from importlib.metadata import files
+from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +59,7 @@ def main(request_path: str, logits_path: str) -> None:
 
 
 def load_library() -> Any:
-    (path,) = [entry.locate() for entry in files("xllamacpp") or [] if entry.name.endswith(".so")]
-    llama = ctypes.CDLL(str(path))
+    llama = ctypes.CDLL(str(library_path()))
     signatures: dict[str, tuple[Any, list[Any]]] = {
         "llama_model_default_params": (ModelParams, []),
         "llama_context_default_params": (ContextParams, []),
@@ -80,6 +79,17 @@ def load_library() -> Any:
         function = getattr(llama, name)
         function.restype, function.argtypes = result, arguments
     return llama
+
+
+def library_path() -> Path:
+    """The shared library of the package that is installed."""
+    for package, name in (("xllamacpp", ".so"), ("llama_cpp_python", "libllama.so")):
+        try:
+            found = [entry for entry in files(package) or [] if entry.name.endswith(name)]
+        except PackageNotFoundError:
+            continue
+        return Path(str(found[0].locate()))
+    raise SystemExit("neither xllamacpp nor llama-cpp-python is installed")
 
 
 def step(llama: Any, context: Any, token: int, num_rows: int) -> np.ndarray:
