@@ -43,10 +43,12 @@ def cuda_kernel(source: str, entry: str, macros: Mapping[str, Macro] | None = No
 
     The same arguments give the same object. UsageError if CUDA kernels cannot run here.
     """
-    require()
-    key = (source, entry, tuple(sorted((macros or {}).items())))
-    with _kernels_lock:
-        kernel = _kernels.setdefault(key, Kernel(source, entry, dict(macros or {})))
+    key = (source, entry, tuple(sorted(macros.items())) if macros else ())
+    kernel = _kernels.get(key)
+    if kernel is None:
+        require()
+        with _kernels_lock:
+            kernel = _kernels.setdefault(key, Kernel(source, entry, dict(macros or {})))
     kernel.on(torch.cuda.current_device())
     return kernel
 
