@@ -20,6 +20,7 @@ from aphroquant.kernels.cuda.integer.decode_plan import (
     decode_macros,
     shared_layout,
 )
+from aphroquant.kernels.cuda.integer.measured import measured_plan
 from aphroquant.kernels.cuda.integer.packing import PackedInteger
 from aphroquant.kernels.cuda.launcher import Kernel, cuda_kernel
 
@@ -89,5 +90,8 @@ class DecodeLinear:
         return self._prepared[token_tiles]
 
     def _choose(self, shape: DecodeShape, token_tiles: int) -> DecodePlan:
-        found = gpu(self._packed.codes.get_device())
+        device = self._packed.codes.get_device()
+        if measured := measured_plan(shape, token_tiles, device):
+            return measured
+        found = gpu(device)
         return choose_plan(shape, token_tiles, found.multiprocessors, found.capability)
