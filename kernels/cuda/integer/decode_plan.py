@@ -116,7 +116,7 @@ def shared_layout(shape: DecodeShape, plan: DecodePlan, token_tiles: int) -> Sha
     if passes == 1 and partials <= ring:
         partials = 0
     received = tokens * plan.warp_rows * plan.part_rows * 4 * (2 if passes > 1 else 1) if plan.cluster > 1 else 0
-    barriers = _up(plan.num_warps * plan.stages * 8, 128)
+    barriers = _up((plan.num_warps * plan.stages + 2) * 8, 128)
     segment = ceil_div(max_units, plan.phases) * plan.unit_chunks * CHUNK
     return SharedLayout(ring + partials + received + barriers, plan.warp_columns * segment * 2 + 16)
 

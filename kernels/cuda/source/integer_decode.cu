@@ -18,6 +18,7 @@
 #include "ptx/barrier.cuh"
 #include "ptx/bulk_copy.cuh"
 #include "ptx/cluster.cuh"
+#include "ptx/remote_store.cuh"
 #else
 #include "ptx/async_copy.cuh"
 #endif
@@ -127,7 +128,7 @@ constexpr int kSegment = kPhaseUnits * kUnitColumns;  // columns of x that a war
 constexpr int kInputStride = WARP_COLUMNS * kSegment * 2 + 16;  // bytes
 constexpr int kReceivedOffset = kRingBytes + (kPartialsInRing ? 0 : kPartialBytes);
 constexpr int kBarrierOffset = kReceivedOffset + kReceivedFloats * kReceivedBuffers * 4;
-constexpr int kInputOffset = kBarrierOffset + (kWarps * STAGES * 8 + 127) / 128 * 128;
+constexpr int kInputOffset = kBarrierOffset + ((kWarps * STAGES + 2) * 8 + 127) / 128 * 128;
 #ifdef INPUT_OFFSET  // what the host takes them for
 static_assert(INPUT_OFFSET == kInputOffset && INPUT_STRIDE == kInputStride, "host and kernel agree on shared memory");
 #endif
@@ -449,34 +450,35 @@ __device__ __forceinline__ void store_outputs(float4 sum, int first, int token, 
     }
 }
 
-__device__ __forceinline__ void store_remote(float* local, int rank, float4 value) {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(cluster_map(shared_address(local), rank)),
-                 "f"(value.x), "f"(value.y), "f"(value.z), "f"(value.w)
-                 : "memory");
-#endif
-}
-
 // Adds up what the warps and blocks have of a pass's rows, and stores it.
 __device__ __forceinline__ void finish_pass(uint8_t* shared, const float* partials, int pass, int cluster, int rank,
                                             int num_tokens, const Weight& weight, const float* bias, Element* y) {
     constexpr int kQuads = WARP_ROWS * kPartRows / 4;
-    float* received = reinterpret_cast<float*>(shared + kReceivedOffset) + pass % kReceivedBuffers * kReceivedFloats;
+    const int buffer = pass % kReceivedBuffers;
+    float* received = reinterpret_cast<float*>(shared + kReceivedOffset) + buffer * kReceivedFloats;
+#if __CUDA_ARCH__ >= 900
+    const uint32_t barrier = shared_address(shared + kBarrierOffset) + (kWarps * STAGES + buffer) * 8;
+    if (CLUSTER > 1 && threadIdx.x == 0) {
+        mbarrier_arrive_expect(barrier, CLUSTER * num_tokens * kOwnRows * 4);
+    }
+#endif
     __syncthreads();
     for (int i = threadIdx.x; i < num_tokens * kQuads; i += kThreads) {
         const int token = i / kQuads, row = i % kQuads * 4;  // of the pass
         const float4 sum = sum_partials(partials, row / kPartRows, token, row % kPartRows);
         if (CLUSTER > 1) {
+#if __CUDA_ARCH__ >= 900
+            const float* target = received + (rank * kMaxTokens + token) * kOwnRows + row % kOwnRows;
             const int owner = row / kOwnRows;
-            store_remote(received + (rank * kMaxTokens + token) * kOwnRows + row % kOwnRows, owner, sum);
+            remote_store(cluster_map(shared_address(target), owner), sum, cluster_map(barrier, owner));
+#endif
         } else {
             store_outputs(sum, part_of(cluster, pass, row / kPartRows) * kPartRows + row % kPartRows, token, weight.scales, bias, y);
         }
     }
 #if __CUDA_ARCH__ >= 900
     if (CLUSTER > 1) {
-        cluster_arrive();
-        cluster_wait();
+        mbarrier_wait(barrier, pass / kReceivedBuffers % 2);
         constexpr int kOwnQuads = kOwnRows / 4;
         for (int i = threadIdx.x; i < num_tokens * kOwnQuads; i += kThreads) {
             const int token = i / kOwnQuads, own = i % kOwnQuads * 4, row = rank * kOwnRows + own;
@@ -500,7 +502,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_MULTIPROCESSOR
                    const int32_t* columns, const float* bias, Element* y, int num_tokens) {
     uint8_t* shared = dynamic_shared();
     const Weight weight{codes, scales, zeros};
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    // From a shuffle, so that the compiler sees one value a warp, and bulk copies need no loop over the lanes.
+    const int warp = __shfl_sync(0xFFFFFFFFu, static_cast<int>(threadIdx.x / 32), 0), lane = threadIdx.x % 32;
     const int row_part = warp / WARP_COLUMNS, column_part = warp % WARP_COLUMNS;
 #if __CUDA_ARCH__ >= 900
     const int rank = CLUSTER > 1 ? static_cast<int>(cluster_rank()) : 0;
@@ -519,12 +522,18 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_MULTIPROCESSOR
     uint64_t* barriers = reinterpret_cast<uint64_t*>(shared + kBarrierOffset) + warp * STAGES;
 
 #if __CUDA_ARCH__ >= 900
-    if (CLUSTER > 1) cluster_arrive();
     if (lane == 0) {
         for (int stage = 0; stage < STAGES; ++stage) mbarrier_init(shared_address(barriers + stage), 1);
+        if (CLUSTER > 1 && warp == 0) {
+            uint64_t* received = reinterpret_cast<uint64_t*>(shared + kBarrierOffset) + kWarps * STAGES;
+            for (int buffer = 0; buffer < kReceivedBuffers; ++buffer) {
+                mbarrier_init(shared_address(received + buffer), 1);
+            }
+        }
         mbarrier_init_fence();
     }
     __syncwarp();
+    if (CLUSTER > 1) cluster_arrive_relaxed();
 #endif
     Cursor next{0, 0};
     auto load_next = [&](int stage) {
