@@ -28,6 +28,7 @@ class DecodePlan:
     blocks_per_multiprocessor: int = 2
     part_tiles: int = 4  # of 16 rows, that a warp works on: a super row, or half of one
     idle_clusters: int = 0
+    early_stages: int | None = None  # loaded before the kernel waits for the one in front of it; None: all
 
     @property
     def num_warps(self) -> int:
@@ -116,7 +117,7 @@ def shared_layout(shape: DecodeShape, plan: DecodePlan, token_tiles: int) -> Sha
     if passes == 1 and partials <= ring:
         partials = 0
     received = tokens * plan.warp_rows * plan.part_rows * 4 * (2 if passes > 1 else 1) if plan.cluster > 1 else 0
-    barriers = _up((plan.num_warps * plan.stages + 2) * 8, 128)
+    barriers = _up((plan.num_warps * plan.stages + 3) * 8, 128)
     segment = ceil_div(max_units, plan.phases) * plan.unit_chunks * CHUNK
     return SharedLayout(ring + partials + received + barriers, plan.warp_columns * segment * 2 + 16)
 
@@ -141,6 +142,7 @@ def decode_macros(shape: DecodeShape, plan: DecodePlan, token_tiles: int) -> dic
         "WARP_ROWS": plan.warp_rows,
         "WARP_COLUMNS": plan.warp_columns,
         "STAGES": plan.stages,
+        "EARLY_STAGES": plan.early_stages or plan.stages,
         "UNIT_CHUNKS": plan.unit_chunks,
         "PHASES": plan.phases,
         "PART_TILES": plan.part_tiles,

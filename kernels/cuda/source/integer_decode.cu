@@ -78,6 +78,9 @@
 #ifndef STAGES
 #define STAGES 3
 #endif
+#ifndef EARLY_STAGES  // loaded before this kernel waits for the one in front of it; the others after x
+#define EARLY_STAGES STAGES
+#endif
 #ifndef UNIT_CHUNKS  // chunks of 64 columns in a stage
 #define UNIT_CHUNKS 2
 #endif
@@ -128,7 +131,8 @@ constexpr int kSegment = kPhaseUnits * kUnitColumns;  // columns of x that a war
 constexpr int kInputStride = WARP_COLUMNS * kSegment * 2 + 16;  // bytes
 constexpr int kReceivedOffset = kRingBytes + (kPartialsInRing ? 0 : kPartialBytes);
 constexpr int kBarrierOffset = kReceivedOffset + kReceivedFloats * kReceivedBuffers * 4;
-constexpr int kInputOffset = kBarrierOffset + ((kWarps * STAGES + 2) * 8 + 127) / 128 * 128;
+constexpr int kReceivedBarrier = kWarps * STAGES, kInputBarrier = kReceivedBarrier + 2;
+constexpr int kInputOffset = kBarrierOffset + ((kInputBarrier + 1) * 8 + 127) / 128 * 128;
 #ifdef INPUT_OFFSET  // what the host takes them for
 static_assert(INPUT_OFFSET == kInputOffset && INPUT_STRIDE == kInputStride, "host and kernel agree on shared memory");
 #endif
@@ -138,6 +142,7 @@ static_assert(PADDED_COLUMNS % 128 == 0 && IN_FEATURES <= PADDED_COLUMNS * (HAS_
 static_assert(GROUP_SIZE % 16 == 0 && (GROUP_SIZE % kUnitColumns == 0 || kUnitColumns % GROUP_SIZE == 0),
               "groups and stages must fit");
 static_assert(PADDED_COLUMNS % kUnitColumns == 0, "whole stages");
+static_assert(EARLY_STAGES >= 1 && EARLY_STAGES <= STAGES, "some stages are loaded early");
 static_assert(PART_TILES == 2 || PART_TILES == 4, "tiles of a warp");
 static_assert(WARP_ROWS * kPartRows % CLUSTER == 0 && kOwnRows % 4 == 0, "each block of a cluster owns as many rows");
 
@@ -237,6 +242,43 @@ struct Cursor {
     }
 };
 
+// x comes by the copy engine where its rows need no padding and no gathering.
+#if __CUDA_ARCH__ >= 900
+constexpr bool kBulkInput = IN_FEATURES == PADDED_COLUMNS && !HAS_COLUMNS;
+#else
+constexpr bool kBulkInput = false;
+#endif
+
+// The first column of x that a warp of the block needs in a phase.
+__device__ __forceinline__ int segment_start(int rank, int part, int phase) {
+    return (split_start(rank * WARP_COLUMNS + part) + phase * kPhaseUnits) * kUnitColumns;
+}
+
+#if __CUDA_ARCH__ >= 900
+// Starts copying one phase of the block's slice of x, a token for each lane of the calling warp.
+__device__ __forceinline__ void start_input(uint8_t* input, uint32_t barrier, const Element* x, int num_tokens, int rank,
+                                            int phase, int lane) {
+    // Segments that follow each other in x are copied as one.
+    constexpr bool kJoined = PHASES == 1 && kUnits % kSplits == 0;
+    constexpr int kCopies = kJoined ? 1 : WARP_COLUMNS, kColumns = kJoined ? WARP_COLUMNS * kSegment : kSegment;
+    if (lane == 0) {
+        int columns = 0;
+        for (int part = 0; part < kCopies; ++part) {
+            columns += max(0, min(kColumns, IN_FEATURES - segment_start(rank, part, phase)));
+        }
+        mbarrier_arrive_expect(barrier, columns * num_tokens * 2);
+    }
+    __syncwarp();
+    if (lane >= num_tokens) return;
+    for (int part = 0; part < kCopies; ++part) {
+        const int first = segment_start(rank, part, phase), columns = min(kColumns, IN_FEATURES - first);
+        if (columns <= 0) continue;
+        bulk_load(shared_address(input) + lane * kInputStride + part * kSegment * 2,
+                  x + static_cast<int64_t>(lane) * IN_FEATURES + first, columns * 2, barrier, kCacheEvictNormal);
+    }
+}
+#endif
+
 // One part of the block's slice of x to shared memory, as [tokens][WARP_COLUMNS segments].
 __device__ __forceinline__ void load_input(uint8_t* input, const Element* x, const int32_t* columns, int num_tokens,
                                            int rank, int phase) {
@@ -245,7 +287,7 @@ __device__ __forceinline__ void load_input(uint8_t* input, const Element* x, con
     for (int i = threadIdx.x; i < num_tokens * kVectors; i += kThreads) {
         const int token = i / kVectors, vector = i % kVectors;
         const int part = vector / (kSegment / 8), place = vector % (kSegment / 8) * 8;
-        const int column = (split_start(rank * WARP_COLUMNS + part) + phase * kPhaseUnits) * kUnitColumns + place;
+        const int column = segment_start(rank, part, phase) + place;
         const Element* row = x + static_cast<int64_t>(token) * IN_FEATURES;
         uint4 value = make_uint4(0, 0, 0, 0);
         if (kWide) {
@@ -454,10 +496,10 @@ __device__ __forceinline__ void store_outputs(float4 sum, int first, int token, 
 __device__ __forceinline__ void finish_pass(uint8_t* shared, const float* partials, int pass, int cluster, int rank,
                                             int num_tokens, const Weight& weight, const float* bias, Element* y) {
     constexpr int kQuads = WARP_ROWS * kPartRows / 4;
+#if __CUDA_ARCH__ >= 900
     const int buffer = pass % kReceivedBuffers;
     float* received = reinterpret_cast<float*>(shared + kReceivedOffset) + buffer * kReceivedFloats;
-#if __CUDA_ARCH__ >= 900
-    const uint32_t barrier = shared_address(shared + kBarrierOffset) + (kWarps * STAGES + buffer) * 8;
+    const uint32_t barrier = shared_address(shared + kBarrierOffset) + (kReceivedBarrier + buffer) * 8;
     if (CLUSTER > 1 && threadIdx.x == 0) {
         mbarrier_arrive_expect(barrier, CLUSTER * num_tokens * kOwnRows * 4);
     }
@@ -524,10 +566,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_MULTIPROCESSOR
 #if __CUDA_ARCH__ >= 900
     if (lane == 0) {
         for (int stage = 0; stage < STAGES; ++stage) mbarrier_init(shared_address(barriers + stage), 1);
-        if (CLUSTER > 1 && warp == 0) {
-            uint64_t* received = reinterpret_cast<uint64_t*>(shared + kBarrierOffset) + kWarps * STAGES;
-            for (int buffer = 0; buffer < kReceivedBuffers; ++buffer) {
-                mbarrier_init(shared_address(received + buffer), 1);
+        if (warp == 0) {
+            for (int i = kReceivedBarrier; i <= kInputBarrier; ++i) {
+                mbarrier_init(shared_address(shared + kBarrierOffset) + i * 8, 1);
             }
         }
         mbarrier_init_fence();
@@ -546,7 +587,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_MULTIPROCESSOR
         copy_async_commit();
 #endif
     };
-    for (int stage = 0; stage < STAGES; ++stage) load_next(stage);
+    for (int stage = 0; stage < EARLY_STAGES; ++stage) load_next(stage);
     grid_dependency_launch();
     grid_dependency_wait();
 #if __CUDA_ARCH__ >= 900
@@ -562,8 +603,20 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_MULTIPROCESSOR
         for (int phase = 0; phase < PHASES; ++phase) {
             if (PHASES > 1 || pass == 0) {
                 if (PHASES > 1 && pass + phase > 0) __syncthreads();
-                load_input(input, x, columns, num_tokens, rank, phase);
-                __syncthreads();
+#if __CUDA_ARCH__ >= 900
+                if (kBulkInput) {
+                    const uint32_t barrier = shared_address(shared + kBarrierOffset) + kInputBarrier * 8;
+                    if (warp == 0) start_input(input, barrier, x, num_tokens, rank, phase, lane);
+                    mbarrier_wait(barrier, (pass * PHASES + phase) % 2);
+                }
+#endif
+                if (!kBulkInput) {
+                    load_input(input, x, columns, num_tokens, rank, phase);
+                    __syncthreads();
+                }
+                if (pass + phase == 0) {
+                    for (int early = EARLY_STAGES; early < STAGES; ++early) load_next(early);
+                }
             }
             const int count = min(kPhaseUnits, num_units - phase * kPhaseUnits);
             for (int unit = 0; unit < count && part < kParts; ++unit) {

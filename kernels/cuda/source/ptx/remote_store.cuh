@@ -3,11 +3,6 @@
 
 #include "types.cuh"
 
-// Says that this block runs; orders no memory. Pairs with cluster_wait.
-__device__ __forceinline__ void cluster_arrive_relaxed() {
-    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
-}
-
 // Both addresses as `cluster_map` gives them, in the same block.
 __device__ __forceinline__ void remote_store(uint32_t mapped, float4 value, uint32_t mapped_barrier) {
     asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
