@@ -62,7 +62,8 @@ class Float8Tile:
         if self.split > 1:
             output = self.tokens * (self.rows + 4) * 4
         else:
-            output = self.warpgroups * self.tokens * (self.tiles * 64 + 8) * 2
+            piece = 64 if self.tokens % 64 == 0 else self.tokens
+            output = self.warpgroups * piece * (self.tiles * 64 + 8) * 2
         payload = _up(stages, 128) + output if self.persistent else max(stages, output)
         return _up(payload, 8) + self.stages * 16 + 1024
 

@@ -42,37 +42,48 @@ __device__ __forceinline__ void store_outputs(const Output& output, const Extent
     }
 }
 
-// A warpgroup's tiles, complete. `staging` is its own, `first_row` and `first_token` those of its tiles.
-__device__ __forceinline__ void store_tile(const Output& output, const Extent& extent,
-                                           const float (&sums)[TILES][kAccumulators], uint8_t* staging, int warpgroup,
-                                           int first_row, int first_token) {
-    const int thread = threadIdx.x % 128, lane = thread % 32, warp = thread / 32;
-    named_barrier_sync(1 + warpgroup, 128);  // the tile before is out
+// kPiece tokens of a warpgroup's tiles, from `PIECE` on, to its own part of shared memory.
+template <int PIECE>
+__device__ __forceinline__ void stage_outputs(const float (&sums)[TILES][kAccumulators],
+                                              const float (&biases)[TILES][2], uint8_t* staging) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32;
 #pragma unroll
     for (int tile = 0; tile < TILES; ++tile) {
-        const int row = first_row + tile * 64 + warp * 16 + lane / 4;
-        const float biases[2] = {output.bias_of(row, extent.rows), output.bias_of(row + 8, extent.rows)};
         // Lane l gives the place of row l % 8 of matrix l / 8: 8 rows h = 0, 1 of the weight, then 8 more tokens.
         const int token = lane / 16 * 8 + lane % 8, column = tile * 64 + warp * 16 + lane / 8 % 2 * 8;
         const uint32_t place = shared_address(staging) + (token * kOutputStride + column) * 2;
 #pragma unroll
-        for (int j = 0; j < TOKENS / 8; j += 2) {
+        for (int j = 0; j < kPiece / 8; j += 2) {
             uint32_t pairs[4];
 #pragma unroll
             for (int matrix = 0; matrix < 4; ++matrix) {
-                const int half = matrix % 2, first = 4 * (j + matrix / 2) + 2 * half;
-                pairs[matrix] = output_pair(sums[tile][first] + biases[half], sums[tile][first + 1] + biases[half]);
+                const int half = matrix % 2, first = 4 * (PIECE / 8 + j + matrix / 2) + 2 * half;
+                const float bias = biases[tile][half];
+                pairs[matrix] = output_pair(sums[tile][first] + bias, sums[tile][first + 1] + bias);
             }
             store_matrices_transposed(place + j * 8 * kOutputStride * 2, pairs);
         }
     }
+}
+
+// A warpgroup's tiles, complete. `staging` is its own, `first_row` and `first_token` those of its tiles.
+template <int PIECE = 0>
+__device__ __forceinline__ void store_tile(const Output& output, const Extent& extent,
+                                           const float (&sums)[TILES][kAccumulators], const float (&biases)[TILES][2],
+                                           uint8_t* staging, int warpgroup, int first_row, int first_token) {
+    if (first_token + PIECE >= extent.tokens) return;
+    named_barrier_sync(1 + warpgroup, 128);  // the piece before is out
+    stage_outputs<PIECE>(sums, biases, staging);
     named_barrier_sync(1 + warpgroup, 128);
     constexpr int kVectors = TILES * 8;
-    for (int i = thread; i < TOKENS * kVectors; i += 128) {
+    for (int i = threadIdx.x % 128; i < kPiece * kVectors; i += 128) {
         const int token = i / kVectors, column = i % kVectors * 8;
-        if (first_token + token >= extent.tokens) break;
+        if (first_token + PIECE + token >= extent.tokens) break;
         const uint4 values = *reinterpret_cast<const uint4*>(staging + (token * kOutputStride + column) * 2);
-        store_outputs(output, extent, first_token + token, first_row + column, values);
+        store_outputs(output, extent, first_token + PIECE + token, first_row + column, values);
+    }
+    if constexpr (PIECE + kPiece < TOKENS) {
+        store_tile<PIECE + kPiece>(output, extent, sums, biases, staging, warpgroup, first_row, first_token);
     }
 }
 
@@ -127,8 +138,15 @@ __device__ __forceinline__ void put_out(const Output& output, const Extent& exte
                                         const float (&sums)[TILES][kAccumulators], int warpgroup, const Place& place) {
     if (!PERSISTENT) named_barrier_sync(15, kConsumers);  // all have read the stages that the output overwrites
     if constexpr (SPLIT == 1) {
-        uint8_t* staging = block.memory + kOutputStart + warpgroup * TOKENS * kOutputStride * 2;
-        store_tile(output, extent, sums, staging, warpgroup, place.row() + warpgroup * TILES * 64, place.token());
+        uint8_t* staging = block.memory + kOutputStart + warpgroup * kPiece * kOutputStride * 2;
+        const int first_row = place.row() + warpgroup * TILES * 64;
+        float biases[TILES][2];
+#pragma unroll
+        for (int i = 0; i < TILES * 2; ++i) {
+            const int row = first_row + i / 2 * 64 + threadIdx.x % 128 / 32 * 16 + i % 2 * 8 + threadIdx.x % 32 / 4;
+            biases[i / 2][i % 2] = output.bias_of(row, extent.rows);
+        }
+        store_tile(output, extent, sums, biases, staging, warpgroup, first_row, place.token());
     } else {
         float* staging = reinterpret_cast<float*>(block.memory + kOutputStart);
         stage_partial(sums, staging, warpgroup);

@@ -12,10 +12,12 @@
 #include "types.cuh"
 #include "wgmma_macros.cuh"
 
-// The results on their way out: [token][row], rows padded against bank conflicts; float while blocks still add up.
+// The results on their way out: [token][row], rows padded against bank conflicts; float while blocks still add up, else
+// some tokens at a time.
+constexpr int kPiece = TOKENS % 64 == 0 ? 64 : TOKENS;
 constexpr int kOutputStride = TILES * 64 + 8;
 constexpr int kPartialStride = kRows + 4;
-constexpr int kOutputBytes = SPLIT > 1 ? TOKENS * kPartialStride * 4 : WARPGROUPS * TOKENS * kOutputStride * 2;
+constexpr int kOutputBytes = SPLIT > 1 ? TOKENS * kPartialStride * 4 : WARPGROUPS * kPiece * kOutputStride * 2;
 
 constexpr int kWeightStart = STAGES * kInputBytes;
 constexpr int kStagesEnd = kWeightStart + STAGES * kWeightBytes;
@@ -106,13 +108,13 @@ __device__ __forceinline__ BlockPart enter_block(uint8_t* memory, const Extent& 
         mbarrier_init_fence();
     }
     __syncthreads();
-    if (kCluster > 1) cluster_arrive(), cluster_wait();
+    if (kCluster > 1) cluster_arrive_relaxed(), cluster_wait();
     return block;
 }
 
 // Every thread, at the end: other blocks may still read this one's memory or arrive at its barriers.
 __device__ __forceinline__ void leave_block() {
-    if (kCluster > 1) cluster_arrive(), cluster_wait();
+    if (kCluster > 1) cluster_arrive_relaxed(), cluster_wait();
 }
 
 // The loop of a thread that fetches: `fetch(stage, place, step)` arrives once at the stage's barrier, with its bytes.
