@@ -12,7 +12,7 @@ from aphroquant.kernels.cuda.integer.mma import mma_multiply
 from aphroquant.kernels.cuda.integer.packing import PackedInteger
 from aphroquant.kernels.cuda.integer.problem import scale_exponent
 from aphroquant.kernels.cuda.integer.tiles import choose_mma_tile, choose_wgmma_tile
-from aphroquant.kernels.cuda.integer.wgmma import wgmma_multiply
+from aphroquant.kernels.cuda.integer.wgmma import WgmmaTile, wgmma_multiply
 from aphroquant.kernels.cuda.launcher import cuda_kernel
 
 _ALIGNMENT = 8  # 16-bit inputs: rows begin at multiples of 16 bytes
@@ -24,6 +24,7 @@ class BatchLinear:
 
     def __init__(self, packed: PackedInteger, bias: Tensor | None) -> None:
         self.packed, self.bias = packed, bias
+        self._tiles: dict[int, WgmmaTile] = {}
         self._exponents = {dtype: scale_exponent(packed, dtype) for dtype in (torch.bfloat16, torch.float16)}
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
@@ -39,10 +40,15 @@ class BatchLinear:
             out = x.new_empty(x.shape[0], packed.out_features)
         exponent = self._exponents[x.dtype]
         if device.capability == (9, 0):
-            wgmma = choose_wgmma_tile(packed, x.shape[0], device.multiprocessors)
-            return wgmma_multiply(packed, x, self.bias, wgmma, exponent, out)
+            return wgmma_multiply(packed, x, self.bias, self._wgmma_tile(x), exponent, out)
         mma = choose_mma_tile(packed, x.shape[0], device.multiprocessors)
         return mma_multiply(packed, x, self.bias, mma, exponent, out)
+
+    def _wgmma_tile(self, x: Tensor) -> WgmmaTile:
+        tokens = x.shape[0]
+        if tokens not in self._tiles:
+            self._tiles[tokens] = choose_wgmma_tile(self.packed, tokens, x.get_device())
+        return self._tiles[tokens]
 
 
 def gather_columns(x: Tensor, columns: Tensor) -> Tensor:
