@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 # Largest difference of logits, as a share of the largest logit, by what the library computes in.
@@ -31,6 +32,13 @@ class Write:
     name: str
 
 
+@dataclass(frozen=True)
+class Given:
+    """Our checkpoint is there already."""
+
+    path: Path
+
+
 @dataclass(frozen=True, eq=False)
 class Case:
     """`settings` are for the worker. `broken` maps a direction ("ours", "theirs") to what the library's error says and
@@ -41,7 +49,7 @@ class Case:
     name: str
     environment: str
     worker: str
-    ours: Convert | Rewrite | Write | None
+    ours: Convert | Rewrite | Write | Given | None
     saves: bool
     settings: Mapping[str, Any] = field(default_factory=dict)
     tolerance: float = FLOAT32
@@ -262,3 +270,12 @@ CASES: list[Case] = [
     *TRANSFORMERS, *GPTQMODEL, *OPTIMUM, *AUTO_GPTQ, *AUTOAWQ, *AUTO_ROUND, *LLM_COMPRESSOR, *MODELOPT, *HQQ, *GGUF,
     *LLAMA_CPP, *VLLM,
 ]  # fmt: skip
+
+
+def case_of_checkpoint(library: str, path: Path) -> Case:
+    """A checkpoint of the user's, loaded by the library as its first case is. KeyError if it loads nothing."""
+    loading = {case.library: case for case in reversed(CASES) if case.ours is not None}
+    like = loading[library]
+    settings = {key: value for key, value in like.settings.items() if key in ("dtype", "weights")}
+    like = replace(like, name=path.name, ours=Given(path), saves=False, settings=settings, note="", broken={})
+    return replace(like, tolerance=max(like.tolerance, FLOAT16))  # the dtype of most models

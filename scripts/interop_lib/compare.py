@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from aphroquant.errors import AphroquantError
-from interop_lib.cases import Case, Convert, Rewrite, Write
+from interop_lib.cases import Case, Convert, Given, Rewrite, Write
 from interop_lib.environments import interpreter
 from interop_lib.ours import (
     ROOT,
@@ -138,6 +138,12 @@ def _write(case: Case, place: Path) -> None:
         convert(_model_in(place / "theirs"), out, ["--to", case.ours.format])
     elif isinstance(case.ours, Write):
         write(case.ours.name, source, out)
+    elif isinstance(case.ours, Given):
+        given = case.ours.path.resolve()
+        if given.is_file():
+            out.mkdir()
+            out = out / given.name
+        out.symlink_to(given)
 
 
 def _file_name(case: Case) -> str:

@@ -6,6 +6,7 @@ library misses in it is put back by its worker, which says so.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -75,10 +76,13 @@ def interpreter(package: str) -> Path:
         return Path(sys.executable)
     environment = ENVIRONMENTS[package]
     python, complete = environment.folder / "bin" / "python", environment.folder / ".complete"
-    if not complete.exists():
-        print(f"making {environment.folder} (a few minutes) ...", file=sys.stderr)
-        _make(environment, python)
-        complete.touch()
+    environment.folder.mkdir(parents=True, exist_ok=True)
+    with (environment.folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another run may be making it
+        if not complete.exists():
+            print(f"making {environment.folder} (a few minutes) ...", file=sys.stderr)
+            _make(environment, python)
+            complete.touch()
     return python
 
 
