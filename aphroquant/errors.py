@@ -25,8 +25,8 @@ class AphroquantError(Exception):
     exit_code = 1
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
-        self.message = _one_line(message)
-        self.hint = None if hint is None else _one_line(hint)
+        self.message = one_line(message)
+        self.hint = None if hint is None else one_line(hint)
         super().__init__(self.message)
 
 
@@ -64,7 +64,7 @@ class RequestError(AphroquantError):
         self.code = code
 
 
-def _one_line(text: str) -> str:
+def one_line(text: str) -> str:
     """The text as one line that a terminal shows as it stands, its middle left out if it is long."""
     words = " ".join(text.split())
     plain = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in words)

@@ -182,7 +182,12 @@ class Gptq(Format):
         reading.require_shape(module, headers, "qzeros", (torch.int32,), (groups, zero_words))
         if "g_idx" in headers:
             reading.require_shape(module, headers, "g_idx", (torch.int32, torch.int64), (in_features,))
-        act_order = desc_act and not self.static_groups and "g_idx" in headers and groups > 1
+        act_order = desc_act and not self.static_groups and groups > 1
+        if act_order and "g_idx" not in headers:
+            raise InputError(
+                f"{module} has no g_idx, although quantization_config says that there is an activation order",
+                hint='with "desc_act": false it is read without one',
+            )
         return IntegerScheme(bits, group_size, symmetric, act_order=act_order)
 
     def read(self, module: str, tensors: Mapping[str, Tensor]) -> QuantizedWeight:

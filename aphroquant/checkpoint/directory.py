@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+_SCALES = ("weight_scale", "weight_scale_inv", "scale", "SCB")  # that stand beside one-byte codes
 _INDEX_SUFFIX = ".safetensors.index.json"
 _SHARD_NAME = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.safetensors")
 # Where older tools put the quantization_config, and the method that such a file means when it names none.
@@ -122,10 +123,22 @@ class SafetensorsCheckpoint(Checkpoint):
             with naming(self.path):
                 scheme = self.format.scheme(module, headers) if self.format else None
             if scheme is None and "weight" in headers and len(headers["weight"].shape) == 2:
+                self._check_dense(module, headers)
                 scheme = DenseScheme(headers["weight"].dtype)
             if scheme is not None:
                 schemes[module] = scheme
         return schemes
+
+    def _check_dense(self, module: str, headers: Mapping[str, TensorHeader]) -> None:
+        """Refuse codes that nothing says the meaning of: read as numbers they would give a wrong model."""
+        dtype = headers["weight"].dtype
+        scales = [name for name in _SCALES if f"{module}.{name}" in self.tensors]
+        if not dtype.is_floating_point or (dtype.itemsize == 1 and scales):
+            found = str(dtype).removeprefix("torch.") + (f" beside {scales[0]}" if scales else "")
+            raise InputError(
+                f"{self.path}: {module}.weight is {found}, but config.json does not say how it is quantized",
+                hint="quantization_config is missing, or leaves this module out; copy config.json from the source",
+            )
 
     def schemes(self) -> Mapping[str, Scheme]:
         return self._schemes

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from aphroquant.cli.byte_progress import stage_progress
 from aphroquant.cli.json_report import STANDARD_OUTPUT, check_json_target, write_json
-from aphroquant.errors import GateError, UsageError
+from aphroquant.errors import GateError, UsageError, one_line
 
 if TYPE_CHECKING:
     from aphroquant.checkpoint import Checkpoint
@@ -201,12 +201,13 @@ def _kv_line(report: Inspection) -> str:
 def _problem_lines(report: Inspection) -> list[str]:
     if not report.problems:
         return ["problems: none"]
-    return [f"problems: {len(report.problems)}", *(f"  - {problem}" for problem in report.problems)]
+    return [f"problems: {len(report.problems)}", *(f"  - {one_line(problem)}" for problem in report.problems)]
 
 
 def print_table(console: Console, headings: Sequence[str], rows: Rows) -> None:
     """A rich table on a terminal, aligned columns elsewhere."""
     numeric = {"bytes/group", "MB", "bytes"}
+    rows = [tuple(map(one_line, row)) for row in rows]  # values out of configs may hold anything
     console.print()
     if console.is_terminal:
         table = Table()

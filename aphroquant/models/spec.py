@@ -213,7 +213,18 @@ def _rope(config: Mapping[str, Any]) -> RopeSpec:
         _complete_original_length(parameters, config)
     for key in _ROPE_NUMBERS[kind]:
         parameters[key] = _number(parameters, key)
+    _check_rope(theta, parameters)
     return RopeSpec(theta, kind, parameters)
+
+
+def _check_rope(theta: float, parameters: Mapping[str, Any]) -> None:
+    """Refuse numbers with which positions would turn the wrong way."""
+    for key, value in {"rope_theta": theta, **parameters}.items():
+        if key in ("rope_theta", "factor") and value is not None and value < 1:
+            raise InputError(f"config.json: {key} = {value!r} must be at least 1")
+    low, high = parameters.get("low_freq_factor"), parameters.get("high_freq_factor")
+    if low is not None and high is not None and not low < high:
+        raise InputError(f"config.json: low_freq_factor = {low!r} must be below high_freq_factor = {high!r}")
 
 
 def _complete_original_length(parameters: dict[str, Any], config: Mapping[str, Any]) -> None:

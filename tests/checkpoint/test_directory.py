@@ -201,3 +201,27 @@ def test_tokenizer_code_of_a_checkpoint_is_never_run(sharded: Path, tmp_path: Pa
     except InputError as error:
         assert "tokenizer" in error.message  # refusing is as good as ignoring
     assert not proof.exists()
+
+
+@pytest.mark.parametrize(
+    ("weight", "scale"),
+    [
+        (torch.zeros(4, 8).to(torch.float8_e4m3fn), {"weight_scale_inv": torch.ones(1, 1)}),
+        (torch.zeros(4, 8, dtype=torch.int8), {"SCB": torch.ones(4)}),
+        (torch.zeros(4, 8, dtype=torch.uint8), {}),
+    ],
+)
+def test_codes_that_no_config_explains_are_not_taken_for_numbers(
+    weight: torch.Tensor, scale: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    tensors = {"a.weight": weight, **{f"a.{name}": tensor for name, tensor in scale.items()}}
+    safetensors.torch.save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(InputError, match=r"a\.weight is .*, but config\.json does not say how it is quantized"):
+        open_checkpoint(tmp_path).schemes()
+
+
+def test_eight_bit_floats_without_a_scale_are_numbers(tmp_path: Path) -> None:
+    weight = torch.ones(4, 8).to(torch.float8_e4m3fn)
+    safetensors.torch.save_file({"a.weight": weight}, tmp_path / "model.safetensors")
+    assert open_checkpoint(tmp_path / "model.safetensors").weight("a").dequantize().eq(1).all()

@@ -163,10 +163,12 @@ def test_an_absent_g_idx_means_groups_in_order(integer_weight: Fixture) -> None:
     weight = integer_weight(ASYM, 16, 64)
     config, tensors = written(ASYM, weight)
     assert tensors.pop("g_idx").tolist() == [0] * 32 + [1] * 32
-    for desc_act in (False, True):
-        read = Gptq.from_config({**config, "desc_act": desc_act}).read(P, tensors)
+    for order in ({"desc_act": False}, {"desc_act": True, "static_groups": True}):
+        read = Gptq.from_config({**config, **order}).read(P, tensors)
         assert read.scheme == ASYM
         assert torch.equal(read.dequantize(), weight.dequantize())
+    with pytest.raises(InputError, match="has no g_idx, although quantization_config says that there is an activation"):
+        Gptq.from_config({**config, "desc_act": True}).read(P, tensors)
 
 
 def test_an_activation_order_is_kept(integer_weight: Fixture, unpacked: Fixture, reread: Fixture) -> None:
