@@ -18,6 +18,7 @@ from aphroquant.kernels.cuda.integer.decode_plan import (
     ceil_div,
     choose_plan,
     decode_macros,
+    least_shared_bytes,
     shared_layout,
 )
 from aphroquant.kernels.cuda.integer.measured import measured_plan
@@ -35,6 +36,7 @@ class _Prepared:
     kernel: Kernel
     plan: DecodePlan
     layout: SharedLayout
+    least_shared: int
 
 
 class DecodeLinear:
@@ -51,6 +53,7 @@ class DecodeLinear:
         self._shape = DecodeShape.of(packed, dtype, bias is not None)
         self._zeros = packed.zeros if packed.zeros is not None else packed.offsets
         self._planner = planner or self._choose
+        self._capability = gpu(packed.codes.get_device()).capability if packed.codes.is_cuda else (0, 0)
         self._prepared: dict[int, _Prepared] = {}
 
     def __call__(self, x: Tensor, out: Tensor) -> None:
@@ -78,7 +81,7 @@ class DecodeLinear:
                 out,
                 c_int32(x.shape[0]),
             ],
-            shared_bytes=prepared.layout.num_bytes(x.shape[0]),
+            shared_bytes=max(prepared.layout.num_bytes(x.shape[0]), prepared.least_shared),
             cluster=(plan.cluster, 1, 1) if plan.cluster > 1 else None,
             programmatic=True,
         )
@@ -86,7 +89,8 @@ class DecodeLinear:
     def _prepare(self, token_tiles: int) -> _Prepared:
         plan = self._planner(self._shape, token_tiles)
         kernel = cuda_kernel(SOURCE, ENTRY, decode_macros(self._shape, plan, token_tiles))
-        self._prepared[token_tiles] = _Prepared(kernel, plan, shared_layout(self._shape, plan, token_tiles))
+        layout = shared_layout(self._shape, plan, token_tiles)
+        self._prepared[token_tiles] = _Prepared(kernel, plan, layout, least_shared_bytes(plan, self._capability))
         return self._prepared[token_tiles]
 
     def _choose(self, shape: DecodeShape, token_tiles: int) -> DecodePlan:

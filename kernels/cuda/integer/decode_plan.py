@@ -167,6 +167,7 @@ _REGISTERS = {1: 80, 2: 112, 3: 160, 4: 200}  # what the kernel needs at least, 
 _SHARED_BYTES = {(8, 0): 163 << 10, (8, 7): 163 << 10, (9, 0): 227 << 10, (10, 0): 227 << 10}
 _OTHER_SHARED_BYTES = 99 << 10
 _RESERVED = 1 << 10  # by the system, for each block
+_MULTIPROCESSOR_BYTES = 228 << 10  # of compute capability 9.0
 
 
 def choose_plan(shape: DecodeShape, token_tiles: int, multiprocessors: int, capability: tuple[int, int]) -> DecodePlan:
@@ -207,6 +208,14 @@ def plan_cost(shape: DecodeShape, plan: DecodePlan, multiprocessors: int) -> flo
     few_warps = max(0, 8 - plan.num_warps) * 0.15
     reduction = 0.25 * plan.cluster.bit_length() + 0.6 * (passes - 1) * (plan.num_warps > plan.warp_rows)
     return streaming + starved + few_warps + reduction + 0.7 * (plan.phases - 1)
+
+
+def least_shared_bytes(plan: DecodePlan, capability: tuple[int, int]) -> int:
+    """What a block asks for, so that no more than blocks_per_multiprocessor fit: a programmatic launch would else put
+    blocks of one kernel side by side while other multiprocessors are idle."""
+    if capability != (9, 0):
+        return 0
+    return _MULTIPROCESSOR_BYTES // (plan.blocks_per_multiprocessor + 1) - _RESERVED + 16
 
 
 def _fit(shape: DecodeShape, token_tiles: int, plan: DecodePlan, capability: tuple[int, int]) -> DecodePlan | None:

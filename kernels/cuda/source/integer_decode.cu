@@ -553,8 +553,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_MULTIPROCESSOR
     const int rank = 0;
 #endif
     const int cluster = blockIdx.x / CLUSTER;
+    grid_dependency_launch();
     if (cluster >= NUM_CLUSTERS) {  // only keeps other blocks of this kernel and the next off a multiprocessor
-        grid_dependency_launch();
         grid_dependency_wait();
         return;
     }
@@ -588,10 +588,13 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_MULTIPROCESSOR
 #endif
     };
     for (int stage = 0; stage < EARLY_STAGES; ++stage) load_next(stage);
-    grid_dependency_launch();
     grid_dependency_wait();
 #if __CUDA_ARCH__ >= 900
-    if (CLUSTER > 1) cluster_wait();  // the other blocks' shared memory can be written from here on
+    if (CLUSTER > 1) {
+        cluster_wait();  // the other blocks' shared memory can be written from here on
+    } else {
+        __syncthreads();  // all barriers are initialized
+    }
 #endif
 
     uint8_t* input = shared + kInputOffset;
