@@ -30,20 +30,18 @@ def fitting_settings(checkpoint: Checkpoint) -> str:
 
 
 def _shapes(checkpoint: Checkpoint, module: str) -> Mapping[str, tuple[int, ...]]:
+    """Of those tensors of a module that are matrices."""
     suffixes = ("qweight", "scales", "weight_packed", "weight_scale")
-    return {
-        suffix: checkpoint.tensors[f"{module}.{suffix}"].shape
-        for suffix in suffixes
-        if f"{module}.{suffix}" in checkpoint.tensors
-    }
+    infos = {suffix: checkpoint.tensors.get(f"{module}.{suffix}") for suffix in suffixes}
+    return {suffix: info.shape for suffix, info in infos.items() if info is not None and len(info.shape) == 2}
 
 
 def _settings(shapes: Mapping[str, tuple[int, ...]], rows: int, columns: int) -> tuple[int, int] | None:
     """(bits, group size) of packed integers that make a weight [rows, columns]."""
-    if "qweight" in shapes and "scales" in shapes and len(shapes["qweight"]) == len(shapes["scales"]) == 2:
+    if "qweight" in shapes and "scales" in shapes:
         first, second = shapes["qweight"]
         words, groups = first * second, shapes["scales"][0]
-    elif "weight_packed" in shapes and "weight_scale" in shapes and len(shapes["weight_scale"]) == 2:
+    elif "weight_packed" in shapes and "weight_scale" in shapes:
         first, second = shapes["weight_packed"]
         words, groups = first * second, shapes["weight_scale"][1]
     else:
