@@ -16,8 +16,6 @@ from aphroquant.engine.cuda.buckets import batch_buckets, bucket_for
 from aphroquant.engine.cuda.joining import join_biases, join_weights
 from aphroquant.engine.cuda.loading import cache_room
 from aphroquant.engine.cuda.metadata import DecodeBuffers, is_decode_only, num_leading_decodes
-from aphroquant.engine.cuda.sampling import choose, sample_on_device
-from aphroquant.engine.sampling import RequestSampler, sample
 from aphroquant.engine.sequence import Sequence
 from aphroquant.engine.types import EngineConfig
 from aphroquant.errors import UsageError
@@ -117,46 +115,6 @@ def test_sequences_of_one_token_in_front_are_decoded() -> None:
     assert num_leading_decodes([1, 1, 5, 1]) == 2
     assert num_leading_decodes([1, 1]) == 2
     assert num_leading_decodes([]) == 0
-
-
-def samplers(params: list[SamplingParams]) -> list[RequestSampler]:
-    return [RequestSampler(own, index=index) for index, own in enumerate(params)]
-
-
-PARAMS = [
-    SamplingParams(temperature=0),
-    SamplingParams(temperature=0.7, seed=1),
-    SamplingParams(temperature=1.3, top_k=5, seed=2),
-    SamplingParams(temperature=1.0, top_p=0.6, seed=3),
-    SamplingParams(temperature=0.9, min_p=0.1, seed=4),
-    SamplingParams(temperature=0.8, top_k=20, top_p=0.9, min_p=0.02, seed=5),
-    SamplingParams(temperature=0, logprobs=2),
-    SamplingParams(temperature=0.5, repetition_penalty=1.2, seed=6),
-]
-
-
-def test_batched_sampling_gives_the_tokens_of_the_host_samplers() -> None:
-    ours, theirs = samplers(PARAMS), samplers(PARAMS)
-    for step in range(40):
-        logits = torch.randn(len(PARAMS), 3000, generator=torch.Generator().manual_seed(step)) * 3
-        assert sample_on_device(logits, ours) == sample(logits, theirs)
-
-
-def test_rows_that_are_no_numbers_fail_alone() -> None:
-    logits = torch.randn(4, 50)
-    logits[1, 3] = torch.nan
-    logits[2] = -torch.inf
-    results = sample_on_device(logits, samplers([PARAMS[0], PARAMS[0], PARAMS[1], PARAMS[1]]))
-    assert [result is None for result in results] == [False, True, True, False]
-
-
-def test_of_equal_logits_the_first_is_greedy_and_top_k_keeps_the_lower_ids() -> None:
-    logits = torch.zeros(1, 10)
-    assert choose(logits, [draw for sampler in samplers(PARAMS[:1]) if (draw := sampler.device_draw())]) == [0]
-    seen = {
-        sample_on_device(logits, samplers([SamplingParams(temperature=1, top_k=3, seed=seed)]))[0] for seed in range(40)
-    }
-    assert {result.token for result in seen if result is not None} == {0, 1, 2}
 
 
 def test_the_cache_gets_what_weights_activations_and_the_reserve_leave(tiny_checkpoint: TinyCheckpoint) -> None:

@@ -21,6 +21,7 @@ from aphroquant.engine.sampling.penalties import (
 )
 from aphroquant.engine.sampling.truncation import MinP, Temperature, TopK, TopP, Truncation
 from aphroquant.engine.types import SamplingParams
+from aphroquant.kernels.cuda.sampling.draws import TokenDraw
 
 GREEDY_BELOW = 1e-5  # a lower temperature is greedy: dividing by it would leave the range of float32
 
@@ -30,17 +31,6 @@ class Sampled(NamedTuple):
 
     token: int
     logprobs: RankedLogprobs | None = None
-
-
-class DeviceDraw(NamedTuple):
-    """A draw that needs nothing but the logits; `position` in [0, 1) is the request's next random number."""
-
-    is_greedy: bool
-    temperature: float = 1.0
-    top_k: int = 0  # 0: off
-    top_p: float = 1.0
-    min_p: float = 0.0
-    position: float = 0.0
 
 
 class RequestSampler:
@@ -78,21 +68,14 @@ class RequestSampler:
             return Sampled(token)
         return Sampled(token, ranked_logprobs(logits, token, self.num_logprobs))
 
-    def device_draw(self) -> DeviceDraw | None:
-        """The next draw for a device to make, or None if only `sample` can do what the request asks for."""
+    def device_draw(self) -> TokenDraw | None:
+        """The next draw for a GPU to make, or None if only `sample` can do what the request asks for."""
         if self._adjusters or self.num_logprobs is not None:
             return None
         if self._generator is None:
-            return DeviceDraw(is_greedy=True)
+            return TokenDraw()
         params = self._params
-        return DeviceDraw(
-            is_greedy=False,
-            temperature=params.temperature,
-            top_k=max(params.top_k, 0),
-            top_p=params.top_p,
-            min_p=params.min_p,
-            position=self._generator.random(),
-        )
+        return TokenDraw(self._generator.random(), params.temperature, params.top_p, params.min_p, max(params.top_k, 0))
 
 
 def sample(logits: Tensor, samplers: Sequence[RequestSampler]) -> list[Sampled | None]:

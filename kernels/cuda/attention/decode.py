@@ -27,7 +27,7 @@ class DecodeTuning:
     warps: int = 4
     stages: int = 3
     tiles: int = 1
-    min_tokens: int = 256  # of a split: below, merging costs more than it saves
+    min_tokens: int = 128  # of a split: below, merging costs more than it saves
 
 
 class DecodeArguments(Structure):

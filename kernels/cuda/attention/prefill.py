@@ -50,6 +50,16 @@ def query_tiles(query_lens: Sequence[int], context_lens: Sequence[int], rows_per
     return torch.tensor([(sequence, row) for _, sequence, row in sorted(tiles)], dtype=torch.int32).view(-1, 2)
 
 
+def shared_bytes(shape: AttentionShape) -> int:
+    """Dynamic shared memory of a block: two stages, and for 8-bit caches a tile of operands behind them."""
+    operands = 2 * _CONTEXT_TILE * (shape.head_dim * 2 + 16)
+    scales = 2 * _CONTEXT_TILE * 4
+    if shape.key.dtype.itemsize == 2 and shape.value.dtype.itemsize == 2:
+        return 2 * (operands + scales)
+    widest = max(shape.key.dtype.itemsize, shape.value.dtype.itemsize)
+    return 2 * (2 * _CONTEXT_TILE * shape.head_dim * widest + scales) + operands
+
+
 class PagedPrefill:
     """softmax(scale * q k^T) v where a token sees what came before it, over the cache that holds the batch already."""
 
@@ -58,7 +68,7 @@ class PagedPrefill:
         self._scale = softmax_scale(scale)
         macros = {**shape.macros(), "WARPS": warps} | element_macro(dtype)
         self._kernel = cuda_kernel("attention_prefill.cu", "attention_prefill", macros)
-        self._shared_bytes = 2 * _CONTEXT_TILE * (2 * (shape.head_dim * 2 + 16) + 2 * 4)
+        self._shared_bytes = shared_bytes(shape)
 
     def tiles(self, query_lens: Sequence[int], context_lens: Sequence[int]) -> Tensor:
         """What `__call__` wants as `tiles`, still on the CPU: the same for all layers."""

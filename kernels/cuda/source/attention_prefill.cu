@@ -4,7 +4,7 @@
 // they share its keys and values even where a sequence has only a few new tokens. Each warp has 16 rows and keeps
 // their queries, running softmax and result in registers; the block walks over the context 64 tokens at a time, with
 // the next ones on their way to shared memory. Rows of shared memory are padded by 16 bytes: ldmatrix then meets no
-// bank conflict. 8-bit caches are widened to fp16 on the way.
+// bank conflict. 8-bit caches are widened to fp16 there.
 //
 // Macros: HEAD_DIM, GROUP, NUM_KV_HEADS, BLOCK_SIZE, KEY_FORMAT, VALUE_FORMAT (attention_cache.cuh), WARPS, and that of
 // fused_elements.cuh.
@@ -47,8 +47,14 @@ constexpr int NUM_HEADS = GROUP * NUM_KV_HEADS;
 constexpr int CHANNEL_STEPS = HEAD_DIM / 16;
 constexpr int ROW_BYTES = HEAD_DIM * 2 + 16;
 constexpr int TILE_BYTES = TILE * ROW_BYTES;
-constexpr int SCALES_BYTES = TILE * 4;
-constexpr int STAGE_BYTES = 2 * TILE_BYTES + 2 * SCALES_BYTES;
+// A stage holds a tile of keys and one of values, as operands or as 8-bit codes, and the scales of their vectors. Codes
+// are widened into a tile of operands behind the stages when their turn comes.
+constexpr bool IS_WIDENED = item_bytes(KEY_FORMAT) == 1 || item_bytes(VALUE_FORMAT) == 1;
+constexpr int WIDEST_ITEM =
+    item_bytes(KEY_FORMAT) > item_bytes(VALUE_FORMAT) ? item_bytes(KEY_FORMAT) : item_bytes(VALUE_FORMAT);
+constexpr int SIDE_BYTES = IS_WIDENED ? TILE * HEAD_DIM * WIDEST_ITEM : TILE_BYTES;
+constexpr int SCALES_PLACE = 2 * SIDE_BYTES;
+constexpr int STAGE_BYTES = SCALES_PLACE + 2 * TILE * 4;
 #define LOWEST __int_as_float(0xff800000)  // minus infinity
 static_assert(HEAD_DIM % 16 == 0, "channels come in products of 16");
 
@@ -68,12 +74,15 @@ struct Arguments {
   float scale;                 // of the scores, times log2(e)
 };
 
-// Brings 64 tokens of one side of the cache to shared memory; zeros where there is no token to see.
+// Brings 64 tokens of one side of the cache to shared memory; zeros where there is no token to see. Operands get rows of
+// ROW_BYTES, what is widened later lies dense.
 template <int FORMAT>
 __device__ __forceinline__ void fetch_side(unsigned char* target, const unsigned char* cache, const int* table,
                                            int kv_head, int first, int first_token, int end_token) {
-  constexpr int UNITS = HEAD_DIM / 8;  // of 8 items
-  constexpr int UNROLLED = item_bytes(FORMAT) == 2 ? 4 : 2;  // more of the others spills registers
+  constexpr int COPY = vector_width(HEAD_DIM * item_bytes(FORMAT), 16);  // bytes
+  constexpr int UNITS = HEAD_DIM * item_bytes(FORMAT) / COPY;
+  constexpr int STRIDE = IS_WIDENED ? HEAD_DIM * item_bytes(FORMAT) : ROW_BYTES;
+  constexpr int UNROLLED = IS_WIDENED ? 2 : 4;  // more of the former spills registers
 #pragma unroll UNROLLED
   for (int index = threadIdx.x; index < TILE * UNITS; index += THREADS) {
     const int row = index / UNITS, unit = index % UNITS, token = first + row;
@@ -81,22 +90,29 @@ __device__ __forceinline__ void fetch_side(unsigned char* target, const unsigned
     const int page = exists ? table[token / BLOCK_SIZE] : 0;
     const long long vector =
         (static_cast<long long>(page) * NUM_KV_HEADS + kv_head) * BLOCK_SIZE + token % BLOCK_SIZE;
-    const unsigned char* source = cache + (vector * HEAD_DIM + unit * 8) * item_bytes(FORMAT);
-    unsigned char* place = target + row * ROW_BYTES + unit * 16;
+    copy_async<COPY>(target + row * STRIDE + unit * COPY, cache + vector * HEAD_DIM * item_bytes(FORMAT) + unit * COPY,
+                     exists);
+  }
+}
+
+// Makes rows of operands of what fetch_side has brought.
+template <int FORMAT>
+__device__ __forceinline__ void widen_side(unsigned char* target, const unsigned char* source) {
+  constexpr int UNITS = HEAD_DIM / 8;  // of 8 items
+  for (int index = threadIdx.x; index < TILE * UNITS; index += THREADS) {
+    const int row = index / UNITS, unit = index % UNITS;
+    Vector<unsigned, 4> wide;
     if constexpr (item_bytes(FORMAT) == 2) {
-      copy_async<16>(place, source, exists);
+      wide = *reinterpret_cast<const Vector<unsigned, 4>*>(source + index * 16);
     } else {
-      Vector<unsigned, 4> wide = {};
-      if (exists) {
-        const Vector<unsigned, 2> codes = *reinterpret_cast<const Vector<unsigned, 2>*>(source);
+      const Vector<unsigned, 2> codes = *reinterpret_cast<const Vector<unsigned, 2>*>(source + index * 8);
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          wide.items[2 * i] = decode_pair<FORMAT>(codes.items[i]);
-          wide.items[2 * i + 1] = decode_pair<FORMAT>(codes.items[i] >> 16);
-        }
+      for (int i = 0; i < 2; ++i) {
+        wide.items[2 * i] = decode_pair<FORMAT>(codes.items[i]);
+        wide.items[2 * i + 1] = decode_pair<FORMAT>(codes.items[i] >> 16);
       }
-      *reinterpret_cast<Vector<unsigned, 4>*>(place) = wide;
     }
+    *reinterpret_cast<Vector<unsigned, 4>*>(target + row * ROW_BYTES + unit * 16) = wide;
   }
 }
 
@@ -117,11 +133,12 @@ __device__ __forceinline__ void fetch_scales(float* target, const float* scales,
 
 __device__ __forceinline__ void fetch_tile(const Arguments& arguments, unsigned char* stage, const int* table,
                                            int kv_head, int first, int first_token, int end_token) {
-  float* scales = reinterpret_cast<float*>(stage + 2 * TILE_BYTES);
+  float* scales = reinterpret_cast<float*>(stage + SCALES_PLACE);
   fetch_side<KEY_FORMAT>(stage, arguments.keys, table, kv_head, first, first_token, end_token);
-  fetch_side<VALUE_FORMAT>(stage + TILE_BYTES, arguments.values, table, kv_head, first, first_token, end_token);
+  fetch_side<VALUE_FORMAT>(stage + SIDE_BYTES, arguments.values, table, kv_head, first, first_token, end_token);
   fetch_scales<KEY_FORMAT>(scales, arguments.key_scales, table, kv_head, first, first_token, end_token);
   fetch_scales<VALUE_FORMAT>(scales + TILE, arguments.value_scales, table, kv_head, first, first_token, end_token);
+  copy_async_commit();
 }
 
 // scores = Q K^T for a warp's 16 rows and the tile's 64 tokens, 8 tokens an entry.
@@ -209,18 +226,25 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_prefill(const __
   float maxima[2] = {LOWEST, LOWEST}, sums[2] = {0.0f, 0.0f};
   float result[HEAD_DIM / 8][4] = {};
   fetch_tile(arguments, shared + begin % 2 * STAGE_BYTES, table, kv_head, begin * TILE, first_token, end_token);
-  copy_async_commit();
   for (int tile = begin; tile < end; ++tile) {
+    copy_async_wait<0>();
+    __syncthreads();  // the tile is there for all, and the one before is no longer read
     if (tile + 1 < end)
       fetch_tile(arguments, shared + (tile + 1) % 2 * STAGE_BYTES, table, kv_head, (tile + 1) * TILE, first_token,
                  end_token);
-    copy_async_commit();
-    copy_async_wait<1>();
-    __syncthreads();
     const unsigned char* stage = shared + tile % 2 * STAGE_BYTES;
-    const float* scales = reinterpret_cast<const float*>(stage + 2 * TILE_BYTES);
+    const float* scales = reinterpret_cast<const float*>(stage + SCALES_PLACE);
+    const unsigned char *keys = stage, *values = stage + SIDE_BYTES;
+    if constexpr (IS_WIDENED) {
+      unsigned char* wide = shared + 2 * STAGE_BYTES;
+      widen_side<KEY_FORMAT>(wide, stage);
+      widen_side<VALUE_FORMAT>(wide + TILE_BYTES, stage + SIDE_BYTES);
+      __syncthreads();
+      keys = wide;
+      values = wide + TILE_BYTES;
+    }
     float scores[TILE / 8][4] = {};
-    score_tile(queries, stage, lane, scores);
+    score_tile(queries, keys, lane, scores);
 
     const bool whole = (tile + 1) * TILE <= lowest + 1 && tile * TILE > highest - window;  // every row sees all of it
 #pragma unroll
@@ -261,8 +285,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_prefill(const __
 #pragma unroll
       for (int i = 0; i < 4; ++i) result[n][i] *= corrections[i / 2];
     }
-    mix_tile(scores, stage + TILE_BYTES, lane, result);
-    __syncthreads();
+    mix_tile(scores, values, lane, result);
   }
 
   const float value_scale = scales_heads(VALUE_FORMAT) ? arguments.value_scales[kv_head] : 1.0f;

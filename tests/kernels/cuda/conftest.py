@@ -32,6 +32,7 @@ WRAPPERS = [
         "integer.decode",
         "integer.mma",
         "integer.wgmma",
+        "sampling.tokens",
     )
 ]
 
@@ -103,6 +104,7 @@ def emulation_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
         *source.glob("float8_*"),
         *source.glob("gather_*"),
         *source.glob("integer_*"),
+        *source.glob("sample_*"),
         *source.glob("wgmma_*"),
         source / "types.cuh",
         *EMULATION.glob("*.*"),
