@@ -63,7 +63,9 @@ def main() -> int:
 
 def tune(tunable: Tunable, found: Gpu, end: float, tables: Path) -> list[Entry]:
     """The fastest plan of each problem."""
-    older = {entry.problem: entry for entry in load_table(tunable.name, found.name, found.architecture, tables)}
+    exact = table_path(tunable.name, found.name, tables).is_file()  # and not that of a similar GPU
+    table = load_table(tunable.name, found.name, found.architecture, tables) if exact else ()
+    older = {entry.problem: entry for entry in table}
     for problem in tunable.problems():
         if time.monotonic() > end:
             print(f"{tunable.name}: no time left for {problem}", flush=True)
