@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from aphroquant.kernels.cuda.compiler import CompiledKernel, compile_all
+from aphroquant.kernels.cuda.sources import SOURCE_ROOT, included_files
 from aphroquant.kernels.cuda.variant_check import problems
 from aphroquant.kernels.cuda.variants import ARCHITECTURES, KernelVariant, all_variants, prebuilt_variants
 
@@ -33,6 +34,16 @@ def test_listed_kernels_compile_within_their_spills_and_with_their_instructions(
     for (variant, _), result in zip(work, results, strict=True):
         found += problems(variant, result) if isinstance(result, CompiledKernel) else [str(result)]
     assert not found, "\n".join(found)
+
+
+def test_every_source_is_listed() -> None:
+    listed = {variant.source for variant in all_variants() if variant.tested}
+    assert {path.relative_to(SOURCE_ROOT).as_posix() for path in SOURCE_ROOT.rglob("*.cu")} == listed
+
+
+def test_every_header_is_used() -> None:
+    used = {path for source in SOURCE_ROOT.rglob("*.cu") for path in included_files(source)}
+    assert set(SOURCE_ROOT.rglob("*.cuh")) <= used
 
 
 @pytest.mark.parametrize("variant", all_variants(), ids=str)
