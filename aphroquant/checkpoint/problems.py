@@ -66,7 +66,9 @@ def unexpected_names(names: Iterable[str], spec: DecoderSpec) -> list[str]:
     modules, vectors = expected_modules(spec), expected_vectors(spec)
 
     def known(name: str) -> bool:
-        module = name.rpartition(".")[0]
+        module, inner, _ = name.partition(".weight.")  # bitsandbytes: P.weight.quant_state.bitsandbytes__nf4
+        if not inner:
+            module = name.rpartition(".")[0]
         if suffix(name) == "bias":
             return name in vectors
         scales_of_attention = module.endswith(".self_attn") and suffix(name) in COMPANIONS

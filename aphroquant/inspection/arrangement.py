@@ -14,6 +14,7 @@ fits, the file says so.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -43,6 +44,7 @@ class Arrangement:
 
     groups: int = 0
     shift: float = 0.0  # summed: mean code less zero point
+    squared_shift: float = 0.0
     zeros_vary: bool = False
     _moments: dict[str, Tensor] = field(default_factory=dict)  # order -> [2, 6]: n, x, y, xx, yy, xy of both relations
 
@@ -54,7 +56,9 @@ class Arrangement:
         usable = (scales != 0) & scales.isfinite()
         logs = torch.where(usable, scales.abs(), 1.0).log()
         self.groups += means.numel()
-        self.shift += float((means - zeros).sum(dtype=torch.float64))
+        shifts = (means - zeros).double()
+        self.shift += float(shifts.sum())
+        self.squared_shift += float(shifts.square().sum())
         self.zeros_vary |= has_zeros and bool((zeros != zeros.flatten()[0]).any())
         for name, order in _ORDERS.items():
             if order is not None and rows % AWQ_PACK:
@@ -68,6 +72,7 @@ class Arrangement:
         """Take in another matrix, around its own means: what differs between matrices is no relation."""
         self.groups += other.groups
         self.shift += other.shift
+        self.squared_shift += other.squared_shift
         self.zeros_vary |= other.zeros_vary
         for name, moments in other._moments.items():
             self._moments[name] = self._moments.get(name, 0) + _centred(moments)
@@ -76,6 +81,12 @@ class Arrangement:
     def mean_shift(self) -> float:
         """How far, in codes, the mean weight lies above its zero point."""
         return self.shift / self.groups if self.groups else 0.0
+
+    @property
+    def shift_error(self) -> float:
+        """The standard error of `mean_shift`."""
+        variance = self.squared_shift / self.groups - self.mean_shift**2 if self.groups else 0.0
+        return (max(variance, 0.0) / self.groups) ** 0.5 if self.groups else math.inf
 
     def fits(self) -> dict[str, Fit]:
         """By order; "" is the one as read."""

@@ -11,6 +11,7 @@ from aphroquant.inspection.profile import Profile
 from aphroquant.schemes import IntegerScheme
 
 ENOUGH_GROUPS = 256
+UNCERTAIN_SHIFT = 0.1
 FITTING_ZEROS, UNFITTING_ZEROS = 0.8, 0.5  # correlations: those of sound files are 0.83 to 0.99
 LOST_ZEROS = 0.3
 FITTING_SCALES = 0.05  # sound files have 0.1 to 0.8, of which another order leaves a quarter
@@ -25,7 +26,9 @@ def label_findings(profiles: Sequence[Profile], format_name: str) -> Iterator[Fi
         total.merge(found.arrangement)
     if total.groups < ENOUGH_GROUPS:
         return
-    shifted = list(_shift_finding(chosen, format_name))
+    # Of few weights, and of 8 bits with their small steps, the mean is too uncertain to tell a step from none.
+    certain = total.shift_error < UNCERTAIN_SHIFT and _is_a_step(total.mean_shift)
+    shifted = list(_shift_finding(chosen, format_name)) if certain else []
     yield from shifted or _order_findings(total, format_name)
     yield from _wrapping_finding(chosen, format_name)
 
@@ -33,21 +36,25 @@ def label_findings(profiles: Sequence[Profile], format_name: str) -> Iterator[Fi
 def _shift_finding(chosen: Sequence[Profile], format_name: str) -> Iterator[Finding]:
     shifts = [found.arrangement.mean_shift for found in chosen]
     shift = statistics.median(shifts)
-    if not 0.6 < abs(shift) < 1.4:
+    if not _is_a_step(shift):
         return
-    number = sum(0.6 < abs(value) < 1.4 for value in shifts)
+    number = sum(map(_is_a_step, shifts))
     where = "small" if shift > 0 else "large"
     message = (
         f"the zero points of {number} of {len(chosen)} layers are one too {where}: the mean weight lies "
         f"{shift:+.2f} steps from zero"
     )
-    if format_name in ("gptq", "auto-round"):
-        key = "checkpoint_format" if format_name == "gptq" else "packing_format"
+    if format_name in ("gptq", "gptq-v1", "auto-round"):
+        key = "packing_format" if format_name == "auto-round" else "checkpoint_format"
         label = "v1 (zero points stored less one)" if shift > 0 else "v2 (zero points stored as they are)"
         advice = f"the label is wrong: set {key} in quantization_config to GPTQ {label}"
     else:
         advice = "a converter shifted them, or left GPTQ's shift in: convert again from the source"
     yield Finding("error", "zero-points-shifted", "zero points", message, advice, "config.json")
+
+
+def _is_a_step(shift: float) -> bool:
+    return 0.6 < abs(shift) < 1.4
 
 
 def _order_findings(total: Arrangement, format_name: str) -> Iterator[Finding]:
@@ -59,8 +66,9 @@ def _order_findings(total: Arrangement, format_name: str) -> Iterator[Finding]:
     noise = 5 / total.groups**0.5
     best = max(others, key=lambda name: others[name].scales, default="")
     if best and others[best].scales > max(FITTING_SCALES, noise) and as_read.scales < 0.6 * others[best].scales:
+        name = format_name.removesuffix("-v1")
         message = (
-            f"the scales do not belong to the codes as {format_name} orders them, but do in {_NOT_THE_ORDER[best]} "
+            f"the scales do not belong to the codes as {name} orders them, but do in {_NOT_THE_ORDER[best]} "
             f"(correlation {others[best].scales:.2f} against {as_read.scales:.2f})"
         )
         yield Finding("error", "codes-misordered", "packed codes", message, _repack(), "")

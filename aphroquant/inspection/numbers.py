@@ -134,7 +134,8 @@ def _code_findings(found: Profile) -> Iterator[Told]:
 
 def _fp8_findings(found: Profile) -> Iterator[Told]:
     assert found.levels is not None
-    saturated = int(found.levels[LARGEST_FP8]) / found.count
+    by_right = found.scales["scales"].count  # the largest weight under each scale
+    saturated = (int(found.levels[LARGEST_FP8]) - by_right) / found.count
     if saturated > MANY_SATURATED:
         what = f"{saturated:.1%} of the codes are the largest that FP8 has"
         yield "warning", "codes-saturated", what, "the scale is too small and weights are cut off: quantize again"

@@ -126,8 +126,7 @@ def paired(ours: Iterable[Tensor], theirs: Iterable[Tensor]) -> Iterator[tuple[T
     left, right = iter(ours), iter(theirs)
     first, second = torch.empty(0), torch.empty(0)
     while True:
-        first = first if first.numel() else next(left, first)
-        second = second if second.numel() else next(right, second)
+        first, second = _filled(first, left), _filled(second, right)
         length = min(first.numel(), second.numel())
         if not length:
             for _ in chain(left, right):
@@ -135,6 +134,16 @@ def paired(ours: Iterable[Tensor], theirs: Iterable[Tensor]) -> Iterator[tuple[T
             return
         yield first[:length], second[:length]
         first, second = first[length:], second[length:]
+
+
+def _filled(piece: Tensor, source: Iterator[Tensor]) -> Tensor:
+    """The piece, or the next one that is not empty; an empty one at the end."""
+    while not piece.numel():
+        following = next(source, None)
+        if following is None:
+            return piece
+        piece = following
+    return piece
 
 
 def _sum_squares(values: Tensor) -> float:
