@@ -120,9 +120,14 @@ class _Lock:
 
     def __init__(self, path: Path) -> None:
         self._handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(self._handle, fcntl.LOCK_EX)
+        except OSError:  # a file system without locks
+            os.close(self._handle)
+            raise
 
     def __enter__(self) -> None:
-        fcntl.flock(self._handle, fcntl.LOCK_EX)
+        pass
 
     def __exit__(self, *error: object) -> None:
         os.close(self._handle)

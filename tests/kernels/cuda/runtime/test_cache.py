@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from aphroquant.kernels.cuda import cache
 from aphroquant.kernels.cuda.cache import Entry, cache_folder, cache_state, cached
 
 ENTRY = Entry(b"\x7fELF machine code", "Used 3 registers", "kernel for sm_90a")
@@ -113,3 +114,12 @@ def test_the_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> 
     assert cache_folder() == Path("/somewhere/aphroquant/kernels")
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert cache_folder() == Path.home() / ".cache" / "aphroquant" / "kernels"
+
+
+def test_a_file_system_without_locks_costs_a_warning_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(handle: int, operation: int) -> None:
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(cache.fcntl, "flock", refuse)
+    with pytest.warns(RuntimeWarning, match="No locks available"):
+        assert cached("key", lambda: ENTRY) == ENTRY
