@@ -7,12 +7,14 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from aphroquant.engine.cuda.linears import Linear, codes_linear
 from aphroquant.engine.cuda.metadata import StepInputs
 from aphroquant.engine.cuda.weights import DecoderWeights, LayerWeights
 from aphroquant.engine.kv_cache import KVCache, KVScheme
 from aphroquant.kernels.cuda.attention.decode import DecodeWorkspace, PagedDecode
 from aphroquant.kernels.cuda.attention.prefill import PagedPrefill
 from aphroquant.kernels.cuda.attention.shape import AttentionShape
+from aphroquant.kernels.cuda.fused.elements import OutputFormat, Quantized
 from aphroquant.kernels.cuda.fused.embedding import FusedEmbedding
 from aphroquant.kernels.cuda.fused.gated_activation import FusedGatedActivation
 from aphroquant.kernels.cuda.fused.rms_norm import FusedRmsNorm
@@ -38,9 +40,13 @@ class CudaDecoder:
         self.shape = AttentionShape.of(spec, scheme, block_size)
         self.device = weights.embedding.device
         scale = spec.head_dim**-0.5
+        self._dtype = dtype
         self._embed = FusedEmbedding(weights.embedding)
         self._norm = FusedRmsNorm(spec.hidden_size, spec.norm_eps, dtype)
         self._activation = FusedGatedActivation(spec.intermediate_size, dtype)
+        if any(codes_linear(linear) for layer in weights.layers for linear in (layer.qkv, layer.gate_up, layer.down)):
+            self._code_norm = FusedRmsNorm(spec.hidden_size, spec.norm_eps, dtype, OutputFormat.FLOAT8)
+            self._code_activation = FusedGatedActivation(spec.intermediate_size, dtype, output=OutputFormat.FLOAT8)
         self._rotary = FusedRotaryCache(self.shape, dtype, has_norm=spec.qk_norm)
         self.decode_attention = PagedDecode(self.shape, dtype, scale)
         self.prefill_attention = PagedPrefill(self.shape, dtype, scale)
@@ -53,17 +59,28 @@ class CudaDecoder:
         residual = self._embed(inputs.token_ids, programmatic=True)  # float32 [T, H]
         delta: Tensor | None = None
         for number, layer in enumerate(self.weights.layers):
-            x = self._normed(residual, delta, layer.input_norm)
-            mixed = self._attention(layer.qkv(x), inputs, cache, workspace, number, layer)
+            qkv = self._normed_product(layer.qkv, residual, delta, layer.input_norm)
+            mixed = self._attention(qkv, inputs, cache, workspace, number, layer)
             delta = layer.o(mixed.view(inputs.num_tokens, -1))
-            x = self._normed(residual, delta, layer.post_attention_norm)
-            activated = cast(Tensor, self._activation(layer.gate_up(x), programmatic=True))
-            delta = layer.down(activated)
+            gate_up = self._normed_product(layer.gate_up, residual, delta, layer.post_attention_norm)
+            delta = self._activated_product(layer.down, gate_up)
         last = self._normed(residual, delta, self.weights.final_norm, inputs.logits_rows)  # [R, H]
         return self.weights.head(last)
 
     def _normed(self, residual: Tensor, delta: Tensor | None, gain: Tensor, rows: Tensor | None = None) -> Tensor:
         return cast(Tensor, self._norm(residual, delta, gain, rows=rows, programmatic=True))
+
+    def _normed_product(self, linear: Linear, residual: Tensor, delta: Tensor | None, gain: Tensor) -> Tensor:
+        if (by_codes := codes_linear(linear)) is None:
+            return linear(self._normed(residual, delta, gain))
+        x = cast(Quantized, self._code_norm(residual, delta, gain, programmatic=True))
+        return by_codes.multiply_codes(x.codes, x.scales, self._dtype)
+
+    def _activated_product(self, linear: Linear, gate_up: Tensor) -> Tensor:
+        if (by_codes := codes_linear(linear)) is None:
+            return linear(cast(Tensor, self._activation(gate_up, programmatic=True)))
+        x = cast(Quantized, self._code_activation(gate_up, programmatic=True))
+        return by_codes.multiply_codes(x.codes, x.scales, self._dtype)
 
     def _attention(
         self,

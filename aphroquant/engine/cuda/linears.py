@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -13,6 +13,17 @@ from aphroquant.schemes import DenseScheme, QuantizedWeight
 
 Linear = Callable[[Tensor], Tensor]  # [T, K] -> [T, N], in the input's dtype
 Prepare = Callable[[QuantizedWeight, Tensor | None], Linear]
+
+
+class CodesLinear(Protocol):
+    """A layer that takes FP8 codes [T, K] with a scale for each token [T], and gives a result in `dtype`."""
+
+    def multiply_codes(self, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor: ...
+
+
+def codes_linear(linear: Linear) -> CodesLinear | None:
+    """The layer, if its inputs may come as codes: then whatever computes them quantizes them, too."""
+    return cast(CodesLinear, linear) if getattr(linear, "takes_codes", False) else None
 
 
 class Part(NamedTuple):

@@ -72,6 +72,18 @@ class CudaFloat8Linear:
             return x.new_empty(x.shape[0], self.out_features)
         return self._batch(x) if self._inputs is None else self._multiply(x.contiguous())
 
+    @property
+    def takes_codes(self) -> bool:
+        """Whether inputs may come as codes with a scale for each token, made by whoever computes them."""
+        dynamic = self._inputs is not None and self._inputs.dynamic
+        return dynamic and self._scheme.block_shape is None and self.in_features % _ALIGNMENT == 0
+
+    def multiply_codes(self, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+        """As a call, for x = codes e4m3 [T, K] * scales float32 [T]; the result is in `dtype`. Needs `takes_codes`."""
+        if not codes.shape[0] or not self.out_features:
+            return codes.new_empty(codes.shape[0], self.out_features, dtype=dtype)
+        return float8_multiply(self._codes, self._scales, codes, scales, self._tile(codes), dtype, bias=self._bias)
+
     def _multiply(self, x: Tensor) -> Tensor:
         blocks = self._scheme.block_shape
         tile = self._tile(x)

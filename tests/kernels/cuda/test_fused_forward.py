@@ -66,3 +66,31 @@ def test_emulated_forwards_agree_with_the_reference_runner(
         assert error < 5e-3, f"{counts}: {error:.1e}"
         for own, count in step:
             own.num_computed += count
+
+
+class CodesLinear(ReferenceLinear):
+    """Takes its input as FP8 codes."""
+
+    takes_codes = True
+
+    def multiply_codes(self, codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        assert codes.dtype == torch.float8_e4m3fn
+        return self(codes.float() * scales[:, None]).to(dtype)
+
+
+def test_layers_that_take_codes_get_normed_and_activated_inputs_as_codes(
+    emulated_kernels: None, tiny_checkpoint: TinyCheckpoint
+) -> None:
+    path = tiny_checkpoint("llama", head_dim=16)
+    exact = emulated_runner(path, "float16", torch.float16, max_num_seqs=1)
+    checkpoint, scheme = open_checkpoint(str(path)), KVScheme.named("float16")
+    weights = load_weights(checkpoint, CodesLinear, CPU, torch.float16)
+    decoder = CudaDecoder(
+        checkpoint.spec, weights, scheme, block_size=BLOCK_SIZE, max_positions=128, dtype=torch.float16
+    )
+    cache = KVCache(checkpoint.spec, scheme, 16, BLOCK_SIZE)
+    rounded = CudaRunner(decoder, cache, max_num_seqs=1, max_model_len=128)
+    batch = pack([(sequence(list(range(3, 23)), [5, 2]), 20)], BLOCK_SIZE)
+    expected, logits = exact.forward(batch), rounded.forward(batch)
+    error = float((logits - expected).norm() / expected.norm())
+    assert 1e-3 < error < 0.1  # inputs with three bits after the point
