@@ -87,7 +87,7 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
         source=checkpoint.source,
         path=str(checkpoint.path),
         format=checkpoint.format_name,
-        family=checkpoint.config.get("model_type"),
+        family=_text(checkpoint.config.get("model_type")),
         model=_model(checkpoint),
         num_files=len({info.file for info in checkpoint.tensors.values()}),
         num_bytes=checkpoint.num_bytes,
@@ -148,8 +148,13 @@ def _model(checkpoint: Checkpoint) -> dict[str, Any]:
         "max_position_embeddings": spec.max_position_embeddings,
         "rope_theta": spec.rope.theta,
         "rope_scaling": spec.rope.kind,
-        "dtype": checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype"),
+        "dtype": _text(checkpoint.config.get("dtype")) or _text(checkpoint.config.get("torch_dtype")),
     }
+
+
+def _text(value: Any) -> str | None:
+    """A name out of a config, which may hold anything; None for what is none."""
+    return value if isinstance(value, str) and value.isprintable() else None
 
 
 def _module_rows(checkpoint: Checkpoint, schemes: Mapping[str, Scheme]) -> list[ModuleRow]:

@@ -30,6 +30,8 @@ def check_json_target(target: str | None) -> None:
 def write_json(target: str, report: dict[str, Any]) -> None:
     """Write the report, as strict JSON."""
     text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)
+    if not text.replace("\n", "").isprintable():  # half characters, and what terminals take for commands
+        text = json.dumps(report, indent=2, allow_nan=False)
     if target == STANDARD_OUTPUT:
         click.echo(text)
         return
