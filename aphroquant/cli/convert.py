@@ -188,17 +188,19 @@ class _PlainProgress(Progress):
 
     def __init__(self) -> None:
         self._started = self._last = time.monotonic()
+        self._told = 0  # blocks, in the last line
 
     def stage(self, text: str) -> None:
         self._started = self._last = time.monotonic()
+        self._told = 0
         click.echo(text, err=True)
 
     def block(self, done: int, total: int) -> None:
         now = time.monotonic()
-        if done and (done == total or now - self._last >= _SECONDS_BETWEEN_LINES):
+        if done != self._told and (done == total or now - self._last >= _SECONDS_BETWEEN_LINES):
             elapsed = now - self._started
             click.echo(f"{done}/{total}  {elapsed:.1f} s  {elapsed / done * (total - done):.0f} s left", err=True)
-            self._last = now
+            self._last, self._told = now, done
 
     def note(self, text: str) -> None:
         click.echo(f"note: {text}", err=True)

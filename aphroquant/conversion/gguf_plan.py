@@ -14,13 +14,13 @@ import torch
 from aphroquant.checkpoint import Checkpoint, GgufTensorPlan
 from aphroquant.checkpoint.base import is_kv_scale
 from aphroquant.checkpoint.expected import expected_modules, expected_vectors
-from aphroquant.conversion.gguf_types import is_dense, label, resolve_types, type_of, wished_type
+from aphroquant.conversion.gguf_types import BY_BITS, is_dense, label, resolve_types, type_of, wished_type
 from aphroquant.conversion.loss import LossError, contradiction
 from aphroquant.conversion.plan import check_disk, matched_modules
 from aphroquant.conversion.request import ConversionRequest
 from aphroquant.errors import UsageError
 from aphroquant.formats.gguf import BlockType, block_type, exact_type
-from aphroquant.models.spec import LM_HEAD
+from aphroquant.models.spec import LM_HEAD, DecoderSpec
 from aphroquant.schemes import DenseScheme, FloatScheme, IntegerScheme, LookupScheme, QuantizedWeight, Scheme
 
 _DENSE_TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -171,7 +171,7 @@ def _exact_types(
     checkpoint: Checkpoint, request: ConversionRequest, shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, str]:
     """The type that keeps every number. LossError saying why there is none."""
-    types = {}
+    types, layers = {}, set(checkpoint.spec.modules())
     for module, scheme in checkpoint.schemes().items():
         name = f"{module}.weight"
         if name not in shapes:
@@ -183,17 +183,20 @@ def _exact_types(
             kind = exact_type(module, weight_only_scheme(scheme), shapes[name][1])
         except UsageError as error:
             raise LossError(error.message) from error
-        _check_asked(request, scheme, kind)
+        if module in layers:
+            _check_asked(request, module, scheme, kind, shapes[name][1], checkpoint.spec)
         types[name] = kind.name if (request.scheme or "").lower() != _UNROUNDED else "F32"
     return types
 
 
-def _check_asked(request: ConversionRequest, scheme: Scheme, kind: BlockType) -> None:
-    """LossError if the request asks for other numbers than `scheme`, which is `kind` in a GGUF file."""
-    if request.scheme is not None and request.scheme.lower() in (kind.name.lower(), _UNROUNDED):
-        request = replace(request, scheme=None)
-    elif request.scheme is not None:
-        resolve_types(request)  # a misspelt name is a mistake of its own
+def _check_asked(
+    request: ConversionRequest, module: str, scheme: Scheme, kind: BlockType, columns: int, spec: DecoderSpec
+) -> None:
+    """LossError if the request asks for other numbers than those of a layer, which is `kind` in a GGUF file."""
+    if request.scheme is not None or request.bits in BY_BITS:
+        name = resolve_types(replace(request, group_size=None, symmetric=None, solver=None))
+        if name == _UNROUNDED or type_of(name, module, columns, spec) == kind.name:
+            request = replace(request, scheme=None, bits=None)
     reason = contradiction(request, scheme)
     if reason is not None:
         raise LossError(reason)

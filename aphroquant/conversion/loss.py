@@ -30,10 +30,10 @@ def contradiction(request: ConversionRequest, scheme: Scheme) -> str | None:
     """Which option asks for other numbers than a source of this scheme has; None if none does."""
     given = {
         f"--scheme {request.scheme}": request.scheme is not None,
+        **_settings(request, scheme),
         f"--solver {request.solver}": request.solver is not None,
         "--ignore": bool(request.ignore),
         "--calibration": bool(request.calibration),
-        **_settings(request, scheme),
     }
     option = next((option for option, contradicts in given.items() if contradicts), None)
     return None if option is None else f"{option} asks for others than the {scheme} that it has"

@@ -154,7 +154,8 @@ def _held(module: str, scheme: Scheme) -> AffineScheme:
     elif isinstance(scheme, IntegerScheme) and not (scheme.has_offsets or scheme.act_order or scheme.activations):
         held = AffineScheme(scheme.bits, scheme.group_size)
     else:
-        raise UsageError(f"{module}: hqq holds integers with zero points, not {scheme}", hint=writing.REQUANTIZE)
+        kind = "real-valued offsets" if isinstance(scheme, IntegerScheme) and scheme.has_offsets else str(scheme)
+        raise UsageError(f"{module}: hqq holds integers with zero points, not {kind}", hint=writing.REQUANTIZE)
     if held.bits not in BITS:
         widths = ", ".join(str(width) for width in BITS)
         raise UsageError(f"{module}: hqq holds {widths} bits, not {held.bits}", hint=writing.REQUANTIZE)

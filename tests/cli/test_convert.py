@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -150,3 +151,59 @@ def test_an_interrupt_ends_with_130_and_leaves_nothing(tiny_checkpoint: Tiny, tm
     assert process.returncode == EXIT_INTERRUPTED
     assert "interrupted" in words
     assert not list(tmp_path.iterdir())
+
+
+def test_a_loss_has_to_be_allowed_and_the_output_says_which_it_was(
+    tiny_checkpoint: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second, report = str(tmp_path / "one"), str(tmp_path / "two.gguf"), tmp_path / "report.json"
+    assert run(["convert", str(tiny_checkpoint("llama")), "--to", "fp8", "--out", first]) == 0
+    assert re.search("^numbers +quantized from a dense source$", capsys.readouterr().out, re.MULTILINE)
+    assert run(["convert", first, "--to", "gguf", "--out", second]) == 2
+    words = capsys.readouterr().err.splitlines()
+    assert words[-2].startswith(
+        f"error: {first} is quantized already, and its numbers cannot stay as they are in gguf: "
+    )
+    assert words[-2].endswith("down_proj: GGUF has no type for fp8 per tensor")
+    assert words[-1] == "hint: --requantize dequantizes it and quantizes it anew, with a loss"
+    assert [path.name for path in tmp_path.iterdir()] == ["one"]
+    assert run(["convert", first, "--to", "gguf", "--out", second, "--requantize", "--json", str(report)]) == 0
+    outcome = "requantized, because model.layers.0.mlp.down_proj: GGUF has no type for fp8 per tensor"
+    assert outcome in capsys.readouterr().out
+    assert json.loads(report.read_text())["outcome"] == outcome
+    assert run(["convert", second, "--to", "gguf", "--out", str(tmp_path / "three.gguf")]) == 0
+    assert "lossless: every one of 16 layers dequantizes to the same bits" in capsys.readouterr().out
+
+
+def test_leftovers_of_a_killed_conversion_are_removed_by_the_next_of_the_same_name(
+    tiny_checkpoint: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    process = started(tiny_checkpoint("llama"), tmp_path / "out")
+    process.kill()
+    process.communicate()
+    left = f".out.partial-{process.pid}"
+    assert (tmp_path / left).exists()
+    assert run(["convert", str(tiny_checkpoint("llama")), "--to", "fp8", "--out", str(tmp_path / "out")]) == 0
+    assert f"note: removed {left}, left by a conversion that was killed" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_killed_gguf_file_does_not_have_its_name(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
+    program = (
+        "import sys, time\nfrom aphroquant.checkpoint import GgufWriter\n"
+        "original = GgufWriter.add\n"
+        "def slow(self, *args, **more):\n"
+        "    original(self, *args, **more)\n    print('a tensor is written', flush=True)\n    time.sleep(60)\n"
+        "GgufWriter.add = slow\nfrom aphroquant.cli import main\nmain(sys.argv[1:])\n"
+    )
+    arguments = ["convert", str(tiny_checkpoint("llama")), "--to", "gguf", "--out", str(tmp_path / "a.gguf")]
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, *arguments], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "a tensor is written\n"
+    process.kill()
+    process.communicate()
+    assert [path.name for path in tmp_path.iterdir()] == [f".a.gguf.partial-{process.pid}"]
+    assert run(arguments) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.gguf", "a.gguf.aphroquant.json"]

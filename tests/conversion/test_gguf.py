@@ -173,7 +173,7 @@ def test_a_scheme_that_the_numbers_already_are_is_no_reason_for_a_loss(tiny_chec
 @pytest.mark.parametrize(
     ("made", "options", "reason"),
     [
-        ({"to": "gptq"}, {"scheme": "q4_k"}, "--scheme q4_k asks for others than the int4 asym g64"),
+        ({"to": "gptq"}, {"scheme": "q6_k"}, "--scheme q6_k asks for others than the int4 asym g64"),
         ({"to": "gptq"}, {"bits": 5}, "--bits 5 asks for others than the int4 asym g64"),
         ({"to": "fp8"}, {}, "GGUF has no type for fp8 per tensor"),
         (
@@ -197,6 +197,15 @@ def test_what_gguf_cannot_hold_is_refused_unless_a_loss_is_allowed(
     assert result.mode == "requantize"
     assert reason in result.outcome
     assert (result.weight_relative_error or 1) < 0.02
+
+
+@pytest.mark.parametrize("name", ["q4_k_m", "q6_k", "q4_0"])
+def test_a_file_of_the_types_asked_for_stays_as_it_is(name: str, tiny_checkpoint: Tiny, tmp_path: Path) -> None:
+    """Also where its head has another type."""
+    converted(tiny_checkpoint("llama", **WIDE), tmp_path / "one.gguf", scheme=name)
+    assert converted(tmp_path / "one.gguf", tmp_path / "two.gguf", scheme=name).mode == "repack"
+    with pytest.raises(UsageError, match="--scheme q5_0 asks for others than the"):
+        converted(tmp_path / "one.gguf", tmp_path / "three.gguf", scheme="q5_0")
 
 
 def test_a_scale_beyond_float16_deep_in_the_model_is_a_loss_too(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
