@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from aphroquant.engine.cuda.joining import join_biases, join_weights
-from aphroquant.schemes import DenseScheme, QuantizedWeight
+from aphroquant.schemes import DenseScheme, FloatScheme, IntegerScheme, QuantizedWeight
 
 Linear = Callable[[Tensor], Tensor]  # [T, K] -> [T, N], in the input's dtype
 Prepare = Callable[[QuantizedWeight, Tensor | None], Linear]
@@ -58,6 +58,8 @@ class Head:
 
     def __init__(self, weight: QuantizedWeight, prepare: Prepare, device: torch.device, dtype: torch.dtype) -> None:
         moved = _moved(weight, device, dtype)
+        if not isinstance(moved.scheme, IntegerScheme | FloatScheme | DenseScheme):  # numbers without a kernel
+            moved = QuantizedWeight.dense(moved.dequantize(dtype))
         self._matrix = moved["weight"] if isinstance(moved.scheme, DenseScheme) else None
         self._linear = None if self._matrix is not None else prepare(moved, None)
 

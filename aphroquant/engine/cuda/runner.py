@@ -59,9 +59,23 @@ class CudaRunner:
     def _prepare_all(self) -> None:
         """Capture every batch size, the largest first: its memory then serves the others too."""
         started = time.monotonic()
-        with _no_garbage_collection():
-            for bucket in reversed(self._buckets):
+        try:
+            with _no_garbage_collection():
+                for bucket in reversed(self._buckets):
+                    self._prepare(bucket)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            if not self._use_graphs:
+                raise
+            reason = str(error).splitlines()[0]
+            logger.warning("decode steps run launch by launch, which is slow: they cannot be captured (%s)", reason)
+            torch.cuda.synchronize()
+            self._use_graphs = False
+            self._steps.clear()
+            for bucket in self._buckets:
                 self._prepare(bucket)
+            return
         logger.info("captured decode steps for %d batch sizes in %.1f s", len(self._steps), time.monotonic() - started)
 
     def _prepare(self, bucket: int) -> None:
