@@ -12,8 +12,8 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 MAX_WORKERS = 4
-# Weights in work at once; a module that has more is alone. Repacking takes some four bytes for each, so this is 1 GB.
-WEIGHTS_AT_ONCE = 2**28
+# Weights in work at once; a module that has more is alone. Each takes some four bytes until it is written.
+WEIGHTS_AT_ONCE = 2**27
 
 
 def in_order(
