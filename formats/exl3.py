@@ -30,30 +30,34 @@ _SIGNS = {"suh": "su", "svh": "sv"}
 
 @dataclass(frozen=True)
 class Exl3(Format):
-    """EXL3 checkpoints. `bits` is the mean over the layers and `head_bits` those of lm_head, as far as is known."""
+    """EXL3 checkpoints. What is known of them: the mean bits of the layers, those of lm_head, the layers' codebook."""
 
     name: ClassVar[str] = "exl3"
     quant_method: ClassVar[str] = "exl3"
 
     bits: float | None = None
     head_bits: float | None = None
+    codebook: str | None = None
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
-        return cls(_bits(config, "bits"), _bits(config, "head_bits"))
+        codebook = reading.read_text(config, "codebook", default="") or None
+        return cls(_bits(config, "bits"), _bits(config, "head_bits"), codebook)
 
     @classmethod
     def for_schemes(cls, schemes: Mapping[str, Scheme], dense_modules: list[str]) -> Self:
-        widths = {}
+        widths, codebooks = {}, set()
         for module, scheme in writing.quantized(schemes).items():
             if not isinstance(scheme, TrellisScheme):
                 raise UsageError(f"{module}: exl3 holds trellis codes, not {scheme}", hint=writing.REQUANTIZE)
             widths[module] = scheme.bits
+            codebooks.add(scheme.codebook)
         head_bits = widths.pop(writing.LM_HEAD, None)
-        return cls(sum(widths.values()) / len(widths) if widths else None, head_bits)
+        codebook = codebooks.pop() if len(codebooks) == 1 else None
+        return cls(sum(widths.values()) / len(widths) if widths else None, head_bits, codebook)
 
     def quantization_config(self) -> dict[str, Any]:
-        known = {"bits": self.bits, "head_bits": self.head_bits}
+        known = {"bits": self.bits, "head_bits": self.head_bits, "codebook": self.codebook}
         return {"quant_method": "exl3", "version": LAYOUT_VERSION} | {k: v for k, v in known.items() if v is not None}
 
     def scheme(self, module: str, headers: Mapping[str, TensorHeader]) -> Scheme | None:
@@ -68,6 +72,11 @@ class Exl3(Format):
             else:
                 reading.require_shape(module, headers, _SIGNS[name], (torch.int16,), (size // TILE,))
         codebook = _codebook(module, headers)
+        if self.codebook in MARKERS and codebook not in MARKERS:
+            raise InputError(
+                f"{module} has no {self.codebook}, although quantization_config says that this is its codebook",
+                hint="the file is damaged; without codebook in quantization_config it is read as 3inst",
+            )
         try:
             scheme = TrellisScheme(found[2] / TILE, codebook)
             scheme.shapes(found[1] * TILE, found[0] * TILE)

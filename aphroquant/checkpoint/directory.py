@@ -133,7 +133,7 @@ class SafetensorsCheckpoint(Checkpoint):
         """Refuse codes that nothing says the meaning of: read as numbers they would give a wrong model."""
         dtype = headers["weight"].dtype
         scales = [name for name in _SCALES if f"{module}.{name}" in self.tensors]
-        if not dtype.is_floating_point or (dtype.itemsize == 1 and scales):
+        if not dtype.is_floating_point or (dtype.itemsize == 1 and (scales or self.format is not None)):
             found = str(dtype).removeprefix("torch.") + (f" beside {scales[0]}" if scales else "")
             raise InputError(
                 f"{self.path}: {module}.weight is {found}, but config.json does not say how it is quantized",

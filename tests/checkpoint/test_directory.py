@@ -225,3 +225,13 @@ def test_eight_bit_floats_without_a_scale_are_numbers(tmp_path: Path) -> None:
     weight = torch.ones(4, 8).to(torch.float8_e4m3fn)
     safetensors.torch.save_file({"a.weight": weight}, tmp_path / "model.safetensors")
     assert open_checkpoint(tmp_path / "model.safetensors").weight("a").dequantize().eq(1).all()
+
+
+def test_a_layer_that_has_lost_its_scale_is_not_taken_for_numbers(tmp_path: Path) -> None:
+    safetensors.torch.save_file({"a.weight": torch.ones(4, 8).to(torch.float8_e4m3fn)}, tmp_path / "model.safetensors")
+    weights = {"num_bits": 8, "type": "float", "strategy": "channel"}
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
+    quantization = {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": groups}
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": quantization}))
+    with pytest.raises(InputError, match=r"a\.weight is float8_e4m3fn, but config\.json does not say"):
+        open_checkpoint(tmp_path).schemes()

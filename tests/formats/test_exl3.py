@@ -24,7 +24,7 @@ JUDGED: dict[str, Any] = json.loads((DATA / "exl3.json").read_text())
 IN, OUT = JUDGED["in_features"], JUDGED["out_features"]
 HALF_TOLERANCE = 1e-3  # of the largest weight: the kernels rotate in float16
 FLOAT_TOLERANCE = 1e-3  # the library's own error measure is of scales before they are float16
-CONFIG = {"quant_method": "exl3", "version": "1.6.5", "bits": 3.5, "head_bits": 6, "codebook": "mcg"}
+CONFIG = {"quant_method": "exl3", "version": "1.6.5", "bits": 3.5, "head_bits": 6}
 P = "model.layers.0.mlp.up_proj"
 
 
@@ -125,7 +125,15 @@ def test_older_files_have_signs_as_bits() -> None:
 def test_the_layers_of_a_checkpoint_may_differ_in_width() -> None:
     narrow, wide = read(tensors_of("mul1 2.5")).scheme, read(tensors_of("mul1 4")).scheme
     written = Exl3.for_schemes({"a": narrow, "b": wide, "lm_head": wide}, [])
-    assert written.quantization_config() == {"quant_method": "exl3", "version": "1.6.5", "bits": 3.25, "head_bits": 4}
+    config = {"quant_method": "exl3", "version": "1.6.5", "bits": 3.25, "head_bits": 4, "codebook": "mul1"}
+    assert written.quantization_config() == config
+
+
+def test_a_codebook_that_the_config_names_and_a_layer_has_lost_is_told() -> None:
+    tensors = tensors_of("mcg 4")
+    del tensors["mcg"]
+    with pytest.raises(InputError, match="has no mcg, although quantization_config says that this is its codebook"):
+        Exl3.from_config(CONFIG | {"codebook": "mcg"}).read(P, tensors)
 
 
 @pytest.mark.parametrize(
