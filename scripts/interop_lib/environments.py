@@ -49,7 +49,7 @@ _VLLM_REQUIREMENTS = (
 ENVIRONMENTS = {
     environment.package: environment
     for environment in [
-        Environment("aqlm", "1.1.7", (TORCH, "aqlm==1.1.7", "numba", "transformers==5.23.0", "accelerate")),
+        Environment("aqlm", "1.1.7", (TORCH, "aqlm==1.1.7", "numba", "scipy", "transformers==5.23.0", "accelerate")),
         Environment("auto-gptq", "0.7.1", (TORCH, "transformers==4.38.2", "accelerate==0.27.2", "peft==0.9.0",
                     "numpy<2", "datasets==2.18.0", "pyarrow<16", "sentencepiece", "rouge", "gekko",
                     "huggingface_hub<0.30"), ("auto-gptq==0.7.1",)),

@@ -29,6 +29,7 @@ WORKER = Path(__file__).parent / "workers" / "llama_cpp_worker.py"
 # the inputs of quantized layers to 8 bits.
 TOLERANCES = {"F32": 2e-3, "F16": 5e-3, "BF16": 2e-2}
 QUANTIZED_TOLERANCE = 5e-2
+SAMPLE_TOLERANCE = 0.1  # its down_proj has outlying inputs, which share a scale with 255 others in front of K-quants
 TEXTS = [
     "",
     "Hello! How are you today?",
@@ -325,5 +326,7 @@ def test_the_sample_model_in_other_types_still_knows_the_capital_of_france(
     model = reference(written, written.config)
     with torch.no_grad():
         expected = model(torch.tensor([prompt])).logits[0]
-    difference = float((answer.logits - expected).abs().max() / expected.abs().max())
-    assert difference < QUANTIZED_TOLERANCE, f"{difference:.2e}"
+    unrounded = llama_cpp(converted(written.path, tmp_path / "f32.gguf", scheme="f32").path, TEXTS, prompt, 1)
+    for logits, tolerance in ((answer.logits, SAMPLE_TOLERANCE), (unrounded.logits, TOLERANCES["F32"])):
+        difference = float((logits - expected).abs().max() / expected.abs().max())
+        assert difference < tolerance, f"{difference:.2e}"
