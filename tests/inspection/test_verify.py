@@ -263,10 +263,20 @@ def test_the_report_is_json_with_counts_and_findings(
     assert run(["inspect", str(path), "--verify", "--json", "-"]) == 4
     report = json.loads(capsys.readouterr().out)
     assert report["passed"] is False
-    assert report["counts"] == {"error": 1, "warning": 0, "info": 0}
+    assert report["counts"] == {"error": 1, "warning": 0, "info": 1}
     assert set(report["findings"][0]) == {"severity", "check", "subject", "message", "advice", "file"}
 
 
 def test_a_checkpoint_that_cannot_be_read_ends_with_3(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"x" * 7)
     assert run(["inspect", str(tmp_path), "--verify"]) == 3
+
+
+@pytest.mark.parametrize("kind", ["q8_0", "q4_k_m", "mxfp4"])
+def test_a_gguf_file_of_our_own_raises_no_alarm(tiny_checkpoint: Make, tmp_path: Path, kind: str) -> None:
+    from aphroquant.conversion import convert
+
+    source = tiny_checkpoint("llama", hidden_size=256, intermediate_size=512, head_dim=64)
+    result = convert(source, to="gguf", out=tmp_path / "model.gguf", scheme=kind)
+    report = verify(open_checkpoint(result.out))
+    assert [finding for finding in report.findings if finding.severity != "info"] == []
