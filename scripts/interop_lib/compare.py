@@ -185,8 +185,8 @@ def _request(case: Case, task: str, place: Path, path: Path) -> Path:
 def _run_worker(case: Case, requests: list[Path]) -> str:
     """All that the worker said."""
     environ = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "GPTQMODEL_CPU_WORKERS": "2"}
-    environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
+    environ |= {"GPTQMODEL_CPU_WORKERS": "2", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     command = [interpreter(case.environment), WORKERS / f"{case.worker}.py", *requests]
     place = requests[0].parent
     done = subprocess.run(command, capture_output=True, text=True, cwd=place, env=environ, check=False)
