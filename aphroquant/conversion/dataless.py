@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -22,14 +21,16 @@ PIECE_ELEMENTS = 2**22  # few enough for the processor's caches, enough for its 
 def solve_in_pieces(plan: ConversionPlan, module: str) -> Solution:
     """The solution of one module. InputError naming it if a weight is not finite."""
     if isinstance(plan.scheme, FloatScheme) and plan.scheme.granularity == "tensor":
-        return _joined(list(_per_tensor(plan, plan.scheme, module)))
+        return _joined(_per_tensor(plan, plan.scheme, module), plan.modules[module])
+    return _joined(_rounded(plan, module), plan.modules[module])
+
+
+def _rounded(plan: ConversionPlan, module: str) -> Iterator[tuple[Solution, float]]:
     rounding = FP8_ROUNDING() if isinstance(plan.scheme, FloatScheme) else plan.solver.load()
-    solved = []
     for weight in _pieces(plan, module):
         with naming_modules(module):
             solution = rounding([weight], None, plan.scheme, plan.scale_dtype)[0]
-        solved.append((solution, _square_sum(weight)))
-    return _joined(solved)
+        yield solution, _square_sum(weight)
 
 
 @contextmanager
@@ -69,22 +70,29 @@ def _pieces(plan: ConversionPlan, module: str) -> Iterator[Tensor]:
         yield left
 
 
-def _joined(solved: list[tuple[Solution, float]]) -> Solution:
-    """One solution of the pieces; the error of the whole weighs theirs by how large they are."""
-    first = solved[0][0]
-    if len(solved) == 1:
-        return first
-    pieces = [solution.weight for solution, _ in solved]
-    rows = sum(piece.shape[0] for piece in pieces)
-    shape = rows, pieces[0].shape[1]
-    wanted = first.weight.scheme.shapes(*shape)
-    tensors = {
-        name: tensor if tensor.shape == wanted.get(name) else torch.cat([piece[name] for piece in pieces])
-        for name, tensor in first.weight.tensors.items()
-    }
-    total = math.fsum(size for _, size in solved)
-    error = math.fsum(solution.relative_error * size for solution, size in solved) / total if total else 0.0
-    return Solution(QuantizedWeight(first.weight.scheme, tensors, shape), error, first.details, first.warnings)
+def _joined(solved: Iterator[tuple[Solution, float]], shape: tuple[int, int]) -> Solution:
+    """One solution of the pieces; the error of the whole weighs theirs by how large they are.
+
+    What they hold is copied into tensors of the whole at once: kept until the end, small tensors among large temporary
+    ones would keep the allocator from giving any memory back.
+    """
+    tensors: dict[str, Tensor] = {}
+    done: dict[str, int] = {}
+    error = total = 0.0
+    for solution, size in solved:
+        wanted = solution.weight.scheme.shapes(*shape)
+        for name, part in solution.weight.tensors.items():
+            if part.shape == wanted.get(name, part.shape) or not part.ndim:
+                tensors[name] = part  # the whole, or the same for all
+                continue
+            if name not in tensors:
+                tensors[name], done[name] = torch.empty(wanted[name], dtype=part.dtype), 0
+            tensors[name][done[name] : done[name] + part.shape[0]] = part
+            done[name] += part.shape[0]
+        error += solution.relative_error * size
+        total += size
+    weight = QuantizedWeight(solution.weight.scheme, tensors, shape)
+    return Solution(weight, error / total if total else 0.0, solution.details, solution.warnings)
 
 
 def _square_sum(weight: Tensor) -> float:
