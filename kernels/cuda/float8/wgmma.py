@@ -65,7 +65,9 @@ class Float8Tile:
             piece = 64 if self.tokens % 64 == 0 else self.tokens
             output = self.warpgroups * piece * (self.tiles * 64 + 8) * 2
         payload = _up(stages, 128) + output if self.persistent else max(stages, output)
-        return _up(payload, 8) + self.stages * 16 + 1024
+        share = self.tokens // self.split * (self.rows + 4) * 4
+        received = _up(payload, 128) + (self.split - 1) * share
+        return _up(received, 8) + self.stages * 16 + 16 + 1024
 
 
 class _Problem(ctypes.Structure):

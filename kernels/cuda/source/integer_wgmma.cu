@@ -211,7 +211,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS)
         warpgroup_give_registers<kProducerRegisters>();
         fetch_tiles(block, &inputs, problem);
         __syncwarp();
-        if (SPLIT > 1) cluster_arrive(), cluster_wait();
     } else {
         warpgroup_take_registers<kConsumerRegisters>();
         consume(block, problem, threadIdx.x / 128);

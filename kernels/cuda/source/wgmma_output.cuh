@@ -106,30 +106,48 @@ __device__ __forceinline__ void stage_partial(const float (&sums)[TILES][kAccumu
     }
 }
 
+// Sends the other blocks their shares of the tokens.
+__device__ __forceinline__ void send_partials(const BlockPart& block, const float* staging) {
+    fence_shared_to_async_proxy();
+    named_barrier_sync(15, kConsumers);
+    const uint32_t owner = threadIdx.x;
+    if (owner >= SPLIT || owner == block.split) return;
+    const uint32_t rank = owner * MULTICAST + block.sharer, slot = block.split - (block.split > owner);
+    const uint32_t target = cluster_map(block.shared + kReceivedStart + slot * kShareBytes, rank);
+    cluster_copy(target, shared_address(staging) + owner * kShareBytes, kShareBytes,
+                 cluster_map(block.shared + kReceivedBarrier, rank));
+}
+
 // This block's share of the tokens, summed over the blocks that share the tile, always in the same order.
-__device__ __forceinline__ void store_sums(const Output& output, const Extent& extent, const BlockPart& block,
-                                           const float* staging, const Place& place) {
-    constexpr int kShare = TOKENS / SPLIT, kVectors = kRows / 8;
-    const uint32_t own = shared_address(staging);
-    uint32_t parts[SPLIT];
+__device__ __forceinline__ void store_received(const Output& output, const Extent& extent, const BlockPart& block,
+                                               const float* staging, const Place& place) {
+    constexpr int kVectors = kRows / 8;
+    const float* received = reinterpret_cast<const float*>(block.memory + kReceivedStart);
+    const float* parts[SPLIT];
 #pragma unroll
-    for (int i = 0; i < SPLIT; ++i) parts[i] = cluster_map(own, i * MULTICAST + block.sharer);
-    for (int i = threadIdx.x; i < kShare * kVectors; i += kConsumers) {
-        const int token = static_cast<int>(block.split) * kShare + i / kVectors, column = i % kVectors * 8;
-        if (place.token() + token >= extent.tokens) break;
+    for (int i = 0; i < SPLIT; ++i) {
+        const int slot = i - (i > static_cast<int>(block.split));
+        const bool own = i == static_cast<int>(block.split);
+        parts[i] = own ? staging + i * (kShareBytes / 4) : received + slot * (kShareBytes / 4);
+    }
+    mbarrier_wait(block.shared + kReceivedBarrier, 0);
+    for (int i = threadIdx.x; i < kShareTokens * kVectors; i += kConsumers) {
+        const int own_token = i / kVectors, column = i % kVectors * 8;
+        const int token = place.token() + static_cast<int>(block.split) * kShareTokens + own_token;
+        if (token >= extent.tokens) break;
         float sums[8];
 #pragma unroll
         for (int k = 0; k < 8; ++k) sums[k] = output.bias_of(place.row() + column + k, extent.rows);
 #pragma unroll
         for (int part = 0; part < SPLIT; ++part) {
-            const uint32_t source = parts[part] + (token * kPartialStride + column) * 4;
-            const float4 low = cluster_load_float4(source), high = cluster_load_float4(source + 16);
+            const float4* source = reinterpret_cast<const float4*>(parts[part] + own_token * kPartialStride + column);
+            const float4 low = source[0], high = source[1];
             sums[0] += low.x, sums[1] += low.y, sums[2] += low.z, sums[3] += low.w;
             sums[4] += high.x, sums[5] += high.y, sums[6] += high.z, sums[7] += high.w;
         }
         const uint4 values = {output_pair(sums[0], sums[1]), output_pair(sums[2], sums[3]),
                               output_pair(sums[4], sums[5]), output_pair(sums[6], sums[7])};
-        store_outputs(output, extent, place.token() + token, place.row() + column, values);
+        store_outputs(output, extent, token, place.row() + column, values);
     }
 }
 
@@ -150,8 +168,7 @@ __device__ __forceinline__ void put_out(const Output& output, const Extent& exte
     } else {
         float* staging = reinterpret_cast<float*>(block.memory + kOutputStart);
         stage_partial(sums, staging, warpgroup);
-        cluster_arrive();
-        cluster_wait();
-        store_sums(output, extent, block, staging, place);
+        send_partials(block, staging);
+        store_received(output, extent, block, staging, place);
     }
 }

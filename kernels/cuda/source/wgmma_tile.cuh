@@ -23,8 +23,15 @@ constexpr int kWeightStart = STAGES * kInputBytes;
 constexpr int kStagesEnd = kWeightStart + STAGES * kWeightBytes;
 constexpr int kOutputStart = PERSISTENT ? (kStagesEnd + 127) / 128 * 128 : 0;
 constexpr int kPayload = kOutputStart + kOutputBytes > kStagesEnd ? kOutputStart + kOutputBytes : kStagesEnd;
-constexpr int kBarrierStart = (kPayload + 7) / 8 * 8;
-constexpr int kSharedBytes = kBarrierStart + STAGES * 16 + 1024;  // the start is moved to a multiple of 1024
+
+// What the other parts of the columns send: each their sums of this block's share of the tokens.
+constexpr int kShareTokens = TOKENS / SPLIT, kShareBytes = kShareTokens * kPartialStride * 4;
+constexpr int kReceivedStart = (kPayload + 127) / 128 * 128;
+constexpr int kReceivedEnd = kReceivedStart + (SPLIT - 1) * kShareBytes;
+
+constexpr int kBarrierStart = (kReceivedEnd + 7) / 8 * 8;
+constexpr int kReceivedBarrier = kBarrierStart + STAGES * 16;
+constexpr int kSharedBytes = kReceivedBarrier + 16 + 1024;  // the start is moved to a multiple of 1024
 
 static_assert(kSharedBytes <= 227 * 1024 / BLOCKS - (BLOCKS > 1 ? 1024 : 0), "more shared memory than there is");
 
@@ -104,6 +111,10 @@ __device__ __forceinline__ BlockPart enter_block(uint8_t* memory, const Extent& 
         for (int stage = 0; stage < STAGES; ++stage) {
             mbarrier_init(block.full(stage), kFetchers);
             mbarrier_init(block.empty(stage), WARPGROUPS * 4 * MULTICAST);
+        }
+        if (SPLIT > 1) {
+            mbarrier_init(block.shared + kReceivedBarrier, 1);
+            mbarrier_arrive_expect(block.shared + kReceivedBarrier, (SPLIT - 1) * kShareBytes);
         }
         mbarrier_init_fence();
     }

@@ -1,4 +1,4 @@
-// Thread block clusters: ranks, the cluster barrier, and reading another block's shared memory.
+// Thread block clusters: ranks, the cluster barrier, and copies to another block's shared memory.
 #pragma once
 
 #include "types.cuh"
@@ -29,11 +29,11 @@ __device__ __forceinline__ uint32_t cluster_map(uint32_t address, uint32_t rank)
     return mapped;
 }
 
-__device__ __forceinline__ float4 cluster_load_float4(uint32_t mapped) {
-    float4 value;
-    asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
-                 : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w)
-                 : "r"(mapped)
+// Copies `bytes` (a multiple of 16) of this block's shared memory to `target` in another block, both multiples of 16;
+// completes on a barrier there. Both addresses there are mapped.
+__device__ __forceinline__ void cluster_copy(uint32_t target, uint32_t source, uint32_t bytes, uint32_t barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                     target),
+                 "r"(source), "r"(bytes), "r"(barrier)
                  : "memory");
-    return value;
 }
