@@ -12,6 +12,8 @@ import datetime
 import os
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,15 +56,15 @@ def main() -> int:
     }
     for tunable in all_tunables():
         if arguments.only in tunable.name:
-            entries = tune(tunable, found, end, arguments.tables)
             path = table_path(tunable.name, found.name, arguments.tables)
-            write_table(path, found.name, found.architecture, conditions, entries)
+            save = partial(write_table, path, found.name, found.architecture, conditions)
+            entries = tune(tunable, found, end, arguments.tables, save)
             print(f"{path}: {len(entries)} entries", flush=True)
     return 0
 
 
-def tune(tunable: Tunable, found: Gpu, end: float, tables: Path) -> list[Entry]:
-    """The fastest plan of each problem."""
+def tune(tunable: Tunable, found: Gpu, end: float, tables: Path, save: Callable[[list[Entry]], None]) -> list[Entry]:
+    """The fastest plan of each problem. What was found so far is saved after each one."""
     exact = table_path(tunable.name, found.name, tables).is_file()  # and not that of a similar GPU
     table = load_table(tunable.name, found.name, found.architecture, tables) if exact else ()
     older = {entry.problem: entry for entry in table}
@@ -73,6 +75,7 @@ def tune(tunable: Tunable, found: Gpu, end: float, tables: Path) -> list[Entry]:
         best = fastest(tunable, problem)
         if best is not None:
             older[problem] = best
+            save(list(older.values()))
             print(f"{tunable.name} {problem}: {best.microseconds:.2f} us, {best.plan}", flush=True)
     return list(older.values())
 

@@ -58,7 +58,7 @@ class Entry:
     """The fastest plan of a problem, and its microseconds."""
 
     problem: Problem
-    plan: dict[str, int | bool]
+    plan: dict[str, int | bool | None]
     microseconds: float
 
 
@@ -79,9 +79,14 @@ def tuned(kernel: str, plan: type[Plan], problem: Problem, device: int) -> Plan 
 
 @lru_cache(maxsize=8192)  # asked for at every launch
 def _tuned(kernel: str, plan: type[Any], problem: Problem, device: int) -> Any:
-    found = gpu(device)
-    entry = nearest(load_table(kernel, found.name, found.architecture), problem)
+    entry = tuned_entry(kernel, problem, device)
     return None if entry is None else plan(**entry.plan)
+
+
+def tuned_entry(kernel: str, problem: Problem, device: int) -> Entry | None:
+    """As `tuned`, with the problem that was measured."""
+    found = gpu(device)
+    return nearest(load_table(kernel, found.name, found.architecture), problem)
 
 
 def nearest(table: tuple[Entry, ...], problem: Problem) -> Entry | None:
@@ -116,7 +121,7 @@ def write_table(path: Path, gpu_name: str, architecture: str, conditions: dict[s
     path.write_text(f'{{{head}, "entries": [\n{lines}\n]}}\n')
 
 
-def plan_dict(plan: Any) -> dict[str, int | bool]:
+def plan_dict(plan: Any) -> dict[str, int | bool | None]:
     """A plan's numbers by name."""
     return {field.name: getattr(plan, field.name) for field in fields(plan)}
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import torch
+
 from aphroquant.kernels.cuda.device import gpu
 from aphroquant.kernels.cuda.integer.decode_plan import TOKENS_OF_TILE, DecodePlan, DecodeShape, candidate_plans
 from aphroquant.kernels.cuda.integer.packing import PackedInteger
 from aphroquant.kernels.cuda.integer.wgmma import WgmmaTile
-from aphroquant.kernels.cuda.tuning import Problem, tuned
+from aphroquant.kernels.cuda.tuning import Problem, tuned, tuned_entry
 
 DECODE, WGMMA = "integer_decode", "integer_wgmma"
 
@@ -17,12 +19,15 @@ def kind_of(bits: int) -> str:
 
 
 def measured_plan(shape: DecodeShape, token_tiles: int, device: int) -> DecodePlan | None:
-    """Of the plans that fit this layer, the one that splits it as the measured plan of the nearest layer does."""
+    """The measured plan of this layer; else, of the plans that fit it, the one that splits it as the nearest one's."""
     tokens = 1 if token_tiles == 1 else token_tiles * TOKENS_OF_TILE
     problem = Problem(kind_of(shape.bits), shape.out_features, shape.in_features, tokens)
-    measured = tuned(DECODE, DecodePlan, problem, device)
-    if measured is None:
+    entry = tuned_entry(DECODE, problem, device)
+    if entry is None:
         return None
+    measured = DecodePlan(**entry.plan)  # type: ignore[arg-type]  # a plan's numbers as JSON has them
+    if entry.problem == problem and _is_as_measured(shape):
+        return measured
     found = gpu(device)
     plans = candidate_plans(shape, token_tiles, found.multiprocessors, found.capability)
     return next((plan for plan in plans if _split(plan) == _split(measured)), None)
@@ -33,6 +38,11 @@ def measured_tile(packed: PackedInteger, tokens: int, device: int, max_shared_by
     problem = Problem(kind_of(packed.bits), packed.out_features, packed.in_features, tokens)
     tile = tuned(WGMMA, WgmmaTile, problem, device)
     return tile if tile is not None and tile.shared_bytes(packed) <= max_shared_bytes else None
+
+
+def _is_as_measured(shape: DecodeShape) -> bool:
+    """Whether it needs no more shared memory than those that were measured: symmetric groups of 128, 16-bit scales."""
+    return (shape.group_size, shape.zero_kind) == (128, 0) and shape.scale_dtype != torch.float32
 
 
 def _split(plan: DecodePlan) -> tuple[int, ...]:
