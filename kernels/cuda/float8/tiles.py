@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from aphroquant.kernels.cuda.device import gpu
 from aphroquant.kernels.cuda.float8.wgmma import STEP, Float8Tile
+from aphroquant.kernels.cuda.integer.tiles import up_to_measured
 from aphroquant.kernels.cuda.tuning import Problem, tuned
 
 TABLE = "float8_wgmma"
@@ -12,20 +13,23 @@ _BATCH = 512  # tokens
 _MAX_SPLIT = 8
 _SHARED_BYTES = 227 * 1024  # of a multiprocessor
 _RESERVED_BYTES = 1024  # for each block
+_MAX_BLOCK_SUMS = 128  # tokens times tiles: with scales of blocks a thread has its sums twice
 
 
 def fits(tile: Float8Tile, columns: int, has_blocks: bool) -> bool:
-    """Whether its blocks have the shared memory, and each part of the columns a stage."""
+    """Whether its blocks have the shared memory, its threads the registers, and each part of the columns a stage."""
+    if has_blocks and tile.tokens * tile.tiles > _MAX_BLOCK_SUMS:
+        return False
     limit = _SHARED_BYTES // tile.blocks - (_RESERVED_BYTES if tile.blocks > 1 else 0)
     return tile.shared_bytes(has_blocks) <= limit and tile.split <= -(-columns // STEP)
 
 
 def choose_tile(rows: int, columns: int, tokens: int, device: int, has_blocks: bool) -> Float8Tile:
     """The tile for a product of that size: as measured, where such a tile fits."""
-    problem = Problem(SCALES_OF_BLOCKS if has_blocks else SCALES_OF_ROWS, rows, columns, tokens)
-    tile = tuned(TABLE, Float8Tile, problem, device)
-    if tile is not None and fits(tile, columns, has_blocks):
-        return tile
+    for kind in (SCALES_OF_BLOCKS, SCALES_OF_ROWS) if has_blocks else (SCALES_OF_ROWS,):
+        tile = tuned(TABLE, Float8Tile, Problem(kind, rows, columns, up_to_measured(tokens)), device)
+        if tile is not None and fits(tile, columns, has_blocks):
+            return tile
     return estimate(rows, columns, tokens, gpu(device).multiprocessors, has_blocks)
 
 

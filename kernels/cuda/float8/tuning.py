@@ -33,8 +33,6 @@ def candidates(problem: Problem) -> list[Float8Tile]:
     """Tiles that fill the GPU about once, or many times over."""
     has_blocks = problem.kind == SCALES_OF_BLOCKS
     found = [tile for tile in _all_tiles(problem.tokens) if fits(tile, problem.in_features, has_blocks)]
-    if has_blocks:  # the sums are there twice
-        found = [tile for tile in found if tile.tokens * tile.tiles <= 128]
     return [tile for tile in found if tile.persistent or _is_sensible(tile, problem)]
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from aphroquant.kernels.cuda.device import gpu
-from aphroquant.kernels.cuda.integer.measured import measured_tile
+from aphroquant.kernels.cuda.integer.measured import WGMMA, kind_of, measured_tile
 from aphroquant.kernels.cuda.integer.mma import ROWS as MMA_ROWS
 from aphroquant.kernels.cuda.integer.mma import MmaTile
 from aphroquant.kernels.cuda.integer.packing import CHUNK, PackedInteger
 from aphroquant.kernels.cuda.integer.wgmma import WgmmaTile
+from aphroquant.kernels.cuda.tuning import Problem, tuned
 
 _BATCH = 512  # tokens
 _MAX_SPLIT = 8
@@ -23,9 +26,26 @@ def fits(tile: WgmmaTile, packed: PackedInteger) -> bool:
 
 
 def choose_wgmma_tile(packed: PackedInteger, tokens: int, device: int) -> WgmmaTile:
-    """For a Hopper GPU: as measured, where such a tile fits."""
-    tile = measured_tile(packed, tokens, device, _SHARED_BYTES)
-    return tile if tile is not None and fits(tile, packed) else estimate(packed, tokens, gpu(device).multiprocessors)
+    """For a Hopper GPU: as measured for such codes, or else for those of 4 bits, with as many stages as fit."""
+    measured = up_to_measured(tokens)
+    tile = measured_tile(packed, measured, device, _SHARED_BYTES) or _measured_for_four_bits(packed, measured, device)
+    fitting = None if tile is None else _with_stages(tile, packed)
+    return fitting or estimate(packed, tokens, gpu(device).multiprocessors)
+
+
+def up_to_measured(tokens: int) -> int:
+    """The next power of two, as the tables have them: a tile that is too narrow reads the weights twice."""
+    return max(16, 1 << (tokens - 1).bit_length()) if tokens <= 2 * _BATCH else tokens
+
+
+def _measured_for_four_bits(packed: PackedInteger, tokens: int, device: int) -> WgmmaTile | None:
+    return tuned(WGMMA, WgmmaTile, Problem(kind_of(4), packed.out_features, packed.in_features, tokens), device)
+
+
+def _with_stages(tile: WgmmaTile, packed: PackedInteger) -> WgmmaTile | None:
+    """With fewer stages, where its own are too large for this weight."""
+    fewer = (replace(tile, stages=stages) for stages in range(tile.stages, 1, -1))
+    return next((tile for tile in fewer if fits(tile, packed)), None)
 
 
 def estimate(packed: PackedInteger, tokens: int, multiprocessors: int) -> WgmmaTile:
