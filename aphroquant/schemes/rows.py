@@ -14,7 +14,8 @@ from aphroquant.schemes.kquant import KQuantScheme
 from aphroquant.schemes.lookup import NESTED_BLOCK_SIZE, LookupScheme
 from aphroquant.schemes.weight import QuantizedWeight, Scheme
 
-_PACKED_ROWS = 8  # that AWQ packs in a word, and GPTQ of zero points: who looks for packing mistakes needs them together
+# That AWQ packs in a word, and GPTQ of zero points: who looks for packing mistakes needs them together.
+_PACKED_ROWS = 8
 
 
 def rows_per_piece(columns: int, max_elements: int, step: int = 1) -> int:
