@@ -88,7 +88,7 @@ def _measure(engine: Engine, counts: list[int], context: int, steps: int) -> lis
     from aphroquant.engine.speed import measure_engine
 
     vocab_size = engine.vocab_size
-    measure_engine(engine, vocab_size=vocab_size, batch=1, context=min(context, 64), steps=2)  # compiles what is new
+    measure_engine(engine, vocab_size=vocab_size, batch=1, context=context, steps=2)  # compiles what is new
     return [measure_engine(engine, vocab_size=vocab_size, batch=n, context=context, steps=steps) for n in counts]
 
 

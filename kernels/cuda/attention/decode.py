@@ -30,6 +30,10 @@ class DecodeTuning:
     min_tokens: int = 128  # of a split: below, merging costs more than it saves
 
 
+FEW_SPLITS = 4  # from so many splits on, few sequences have the GPU for themselves, a block a multiprocessor
+FEW_SEQUENCES = DecodeTuning(warps=8, stages=3)
+
+
 class DecodeArguments(Structure):
     """`Arguments` of attention_decode.cu."""
 
@@ -69,23 +73,33 @@ def num_splits(num_sequences: int, num_kv_heads: int, multiprocessors: int) -> i
     return max(1, min(MAX_SPLITS, -(-wanted // (num_sequences * num_kv_heads))))
 
 
+class _Variant:
+    """The kernel in one cut."""
+
+    def __init__(self, shape: AttentionShape, dtype: torch.dtype, tuning: DecodeTuning) -> None:
+        macros = {
+            **shape.macros(),
+            "WARPS": tuning.warps,
+            "STAGES": tuning.stages,
+            "TILES": tuning.tiles,
+        } | element_macro(dtype)
+        self.kernel = cuda_kernel("attention_decode.cu", "attention_decode", macros)
+        self.tuning, self.shared_bytes = tuning, shared_bytes(shape, tuning)
+
+
 class PagedDecode:
     """softmax(scale * q k^T) v for one query a sequence, over the cache that holds its key and value already."""
 
     def __init__(
         self, shape: AttentionShape, dtype: torch.dtype, scale: float, tuning: DecodeTuning | None = None
     ) -> None:
+        """`tuning` instead of those that suit the shape and the batch."""
         self._shape = shape
-        self._tuning = tuning or choose_tuning(shape)
         self._scale = softmax_scale(scale)
-        macros = {
-            **shape.macros(),
-            "WARPS": self._tuning.warps,
-            "STAGES": self._tuning.stages,
-            "TILES": self._tuning.tiles,
-        } | element_macro(dtype)
-        self._kernel = cuda_kernel("attention_decode.cu", "attention_decode", macros)
-        self._shared_bytes = shared_bytes(shape, self._tuning)
+        many = _Variant(shape, dtype, tuning or choose_tuning(shape))
+        self._many = self._few = many
+        if tuning is None and shared_bytes(shape, FEW_SEQUENCES) <= shared_limit():
+            self._few = _Variant(shape, dtype, FEW_SEQUENCES)
 
     def __call__(
         self,
@@ -110,6 +124,7 @@ class PagedDecode:
             return output
         assert num_sequences <= workspace.max_sequences
         assert num_sequences * splits <= workspace.max_parts
+        variant = self._few if splits >= FEW_SPLITS else self._many
         arguments = DecodeArguments(
             queries.data_ptr(),
             cache.keys.data_ptr(),
@@ -124,14 +139,14 @@ class PagedDecode:
             workspace.counters.data_ptr(),
             block_tables.stride(0),
             sliding_window or 0,
-            self._tuning.min_tokens,
+            variant.tuning.min_tokens,
             self._scale,
         )
-        self._kernel.launch(
+        variant.kernel.launch(
             grid=(splits, self._shape.num_kv_heads, num_sequences),
-            block=(self._tuning.warps * 32, 1, 1),
+            block=(variant.tuning.warps * 32, 1, 1),
             args=[arguments],
-            shared_bytes=self._shared_bytes,
+            shared_bytes=variant.shared_bytes,
             programmatic=programmatic,
         )
         return output
@@ -156,6 +171,13 @@ def shared_bytes(shape: AttentionShape, tuning: DecodeTuning) -> int:
     tile_bytes = TILE * shape.head_dim * items + (2 * TILE * 4 if has_scales else 0)
     copies = tuning.warps * tuning.stages * tuning.tiles * tile_bytes
     return max(copies, tuning.warps * shape.group * shape.head_dim * 4)
+
+
+def shared_limit() -> int:
+    """Dynamic shared memory that a block may have beside the kernel's own, on the current GPU; 0 without one."""
+    if not torch.cuda.is_available():
+        return 0
+    return int(getattr(torch.cuda.get_device_properties(), "shared_memory_per_block_optin", 0)) - 2048
 
 
 def _address(tensor: Tensor | None) -> int:

@@ -34,8 +34,8 @@ def _variants(head_dim: int, group: int, num_kv_heads: int, cache_format: int, *
         KernelVariant(
             "attention_prefill.cu",
             "attention_prefill",
-            {**shape, "WARPS": 4},
-            max_spill_bytes=0 if head_dim <= 128 else 256,  # on sm_80, a few bytes outside of the loop
+            {**shape, "WARPS": 8},
+            max_spill_bytes=32 if head_dim <= 128 else 256,  # outside of the loop
             sass=("HMMA", "LDSM"),
             tested=tested,
         ),

@@ -320,8 +320,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_decode(const __g
   unsigned char* shared = dynamic_shared();
   __shared__ float warp_maxima[WARPS][HEADS], warp_sums[WARPS][HEADS];
   __shared__ int is_last;
-  grid_dependency_launch();
-  grid_dependency_wait();
+  grid_dependency_launch();  // context lengths and block tables were there before the kernel in front began
 
   const int split = blockIdx.x, num_splits = gridDim.x, kv_head = blockIdx.y, sequence = blockIdx.z;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -341,8 +340,14 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_decode(const __g
                shared + warp * STAGES * STAGE_BYTES,
                arguments.block_tables + static_cast<long long>(sequence) * arguments.table_stride,
                lane, kv_head, first_token, context_len, own_begin, num_steps};
-#pragma unroll
-  for (int stage = 0; stage < STAGES - 1; ++stage) walk.fetch(stage);
+  // The kernel in front writes the newest token alone: all tiles before its own can be on their way already.
+  int stage = 0;
+#pragma unroll 1
+  for (; stage < STAGES - 1 && stage < num_steps && walk.token_of(stage) + STEP < context_len; ++stage)
+    walk.fetch(stage);
+  grid_dependency_wait();
+#pragma unroll 1
+  for (; stage < STAGES - 1; ++stage) walk.fetch(stage);
 
   unsigned queries[KEY_STEPS][4];
   const long long first_head = static_cast<long long>(sequence) * NUM_HEADS + kv_head * GROUP;

@@ -32,6 +32,12 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   __shared__ float sums[32];
   __shared__ unsigned maxima[32];
   grid_dependency_launch();
+  float factors[ITEMS][WIDTH];
+#pragma unroll
+  for (int item = 0; item < ITEMS; ++item) {
+    const int column = (item * THREADS + threadIdx.x) * WIDTH;
+    if (column < HIDDEN_SIZE) load(gain + column, factors[item]);
+  }
   grid_dependency_wait();
   const long long source = static_cast<long long>(HAS_ROWS ? rows[blockIdx.x] : blockIdx.x) * HIDDEN_SIZE;
   const long long target = static_cast<long long>(blockIdx.x) * HIDDEN_SIZE;
@@ -58,11 +64,9 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   for (int item = 0; item < ITEMS; ++item) {
     const int column = (item * THREADS + threadIdx.x) * WIDTH;
     if (column >= HIDDEN_SIZE) break;
-    float factors[WIDTH];
-    load(gain + column, factors);
 #pragma unroll
     for (int i = 0; i < WIDTH; ++i) {
-      values[item][i] *= inverse * factors[i];
+      values[item][i] *= inverse * factors[item][i];
       absmax = max(absmax, magnitude_bits(values[item][i]));
     }
   }

@@ -70,22 +70,32 @@ __device__ __forceinline__ void each_vector(Head& head, int lane, Visit visit) {
   }
 }
 
-__device__ __forceinline__ void rotate(Head& head, int lane, const float* cos, const float* sin) {
+// The cosines and sines of one position for a lane's pairs.
+struct Rotation {
+  float cos[ITEMS][WIDTH], sin[ITEMS][WIDTH];
+
+  __device__ __forceinline__ void fetch(const float* all_cos, const float* all_sin, int lane) {
 #pragma unroll
-  for (int item = 0; item < ITEMS; ++item) {
-    const int column = (item * LANES + lane) * WIDTH;
-    if (column >= HALF) break;
-    float c[WIDTH], s[WIDTH];
-    load(cos + column, c);
-    load(sin + column, s);
-#pragma unroll
-    for (int i = 0; i < WIDTH; ++i) {
-      const float first = head.first[item][i], second = head.second[item][i];
-      head.first[item][i] = first * c[i] - second * s[i];
-      head.second[item][i] = second * c[i] + first * s[i];
+    for (int item = 0; item < ITEMS; ++item) {
+      const int column = (item * LANES + lane) * WIDTH;
+      if (column >= HALF) break;
+      load(all_cos + column, cos[item]);
+      load(all_sin + column, sin[item]);
     }
   }
-}
+
+  __device__ __forceinline__ void apply(Head& head) const {
+#pragma unroll
+    for (int item = 0; item < ITEMS; ++item) {
+#pragma unroll
+      for (int i = 0; i < WIDTH; ++i) {
+        const float first = head.first[item][i], second = head.second[item][i];
+        head.first[item][i] = first * cos[item][i] - second * sin[item][i];
+        head.second[item][i] = second * cos[item][i] + first * sin[item][i];
+      }
+    }
+  }
+};
 
 __device__ __forceinline__ void norm(Head& head, int lane, const float* gain, float eps) {
   float sum = 0.0f;
@@ -147,14 +157,18 @@ extern "C" __global__ void __launch_bounds__(THREADS)
                        const float* __restrict__ key_gain, Element* __restrict__ queries, void* __restrict__ keys,
                        void* __restrict__ values, float* __restrict__ key_scales, float* __restrict__ value_scales,
                        float eps, int num_tokens) {
-  grid_dependency_launch();
-  grid_dependency_wait();
+  grid_dependency_launch();  // positions and slots were there before the kernel in front began
   const int lane = threadIdx.x % LANES;
   const long long index = static_cast<long long>(blockIdx.x) * (THREADS / LANES) + threadIdx.x / LANES;
   const bool exists = index < static_cast<long long>(num_tokens) * HEADS;
   const int token = exists ? static_cast<int>(index / HEADS) : 0;
   const int head_index = exists ? static_cast<int>(index % HEADS) : 0;
   const bool is_query = head_index < NUM_HEADS, is_value = head_index >= NUM_HEADS + NUM_KV_HEADS;
+  Rotation rotation;
+  const long long row = static_cast<long long>(positions[token]) * HALF;
+  if (!is_value) rotation.fetch(cos + row, sin + row, lane);
+  const long long slot = slots[token];
+  grid_dependency_wait();
 
   Head head;
   const Element* source = qkv + (static_cast<long long>(token) * HEADS + head_index) * HEAD_DIM;
@@ -164,15 +178,11 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     norm(normed, lane, is_query ? query_gain : key_gain, eps);  // shuffles: every lane takes part
     if (!is_value) head = normed;
   }
-  if (!is_value) {
-    const long long row = static_cast<long long>(positions[token]) * HALF;
-    rotate(head, lane, cos + row, sin + row);
-  }
+  if (!is_value) rotation.apply(head);
   if (is_query && exists) {
     Element* target = queries + (static_cast<long long>(token) * NUM_HEADS + head_index) * HEAD_DIM;
     each_vector(head, lane, [&](float(&items)[WIDTH], int column) { store(target + column, items); });
   }
-  const long long slot = slots[token];
   const bool writes = exists && !is_query && slot >= 0;
   const int kv_head = is_query ? 0 : (head_index - NUM_HEADS) % NUM_KV_HEADS;
   const long long vector = (slot / BLOCK_SIZE * NUM_KV_HEADS + kv_head) * BLOCK_SIZE + slot % BLOCK_SIZE;

@@ -69,6 +69,21 @@ __device__ __forceinline__ Key block_max(Key own, Key* scratch) {
   return largest;
 }
 
+// visit(logit, token) for this thread's share of a row, 16 bytes at a time where the row is aligned.
+template <typename Visit>
+__device__ __forceinline__ void each_token(const float* logits, int vocab_size, Visit visit) {
+  const int whole = vocab_size % 4 == 0 ? vocab_size : 0;
+#pragma unroll 4
+  for (int token = threadIdx.x * 4; token < whole; token += THREADS * 4) {
+    const float4 four = *reinterpret_cast<const float4*>(logits + token);
+    visit(four.x, token);
+    visit(four.y, token + 1);
+    visit(four.z, token + 2);
+    visit(four.w, token + 3);
+  }
+  for (int token = whole + threadIdx.x; token < vocab_size; token += THREADS) visit(logits[token], token);
+}
+
 struct Row {
   const float* logits;
   int vocab_size;
@@ -83,13 +98,12 @@ struct Row {
   // Mass and number of the tokens with keys from `edge` on.
   __device__ __forceinline__ Tally from(Key edge, Tally* scratch) const {
     Tally own = {0, 0};
-    for (int token = threadIdx.x; token < vocab_size; token += THREADS) {
-      const float logit = logits[token];
+    each_token(logits, vocab_size, [&](float logit, int token) {
       if (key_of(logit, token) >= edge) {
         own.mass += weight(logit);
         own.count += 1;
       }
-    }
+    });
     return block_sum(own, scratch);
   }
 
@@ -122,21 +136,11 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   const float* own = logits + static_cast<long long>(rows ? rows[blockIdx.x] : blockIdx.x) * vocab_size;
   Key best = 0;
   Tally bad = {0, 0};
-  const auto look = [&](float logit, int token) {
+  each_token(own, vocab_size, [&](float logit, int token) {
     if (logit != logit) bad.count = 1;
     const Key key = key_of(logit, token);
     best = best > key ? best : key;
-  };
-  const int whole = vocab_size % 4 == 0 ? vocab_size : 0;  // rows are aligned to 16 bytes
-#pragma unroll 4
-  for (int token = threadIdx.x * 4; token < whole; token += THREADS * 4) {
-    const float4 four = *reinterpret_cast<const float4*>(own + token);
-    look(four.x, token);
-    look(four.y, token + 1);
-    look(four.z, token + 2);
-    look(four.w, token + 3);
-  }
-  for (int token = whole + threadIdx.x; token < vocab_size; token += THREADS) look(own[token], token);
+  });
   best = block_max(best, keys);
   bad = block_sum(bad, tallies);
   const int likeliest = static_cast<int>(0xffffffffu - static_cast<unsigned>(best));
