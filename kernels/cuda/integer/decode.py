@@ -26,12 +26,20 @@ from aphroquant.kernels.cuda.integer.packing import PackedInteger
 from aphroquant.kernels.cuda.launcher import Kernel, cuda_kernel
 
 SOURCE, ENTRY = "integer_decode.cu", "integer_decode"
-MAX_TILES = 4  # of 8 tokens in a launch; more tokens take several
+TOKEN_COUNTS = (
+    1,
+    2,
+    4,
+    8,
+    16,
+    24,
+    32,
+)  # a kernel is made for each, and serves fewer; more tokens take several launches
 
 
 @dataclass(frozen=True)
 class _Prepared:
-    """The kernel for a number of token tiles."""
+    """The kernel for up to a number of tokens."""
 
     kernel: Kernel
     plan: DecodePlan
@@ -40,7 +48,7 @@ class _Prepared:
 
 
 class DecodeLinear:
-    """Multiplies a packed weight by a few tokens. `planner` gives the plan for a number of token tiles."""
+    """Multiplies a packed weight by a few tokens. `planner` gives the plan for a number of tokens."""
 
     def __init__(
         self,
@@ -60,13 +68,13 @@ class DecodeLinear:
         """x [T, K] -> out [T, N]."""
         if not x.is_contiguous() or x.data_ptr() % 16:
             x = x.clone(memory_format=torch.contiguous_format)
-        step = MAX_TILES * TOKENS_OF_TILE
+        step = TOKEN_COUNTS[-1]
         for first in range(0, x.shape[0], step):
             self._launch(x[first : first + step], out[first : first + step])
 
     def _launch(self, x: Tensor, out: Tensor) -> None:
-        token_tiles = ceil_div(x.shape[0], TOKENS_OF_TILE)
-        prepared = self._prepared.get(token_tiles) or self._prepare(token_tiles)
+        tokens = next(count for count in TOKEN_COUNTS if x.shape[0] <= count)
+        prepared = self._prepared.get(tokens) or self._prepare(tokens)
         plan, packed = prepared.plan, self._packed
         prepared.kernel.launch(
             grid=(plan.num_blocks, 1, 1),
@@ -86,16 +94,16 @@ class DecodeLinear:
             programmatic=True,
         )
 
-    def _prepare(self, token_tiles: int) -> _Prepared:
-        plan = self._planner(self._shape, token_tiles)
+    def _prepare(self, tokens: int) -> _Prepared:
+        plan, token_tiles = self._planner(self._shape, tokens), ceil_div(tokens, TOKENS_OF_TILE)
         kernel = cuda_kernel(SOURCE, ENTRY, decode_macros(self._shape, plan, token_tiles))
         layout = shared_layout(self._shape, plan, token_tiles)
-        self._prepared[token_tiles] = _Prepared(kernel, plan, layout, least_shared_bytes(plan, self._capability))
-        return self._prepared[token_tiles]
+        self._prepared[tokens] = _Prepared(kernel, plan, layout, least_shared_bytes(plan, self._capability))
+        return self._prepared[tokens]
 
-    def _choose(self, shape: DecodeShape, token_tiles: int) -> DecodePlan:
+    def _choose(self, shape: DecodeShape, tokens: int) -> DecodePlan:
         device = self._packed.codes.get_device()
-        if measured := measured_plan(shape, token_tiles, device):
+        if measured := measured_plan(shape, tokens, device):
             return measured
         found = gpu(device)
-        return choose_plan(shape, token_tiles, found.multiprocessors, found.capability)
+        return choose_plan(shape, tokens, found.multiprocessors, found.capability)

@@ -117,7 +117,7 @@ def shared_layout(shape: DecodeShape, plan: DecodePlan, token_tiles: int) -> Sha
     if passes == 1 and partials <= ring:
         partials = 0
     received = tokens * plan.warp_rows * plan.part_rows * 4 * (2 if passes > 1 else 1) if plan.cluster > 1 else 0
-    barriers = _up((plan.num_warps * plan.stages + 3) * 8, 128)
+    barriers = _up((plan.num_warps * plan.stages + 2) * 8, 128)
     segment = ceil_div(max_units, plan.phases) * plan.unit_chunks * CHUNK
     return SharedLayout(ring + partials + received + barriers, plan.warp_columns * segment * 2 + 16)
 
@@ -168,46 +168,62 @@ _SHARED_BYTES = {(8, 0): 163 << 10, (8, 7): 163 << 10, (9, 0): 227 << 10, (10, 0
 _OTHER_SHARED_BYTES = 99 << 10
 _RESERVED = 1 << 10  # by the system, for each block
 _MULTIPROCESSOR_BYTES = 228 << 10  # of compute capability 9.0
+_EARLY_BYTES = 64 << 10  # more, and x waits behind the weight
 
 
-def choose_plan(shape: DecodeShape, token_tiles: int, multiprocessors: int, capability: tuple[int, int]) -> DecodePlan:
-    """The plan with the least estimated time on a GPU."""
-    plans = candidate_plans(shape, token_tiles, multiprocessors, capability)
-    return min(plans, key=lambda plan: plan_cost(shape, plan, multiprocessors))
+def choose_plan(shape: DecodeShape, tokens: int, multiprocessors: int, capability: tuple[int, int]) -> DecodePlan:
+    """The plan with the least estimated time on a GPU for up to so many tokens."""
+    plans = candidate_plans(shape, tokens, multiprocessors, capability)
+    return min(plans, key=lambda plan: plan_cost(shape, plan, tokens, multiprocessors))
 
 
 def candidate_plans(
-    shape: DecodeShape, token_tiles: int, multiprocessors: int, capability: tuple[int, int]
+    shape: DecodeShape, tokens: int, multiprocessors: int, capability: tuple[int, int]
 ) -> list[DecodePlan]:
-    """Plans that fit the GPU, each with as many stages as shared memory holds."""
+    """Plans that fit the GPU, each with as many stages as shared memory holds.
+
+    One block a multiprocessor: two, of which the second fills its rings while the first ends, measured no faster.
+    Clusters of four and eight find no room on GPUs whose groups of multiprocessors differ in size.
+    """
     found = []
-    for cluster in (1, 2, 4, 8) if capability[0] >= 9 else (1,):
-        turns = ceil_div(shape.super_rows, _resident_clusters(cluster, multiprocessors))
-        num_clusters = ceil_div(shape.super_rows, turns)
-        for warp_rows in range(1, min(turns, _MAX_WARPS) + 1):
-            for warp_columns in range(1, _MAX_WARPS // warp_rows + 1):
-                for blocks in (1, 2):
+    for cluster in (1, 2) if capability[0] >= 9 else (1,):
+        for part_tiles, unit_chunks in ((4, 2), (4, 1), (2, 4), (2, 2)):
+            if shape.padded_columns % (unit_chunks * CHUNK):
+                continue
+            parts = shape.super_rows * 4 // part_tiles
+            turns = ceil_div(parts, max(1, multiprocessors // cluster))
+            for warp_rows in range(1, min(turns, _MAX_WARPS) + 1):
+                for warp_columns in range(1, _MAX_WARPS // warp_rows + 1):
                     plan = DecodePlan(
-                        cluster, num_clusters, warp_rows, warp_columns, 2, blocks_per_multiprocessor=blocks
+                        cluster=cluster,
+                        num_clusters=ceil_div(parts, turns),
+                        warp_rows=warp_rows,
+                        warp_columns=warp_columns,
+                        stages=2,
+                        unit_chunks=unit_chunks,
+                        blocks_per_multiprocessor=1,
+                        part_tiles=part_tiles,
                     )
-                    fitted = _fit(shape, token_tiles, plan, capability)
+                    fitted = _fit(shape, tokens, plan, capability)
                     if fitted is not None:
                         found.append(fitted)
     return found
 
 
-def plan_cost(shape: DecodeShape, plan: DecodePlan, multiprocessors: int) -> float:
-    """Microseconds, roughly: of an H100; only the order matters."""
+def plan_cost(shape: DecodeShape, plan: DecodePlan, tokens: int, multiprocessors: int) -> float:
+    """Microseconds, roughly, as measured on an H100; only the order matters."""
     passes = shape.passes(plan)
     units = ceil_div(shape.padded_columns // (plan.unit_chunks * CHUNK), plan.cluster * plan.warp_columns)
-    warp_bytes = passes * units * shape.stage_bytes(plan)
-    block_bytes = warp_bytes * plan.num_warps
-    in_flight = plan.num_warps * plan.stages * shape.stage_bytes(plan)
-    streaming = block_bytes * multiprocessors / 3.0e6
-    starved = max(0.0, 1.0 - in_flight / 90_000) * 4.0
-    few_warps = max(0, 8 - plan.num_warps) * 0.15
-    reduction = 0.25 * plan.cluster.bit_length() + 0.6 * (passes - 1) * (plan.num_warps > plan.warp_rows)
-    return streaming + starved + few_warps + reduction + 0.7 * (plan.phases - 1)
+    stage_bytes = shape.stage_bytes(plan)
+    block_bytes = passes * units * stage_bytes * plan.num_warps
+    streaming = block_bytes * multiprocessors / 2.7e6
+    in_flight = plan.num_warps * plan.stages * stage_bytes
+    starved = max(0.0, 1.0 - in_flight / 60_000) * 3.0
+    few_warps = max(0, 14 - plan.num_warps) * 0.12
+    reduction = 0.4 * (plan.cluster - 1) + (0.3 * (passes - 1) if plan.num_warps * plan.cluster > plan.warp_rows else 0)
+    small_parts = 0.01 * streaming * (4 - plan.part_tiles) + (0.02 * streaming if stage_bytes < 3_000 else 0)
+    inputs = tokens * shape.padded_columns * 2 / plan.cluster / 40_000
+    return streaming + starved + few_warps + reduction + small_parts + inputs + 1.0 * (plan.phases - 1)
 
 
 def least_shared_bytes(plan: DecodePlan, capability: tuple[int, int]) -> int:
@@ -218,25 +234,19 @@ def least_shared_bytes(plan: DecodePlan, capability: tuple[int, int]) -> int:
     return _MULTIPROCESSOR_BYTES // (plan.blocks_per_multiprocessor + 1) - _RESERVED + 16
 
 
-def _fit(shape: DecodeShape, token_tiles: int, plan: DecodePlan, capability: tuple[int, int]) -> DecodePlan | None:
+def _fit(shape: DecodeShape, tokens: int, plan: DecodePlan, capability: tuple[int, int]) -> DecodePlan | None:
     """The plan with the fewest phases that allow two stages, and as many stages as then fit; None if none do."""
+    token_tiles = ceil_div(tokens, TOKENS_OF_TILE)
     if plan.blocks_per_multiprocessor * plan.num_warps * 32 * _REGISTERS[token_tiles] > 65536:
         return None
-    whole = _SHARED_BYTES.get(capability, _OTHER_SHARED_BYTES)
-    limit = whole if plan.blocks_per_multiprocessor == 1 else (whole + _RESERVED) // 2 - _RESERVED
+    limit = _SHARED_BYTES.get(capability, _OTHER_SHARED_BYTES)
     units = shape.padded_columns // (plan.unit_chunks * CHUNK)
-    passes = shape.passes(plan)
-    most = min(_MAX_STAGES, max(2, passes * ceil_div(units, plan.cluster * plan.warp_columns)))
+    most = min(_MAX_STAGES, max(2, shape.passes(plan) * ceil_div(units, plan.cluster * plan.warp_columns)))
+    early = max(1, _EARLY_BYTES // (plan.num_warps * shape.stage_bytes(plan)))
     for phases in _PHASES:
         for stages in range(most, 1, -1):
-            fitted = replace(plan, stages=stages, phases=phases)
+            fitted = replace(plan, stages=stages, phases=phases, early_stages=min(early, stages))
             layout = shared_layout(shape, fitted, token_tiles)
-            if layout.num_bytes(token_tiles * TOKENS_OF_TILE) <= limit:
+            if layout.num_bytes(tokens) <= limit:
                 return fitted
     return None
-
-
-def _resident_clusters(cluster: int, multiprocessors: int) -> int:
-    """Clusters that run at once, one block a multiprocessor: those of more than two fill groups of 16."""
-    whole = multiprocessors if cluster <= 2 else multiprocessors // 16 * 16
-    return max(1, whole // cluster)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from aphroquant.kernels.cuda.device import gpu
-from aphroquant.kernels.cuda.integer.decode_plan import TOKENS_OF_TILE, DecodePlan, DecodeShape, candidate_plans
+from aphroquant.kernels.cuda.integer.decode_plan import DecodePlan, DecodeShape, candidate_plans
 from aphroquant.kernels.cuda.integer.packing import PackedInteger
 from aphroquant.kernels.cuda.integer.wgmma import WgmmaTile
 from aphroquant.kernels.cuda.tuning import Problem, tuned, tuned_entry
@@ -18,9 +18,8 @@ def kind_of(bits: int) -> str:
     return f"bits={bits}"
 
 
-def measured_plan(shape: DecodeShape, token_tiles: int, device: int) -> DecodePlan | None:
+def measured_plan(shape: DecodeShape, tokens: int, device: int) -> DecodePlan | None:
     """The measured plan of this layer; else, of the plans that fit it, the one that splits it as the nearest one's."""
-    tokens = 1 if token_tiles == 1 else token_tiles * TOKENS_OF_TILE
     problem = Problem(kind_of(shape.bits), shape.out_features, shape.in_features, tokens)
     entry = tuned_entry(DECODE, problem, device)
     if entry is None:
@@ -29,7 +28,7 @@ def measured_plan(shape: DecodeShape, token_tiles: int, device: int) -> DecodePl
     if entry.problem == problem and _is_as_measured(shape):
         return measured
     found = gpu(device)
-    plans = candidate_plans(shape, token_tiles, found.multiprocessors, found.capability)
+    plans = candidate_plans(shape, tokens, found.multiprocessors, found.capability)
     return next((plan for plan in plans if _split(plan) == _split(measured)), None)
 
 

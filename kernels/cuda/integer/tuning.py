@@ -90,8 +90,8 @@ def _decode_shape(problem: Problem) -> DecodeShape:
 
 def _decode_candidates(problem: Problem) -> list[DecodePlan]:
     found, shape = gpu(torch.cuda.current_device()), _decode_shape(problem)
-    plans = candidate_plans(shape, _token_tiles(problem), found.multiprocessors, found.capability)
-    return sorted(plans, key=lambda plan: plan_cost(shape, plan, found.multiprocessors))[:_MOST_PLANS]
+    plans = candidate_plans(shape, problem.tokens, found.multiprocessors, found.capability)
+    return sorted(plans, key=lambda plan: plan_cost(shape, plan, problem.tokens, found.multiprocessors))[:_MOST_PLANS]
 
 
 def _decode_calls(problem: Problem, plan: DecodePlan, count: int) -> list[Callable[[], Tensor]]:

@@ -131,8 +131,8 @@ constexpr int kSegment = kPhaseUnits * kUnitColumns;  // columns of x that a war
 constexpr int kInputStride = WARP_COLUMNS * kSegment * 2 + 16;  // bytes
 constexpr int kReceivedOffset = kRingBytes + (kPartialsInRing ? 0 : kPartialBytes);
 constexpr int kBarrierOffset = kReceivedOffset + kReceivedFloats * kReceivedBuffers * 4;
-constexpr int kReceivedBarrier = kWarps * STAGES, kInputBarrier = kReceivedBarrier + 2;
-constexpr int kInputOffset = kBarrierOffset + ((kInputBarrier + 1) * 8 + 127) / 128 * 128;
+constexpr int kReceivedBarrier = kWarps * STAGES;
+constexpr int kInputOffset = kBarrierOffset + ((kReceivedBarrier + 2) * 8 + 127) / 128 * 128;
 #ifdef INPUT_OFFSET  // what the host takes them for
 static_assert(INPUT_OFFSET == kInputOffset && INPUT_STRIDE == kInputStride, "host and kernel agree on shared memory");
 #endif
@@ -242,68 +242,54 @@ struct Cursor {
     }
 };
 
-// x comes by the copy engine where its rows need no padding and no gathering.
-#if __CUDA_ARCH__ >= 900
-constexpr bool kBulkInput = IN_FEATURES == PADDED_COLUMNS && !HAS_COLUMNS;
-#else
-constexpr bool kBulkInput = false;
-#endif
-
 // The first column of x that a warp of the block needs in a phase.
 __device__ __forceinline__ int segment_start(int rank, int part, int phase) {
     return (split_start(rank * WARP_COLUMNS + part) + phase * kPhaseUnits) * kUnitColumns;
 }
 
-#if __CUDA_ARCH__ >= 900
-// Starts copying one phase of the block's slice of x, a token for each lane of the calling warp.
-__device__ __forceinline__ void start_input(uint8_t* input, uint32_t barrier, const Element* x, int num_tokens, int rank,
-                                            int phase, int lane) {
-    // Segments that follow each other in x are copied as one.
-    constexpr bool kJoined = PHASES == 1 && kUnits % kSplits == 0;
-    constexpr int kCopies = kJoined ? 1 : WARP_COLUMNS, kColumns = kJoined ? WARP_COLUMNS * kSegment : kSegment;
-    if (lane == 0) {
-        int columns = 0;
-        for (int part = 0; part < kCopies; ++part) {
-            columns += max(0, min(kColumns, IN_FEATURES - segment_start(rank, part, phase)));
+// Eight numbers of a row of x, from a packed column on; zeros where there are none.
+__device__ __forceinline__ uint4 load_eight(const Element* row, const int32_t* columns, int column) {
+    if constexpr (IN_FEATURES % 8 == 0 && !HAS_COLUMNS) {
+        return column < IN_FEATURES ? *reinterpret_cast<const uint4*>(row + column) : make_uint4(0, 0, 0, 0);
+    } else {
+        uint32_t items[8];
+#pragma unroll
+        for (int item = 0; item < 8; ++item) {
+            int source = column + item;
+            if (HAS_COLUMNS) source = source < PADDED_COLUMNS ? columns[source] : -1;
+            items[item] = source >= 0 && source < IN_FEATURES ? row[source] : 0u;
         }
-        mbarrier_arrive_expect(barrier, columns * num_tokens * 2);
-    }
-    __syncwarp();
-    if (lane >= num_tokens) return;
-    for (int part = 0; part < kCopies; ++part) {
-        const int first = segment_start(rank, part, phase), columns = min(kColumns, IN_FEATURES - first);
-        if (columns <= 0) continue;
-        bulk_load(shared_address(input) + lane * kInputStride + part * kSegment * 2,
-                  x + static_cast<int64_t>(lane) * IN_FEATURES + first, columns * 2, barrier, kCacheEvictNormal);
+        return make_uint4(items[0] | items[1] << 16, items[2] | items[3] << 16, items[4] | items[5] << 16,
+                          items[6] | items[7] << 16);
     }
 }
-#endif
 
-// One part of the block's slice of x to shared memory, as [tokens][WARP_COLUMNS segments].
+// One part of the block's slice of x to shared memory, as [tokens][WARP_COLUMNS segments]. Clusters begin at different
+// tokens, because all of them read the same lines of L2.
 __device__ __forceinline__ void load_input(uint8_t* input, const Element* x, const int32_t* columns, int num_tokens,
-                                           int rank, int phase) {
+                                           int rank, int phase, int cluster) {
     constexpr int kVectors = WARP_COLUMNS * kSegment / 8;
-    constexpr bool kWide = IN_FEATURES % 8 == 0 && !HAS_COLUMNS;
-    for (int i = threadIdx.x; i < num_tokens * kVectors; i += kThreads) {
-        const int token = i / kVectors, vector = i % kVectors;
-        const int part = vector / (kSegment / 8), place = vector % (kSegment / 8) * 8;
-        const int column = segment_start(rank, part, phase) + place;
-        const Element* row = x + static_cast<int64_t>(token) * IN_FEATURES;
-        uint4 value = make_uint4(0, 0, 0, 0);
-        if (kWide) {
-            if (column < IN_FEATURES) value = *reinterpret_cast<const uint4*>(row + column);
-        } else {
-            Element items[8];
+    constexpr int kBatch = HAS_COLUMNS || IN_FEATURES % 8 != 0 ? 2 : 8;  // loads in flight
+    const int first_token = cluster % num_tokens, total = num_tokens * kVectors;
+    for (int start = threadIdx.x; start < total; start += kThreads * kBatch) {
+        uint4 values[kBatch];
+        int targets[kBatch];
 #pragma unroll
-            for (int item = 0; item < 8; ++item) {
-                int source = column + item;
-                if (HAS_COLUMNS) source = source < PADDED_COLUMNS ? columns[source] : -1;
-                items[item] = source >= 0 && source < IN_FEATURES ? row[source] : Element(0);
-            }
-            value = make_uint4(items[0] | items[1] << 16, items[2] | items[3] << 16, items[4] | items[5] << 16,
-                               items[6] | items[7] << 16);
+        for (int i = 0; i < kBatch; ++i) {
+            const int index = start + i * kThreads;
+            if (index >= total) break;
+            const int vector = index % kVectors;
+            int token = index / kVectors + first_token;
+            if (token >= num_tokens) token -= num_tokens;
+            const int part = vector / (kSegment / 8), place = vector % (kSegment / 8) * 8;
+            targets[i] = token * kInputStride + vector * 16;
+            values[i] = load_eight(x + static_cast<int64_t>(token) * IN_FEATURES, columns,
+                                   segment_start(rank, part, phase) + place);
         }
-        *reinterpret_cast<uint4*>(input + token * kInputStride + vector * 16) = value;
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {
+            if (start + i * kThreads < total) *reinterpret_cast<uint4*>(input + targets[i]) = values[i];
+        }
     }
 }
 
@@ -567,7 +553,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_MULTIPROCESSOR
     if (lane == 0) {
         for (int stage = 0; stage < STAGES; ++stage) mbarrier_init(shared_address(barriers + stage), 1);
         if (warp == 0) {
-            for (int i = kReceivedBarrier; i <= kInputBarrier; ++i) {
+            for (int i = kReceivedBarrier; i < kReceivedBarrier + 2; ++i) {
                 mbarrier_init(shared_address(shared + kBarrierOffset) + i * 8, 1);
             }
         }
@@ -590,11 +576,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_MULTIPROCESSOR
     for (int stage = 0; stage < EARLY_STAGES; ++stage) load_next(stage);
     grid_dependency_wait();
 #if __CUDA_ARCH__ >= 900
-    if (CLUSTER > 1) {
-        cluster_wait();  // the other blocks' shared memory can be written from here on
-    } else {
-        __syncthreads();  // all barriers are initialized
-    }
+    if (CLUSTER > 1) cluster_wait();  // the other blocks' shared memory can be written from here on
 #endif
 
     uint8_t* input = shared + kInputOffset;
@@ -606,17 +588,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_MULTIPROCESSOR
         for (int phase = 0; phase < PHASES; ++phase) {
             if (PHASES > 1 || pass == 0) {
                 if (PHASES > 1 && pass + phase > 0) __syncthreads();
-#if __CUDA_ARCH__ >= 900
-                if (kBulkInput) {
-                    const uint32_t barrier = shared_address(shared + kBarrierOffset) + kInputBarrier * 8;
-                    if (warp == 0) start_input(input, barrier, x, num_tokens, rank, phase, lane);
-                    mbarrier_wait(barrier, (pass * PHASES + phase) % 2);
-                }
-#endif
-                if (!kBulkInput) {
-                    load_input(input, x, columns, num_tokens, rank, phase);
-                    __syncthreads();
-                }
+                load_input(input, x, columns, num_tokens, rank, phase, cluster);
+                __syncthreads();
                 if (pass + phase == 0) {
                     for (int early = EARLY_STAGES; early < STAGES; ++early) load_next(early);
                 }
