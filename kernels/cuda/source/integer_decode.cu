@@ -269,7 +269,7 @@ __device__ __forceinline__ uint4 load_eight(const Element* row, const int32_t* c
 __device__ __forceinline__ void load_input(uint8_t* input, const Element* x, const int32_t* columns, int num_tokens,
                                            int rank, int phase, int cluster) {
     constexpr int kVectors = WARP_COLUMNS * kSegment / 8;
-    constexpr int kBatch = HAS_COLUMNS || IN_FEATURES % 8 != 0 ? 2 : 8;  // loads in flight
+    constexpr int kBatch = HAS_COLUMNS || IN_FEATURES % 8 != 0 ? 2 : PHASES > 1 ? 4 : 8;  // loads in flight
     const int first_token = cluster % num_tokens, total = num_tokens * kVectors;
     for (int start = threadIdx.x; start < total; start += kThreads * kBatch) {
         uint4 values[kBatch];
