@@ -7,20 +7,20 @@ from torch import Tensor
 
 from aphroquant.errors import UsageError
 from aphroquant.kernels.cuda.integer.batch import BatchLinear
+from aphroquant.kernels.cuda.integer.crossover import batch_is_faster
 from aphroquant.kernels.cuda.integer.decode import DecodeLinear
 from aphroquant.kernels.cuda.integer.packing import pack
 from aphroquant.schemes import QuantizedWeight
 
 DTYPES = (torch.bfloat16, torch.float16)
-DECODE_TOKENS = 16  # up to so many, the decode kernel is the faster one
 
 
 class CudaIntegerLinear:
     """y = x @ W.T + bias for x and y of `dtype` (bfloat16 or float16) on one GPU.
 
-    Sums are float32, in a fixed order: the same input gives the same bits. A call allocates its output and, for more
-    than DECODE_TOKENS tokens, what torch's allocator keeps in a graph's pool: calls can be captured in CUDA graphs once
-    each number of tokens has been run.
+    Sums are float32, in a fixed order: the same input gives the same bits. A call allocates its output and, for
+    batches, what torch's allocator keeps in a graph's pool: calls can be captured in CUDA graphs once each number of
+    tokens has been run.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class CudaIntegerLinear:
         if x.device != self.packed.codes.device:
             raise UsageError(f"input is on {x.device}, but the weight is on {self.packed.codes.device}")
         out = torch.empty(x.shape[0], self.out_features, dtype=x.dtype, device=x.device)
-        if x.shape[0] > DECODE_TOKENS:
+        if batch_is_faster(self.packed.bits, self.out_features, self.in_features, x.shape[0], x.get_device()):
             self._batch(x, out)
         elif x.shape[0] > 0:
             self._decode(x, out)
