@@ -97,6 +97,10 @@ def pack_groups(
     group_index: Tensor | None = None,
 ) -> PackedInteger:
     """Codes uint8 [N, K] with scales [N, G], in groups of `group_size` columns or of `group_index` int64 [K]."""
+    if zeros is not None and bits < 8 and bool((zeros > 2**bits).any()):
+        # The kernels take zero points beside the codes' range only. The product is exact in float32.
+        scales = scales.float()
+        zeros, offsets = None, -zeros.float() * scales
     stored = stored_bits(bits)
     # A symmetric weight has its zero point in the middle of the codes that are stored.
     shift = 2 ** (stored - 1) - 2 ** (bits - 1) if zeros is None and offsets is None else 0

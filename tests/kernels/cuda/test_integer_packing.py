@@ -59,6 +59,14 @@ def test_groups_of_unequal_sizes_are_padded() -> None:
     assert torch.equal(unpack(pack(weight), torch.float64), weight.dequantize(torch.float64))
 
 
+def test_zero_points_far_from_the_codes_become_offsets() -> None:
+    weight = integer_weight(4, (64, 256, 64))
+    weight = QuantizedWeight(weight.scheme, {**weight.tensors, "zeros": weight["zeros"] + 200}, weight.shape)
+    packed = pack(weight)
+    assert packed.zeros is None
+    assert torch.equal(unpack(packed, torch.float64), weight.dequantize(torch.float64))
+
+
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_codes_survive_packing(bits: int) -> None:
     codes = torch.randint(0, 2**bits, (128, 256), dtype=torch.uint8)
