@@ -67,7 +67,8 @@ class Float8Tile:
         payload = _up(stages, 128) + output if self.persistent else max(stages, output)
         share = self.tokens // self.split * (self.rows + 4) * 4
         received = _up(payload, 128) + (self.split - 1) * share
-        return _up(received, 8) + self.stages * 16 + 16 + 1024
+        scales = 0 if has_blocks else self.warpgroups * self.tokens * 4
+        return _up(_up(received, 16) + scales, 8) + self.stages * 16 + 16 + 1024
 
 
 class _Problem(ctypes.Structure):

@@ -140,44 +140,65 @@ __device__ __forceinline__ void accumulate_all(const BlockPart& block, Ring& rin
     block.release(used);
 }
 
-__device__ __forceinline__ void scale_sums(const Problem& problem, const Place& place, int warpgroup,
-                                           float (&sums)[TILES][kAccumulators]) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
+// The scales of a warpgroup's tile: fetched before its products, so that they are there when those are done.
+struct TileScales {
+    static constexpr int kOwn = (TOKENS + 127) / 128;  // tokens of a thread
+    float tokens[kOwn];
     float rows[TILES][2];
+
+    __device__ __forceinline__ void fetch(const Problem& problem, const Place& place, int warpgroup) {
+        const int thread = threadIdx.x % 128, lane = thread % 32;
+        const Extent& extent = problem.extent;
 #pragma unroll
-    for (int tile = 0; tile < TILES; ++tile) {
+        for (int i = 0; i < kOwn; ++i) {
+            const int token = min(place.token() + i * 128 + thread, extent.tokens - 1);
+            tokens[i] = load_written(problem.token_scales + token * problem.token_stride);
+        }
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const int row = place.row() + (warpgroup * TILES + tile) * 64 + warp * 16 + half * 8 + lane / 4;
-            rows[tile][half] = row < problem.extent.rows ? problem.row_scales[row * problem.row_stride] : 0.0f;
+        for (int i = 0; i < TILES * 2; ++i) {
+            const int row = place.row() + (warpgroup * TILES + i / 2) * 64 + thread / 32 * 16 + i % 2 * 8 + lane / 4;
+            rows[i / 2][i % 2] = problem.row_scales[min(row, extent.rows - 1) * problem.row_stride];
         }
     }
+
+    // Multiplies the sums by them; `shared` has room for the scales of the tile's tokens.
+    __device__ __forceinline__ void apply(float (&sums)[TILES][kAccumulators], float* shared, int warpgroup) const {
+        const int thread = threadIdx.x % 128;
+        named_barrier_sync(1 + warpgroup, 128);  // the tile before has read its own
 #pragma unroll
-    for (int j = 0; j < TOKENS / 8; ++j) {
+        for (int i = 0; i < kOwn; ++i) {
+            if (TOKENS % 128 == 0 || i * 128 + thread < TOKENS) shared[i * 128 + thread] = tokens[i];
+        }
+        named_barrier_sync(1 + warpgroup, 128);
+        const float2* pairs = reinterpret_cast<const float2*>(shared) + thread % 4;
 #pragma unroll
-        for (int odd = 0; odd < 2; ++odd) {
-            const int token = place.token() + 8 * j + lane % 4 * 2 + odd;
-            if (token >= problem.extent.tokens) continue;
-            const float scale = load_written(problem.token_scales + token * problem.token_stride);
+        for (int j = 0; j < TOKENS / 8; ++j) {
+            const float2 scales = pairs[j * 4];
 #pragma unroll
             for (int tile = 0; tile < TILES; ++tile) {
-                sums[tile][4 * j + odd] *= scale * rows[tile][0];
-                sums[tile][4 * j + 2 + odd] *= scale * rows[tile][1];
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    sums[tile][4 * j + i] *= (i % 2 == 0 ? scales.x : scales.y) * rows[tile][i / 2];
+                }
             }
         }
     }
-}
+};
 
 __device__ __forceinline__ void consume(const BlockPart& block, const Problem& problem, int warpgroup) {
     Ring ring;
     float sums[TILES][kAccumulators];
+    if (SCALES == 0) grid_dependency_wait();  // the tokens' scales are of the kernel in front
     for (Tiles tiles(problem.extent); tiles.more(); tiles.next()) {
         const Place place = tiles.place(block.sharer);
-        if (SCALES == 1) {
+        if constexpr (SCALES == 1) {
             accumulate_blocks(block, ring, problem, place, warpgroup, sums);
         } else {
+            TileScales scales;
+            scales.fetch(problem, place, warpgroup);
             accumulate_all(block, ring, warpgroup, sums);
-            scale_sums(problem, place, warpgroup, sums);
+            float* shared = reinterpret_cast<float*>(block.memory + kExtraStart) + warpgroup * TOKENS;
+            scales.apply(sums, shared, warpgroup);
         }
         put_out(problem.output, problem.extent, block, sums, warpgroup, place);
     }

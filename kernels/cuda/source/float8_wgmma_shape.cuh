@@ -18,3 +18,4 @@ constexpr int kCodeBytes = kRows * 128;
 constexpr int kTokenScaleBytes = SCALES == 1 ? TOKENS * 4 : 0;
 constexpr int kWeightBytes = kCodeBytes + (SCALES == 1 ? 1024 : 0);  // swizzled tiles begin at multiples of 1024
 constexpr int kFetchers = 2;  // one for inputs, one for weights
+constexpr int kExtraBytes = SCALES == 0 ? WARPGROUPS * TOKENS * 4 : 0;  // each warpgroup's scales of its tokens

@@ -13,3 +13,4 @@ constexpr int kInputBytes = CHUNKS * TOKENS * 128;
 constexpr int kWeightBytes = kSuperRows * kSuperRowBytes;
 constexpr int kWeightFetchers = kSuperRows < 3 ? kSuperRows : 3;
 constexpr int kFetchers = 1 + kWeightFetchers;  // one for the inputs
+constexpr int kExtraBytes = 0;

@@ -75,10 +75,12 @@ __device__ __forceinline__ void store_tile(const Output& output, const Extent& e
     named_barrier_sync(1 + warpgroup, 128);  // the piece before is out
     stage_outputs<PIECE>(sums, biases, staging);
     named_barrier_sync(1 + warpgroup, 128);
-    constexpr int kVectors = TILES * 8;
-    for (int i = threadIdx.x % 128; i < kPiece * kVectors; i += 128) {
-        const int token = i / kVectors, column = i % kVectors * 8;
-        if (first_token + PIECE + token >= extent.tokens) break;
+    constexpr int kVectors = TILES * 8, kRounds = kPiece * kVectors / 128;
+    static_assert(kPiece * kVectors % 128 == 0, "the same for every thread");
+#pragma unroll
+    for (int round = 0; round < kRounds; ++round) {
+        const int i = round * 128 + threadIdx.x % 128, token = i / kVectors, column = i % kVectors * 8;
+        if (first_token + PIECE + token >= extent.tokens) continue;
         const uint4 values = *reinterpret_cast<const uint4*>(staging + (token * kOutputStride + column) * 2);
         store_outputs(output, extent, first_token + PIECE + token, first_row + column, values);
     }

@@ -2,7 +2,8 @@
 //
 // They compute Y^T = W X^T. A block multiplies kRows rows of W with TOKENS rows of X, WARPGROUPS * TILES * 64 by TOKENS.
 // The blocks of a cluster are SPLIT parts of the columns times MULTICAST neighbours in the rows that share their tokens.
-// Before this header come kInputBytes and kWeightBytes of a stage, each a multiple of 16, and kFetchers, the number of
+// Before this header come kInputBytes and kWeightBytes of a stage, each a multiple of 16, kExtraBytes that the kernel has
+// at kExtraStart for itself, and kFetchers, the number of
 // threads that fetch, each the first of a warp of its own: one alone would be slower than the tensor cores.
 #pragma once
 
@@ -29,7 +30,8 @@ constexpr int kShareTokens = TOKENS / SPLIT, kShareBytes = kShareTokens * kParti
 constexpr int kReceivedStart = (kPayload + 127) / 128 * 128;
 constexpr int kReceivedEnd = kReceivedStart + (SPLIT - 1) * kShareBytes;
 
-constexpr int kBarrierStart = (kReceivedEnd + 7) / 8 * 8;
+constexpr int kExtraStart = (kReceivedEnd + 15) / 16 * 16;
+constexpr int kBarrierStart = (kExtraStart + kExtraBytes + 7) / 8 * 8;
 constexpr int kReceivedBarrier = kBarrierStart + STAGES * 16;
 constexpr int kSharedBytes = kReceivedBarrier + 16 + 1024;  // the start is moved to a multiple of 1024
 
