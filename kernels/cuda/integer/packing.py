@@ -99,8 +99,9 @@ def pack_groups(
     """Codes uint8 [N, K] with scales [N, G], in groups of `group_size` columns or of `group_index` int64 [K]."""
     if zeros is not None and bits < 8 and bool((zeros > 2**bits).any()):
         # The kernels take zero points beside the codes' range only. The product is exact in float32.
-        scales = scales.float()
-        zeros, offsets = None, -zeros.float() * scales
+        offsets, zeros = -zeros.float() * scales.float(), None
+    if offsets is not None and offsets.dtype != scales.dtype:
+        scales, offsets = scales.float(), offsets.float()
     stored = stored_bits(bits)
     # A symmetric weight has its zero point in the middle of the codes that are stored.
     shift = 2 ** (stored - 1) - 2 ** (bits - 1) if zeros is None and offsets is None else 0
@@ -108,15 +109,16 @@ def pack_groups(
     spread = [None if part is None else group_lines(order.spread(part)) for part in (scales, zeros, offsets)]
     packed = spread[0]
     assert packed is not None
+    scale_dtype = packed.dtype if packed.dtype in (torch.float16, torch.bfloat16) else torch.float32
     return PackedInteger(
         bits=stored,
         out_features=codes.shape[0],
         in_features=codes.shape[1],
         group_size=order.group_size,
         codes=pack_codes(codes, stored, shift, order.columns, order.padded),
-        scales=packed if packed.dtype in (torch.float16, torch.bfloat16) else packed.float(),
+        scales=packed.to(scale_dtype),
         zeros=spread[1],
-        offsets=spread[2] if spread[2] is None or packed.dtype == spread[2].dtype else spread[2].to(packed.dtype),
+        offsets=spread[2] if spread[2] is None else spread[2].to(scale_dtype),
         columns=order.columns,
     )
 
