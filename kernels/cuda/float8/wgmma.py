@@ -21,7 +21,8 @@ STEP = 128  # columns of a stage
 class Float8Tile:
     """How the kernel cuts a product: a block multiplies warpgroups * tiles * 64 rows of the weight with `tokens`.
 
-    `split` blocks share the columns of a tile, `multicast` blocks their tokens; `persistent` ones take tile after tile.
+    `split` blocks share the columns of a tile, `multicast` blocks their tokens; `persistent` ones take tile after tile,
+    `token_group` tiles of tokens side by side.
     """
 
     tokens: int
@@ -32,6 +33,7 @@ class Float8Tile:
     multicast: int = 1
     persistent: bool = False
     blocks: int = 1
+    token_group: int = 8
 
     @property
     def rows(self) -> int:
@@ -53,6 +55,7 @@ class Float8Tile:
             "MULTICAST": self.multicast,
             "PERSISTENT": self.persistent,
             "BLOCKS": self.blocks,
+            "TOKEN_GROUP": self.token_group,
         }
         return macros if block_rows is None else macros | {"SCALES": 1, "SCALE_ROWS": block_rows}
 

@@ -22,7 +22,8 @@ SOURCE, ENTRY = "integer_wgmma.cu", "integer_wgmma"
 class WgmmaTile:
     """How the kernel cuts a product: a block multiplies warpgroups * tiles * 64 rows of the weight with `tokens`.
 
-    `split` blocks share the columns of a tile, `multicast` blocks their tokens; `persistent` ones take tile after tile.
+    `split` blocks share the columns of a tile, `multicast` blocks their tokens; `persistent` ones take tile after tile,
+    `token_group` tiles of tokens side by side.
     """
 
     tokens: int
@@ -35,6 +36,7 @@ class WgmmaTile:
     multicast: int = 1
     persistent: bool = False
     blocks: int = 1
+    token_group: int = 8
 
     @property
     def rows(self) -> int:
@@ -55,6 +57,7 @@ class WgmmaTile:
             "MULTICAST": self.multicast,
             "PERSISTENT": self.persistent,
             "BLOCKS": self.blocks,
+            "TOKEN_GROUP": self.token_group,
         }
 
     def stage_bytes(self, packed: PackedInteger) -> int:

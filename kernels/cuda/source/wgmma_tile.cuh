@@ -37,8 +37,6 @@ constexpr int kSharedBytes = kReceivedBarrier + 16 + 1024;  // the start is move
 
 static_assert(kSharedBytes <= 227 * 1024 / BLOCKS - (BLOCKS > 1 ? 1024 : 0), "more shared memory than there is");
 
-constexpr int kTokenGroup = 8;  // tiles of tokens that are worked on side by side, so that L2 holds their inputs
-
 struct Extent {
     int rows, tokens, steps;  // steps: stages that the columns fill
     int row_tiles, token_tiles;
@@ -93,9 +91,9 @@ struct Tiles {
     __device__ __forceinline__ bool more() const { return index < clusters_of_rows * token_tiles; }
     __device__ __forceinline__ void next() { index += stride; }
     __device__ __forceinline__ Place place(uint32_t sharer) const {
-        const int size = clusters_of_rows * kTokenGroup, group = index / size, rest = index % size;
-        const int left = token_tiles - group * kTokenGroup, width = left < kTokenGroup ? left : kTokenGroup;
-        return {rest / width * MULTICAST + static_cast<int>(sharer), group * kTokenGroup + rest % width};
+        const int size = clusters_of_rows * TOKEN_GROUP, group = index / size, rest = index % size;
+        const int left = token_tiles - group * TOKEN_GROUP, width = left < TOKEN_GROUP ? left : TOKEN_GROUP;
+        return {rest / width * MULTICAST + static_cast<int>(sharer), group * TOKEN_GROUP + rest % width};
     }
 };
 
