@@ -213,17 +213,31 @@ def candidate_plans(
 def plan_cost(shape: DecodeShape, plan: DecodePlan, tokens: int, multiprocessors: int) -> float:
     """Microseconds, roughly, as measured on an H100; only the order matters."""
     passes = shape.passes(plan)
+    turns = ceil_div(shape.super_rows * ROWS // plan.part_rows, plan.num_clusters)
     units = ceil_div(shape.padded_columns // (plan.unit_chunks * CHUNK), plan.cluster * plan.warp_columns)
     stage_bytes = shape.stage_bytes(plan)
-    block_bytes = passes * units * stage_bytes * plan.num_warps
+    block_bytes = turns * plan.warp_columns * units * stage_bytes
     streaming = block_bytes * multiprocessors / 2.7e6
     in_flight = plan.num_warps * plan.stages * stage_bytes
     starved = max(0.0, 1.0 - in_flight / 60_000) * 3.0
-    few_warps = max(0, 14 - plan.num_warps) * 0.12
-    reduction = 0.4 * (plan.cluster - 1) + (0.3 * (passes - 1) if plan.num_warps * plan.cluster > plan.warp_rows else 0)
-    small_parts = 0.01 * streaming * (4 - plan.part_tiles) + (0.02 * streaming if stage_bytes < 3_000 else 0)
+    few_warps = max(0, 16 - plan.num_warps) * 0.08
+    reduction = 0.3 * (plan.cluster - 1) + (0.3 * (passes - 1) if plan.num_warps * plan.cluster > plan.warp_rows else 0)
+    uneven = 0.03 * streaming * (passes * plan.warp_rows / turns - 1)
+    small_parts = 0.005 * streaming * (4 - plan.part_tiles)
+    late_inputs = max(0.0, plan.num_warps * (plan.early_stages or plan.stages) * stage_bytes / 40_000 - 1) * 0.5
     inputs = tokens * shape.padded_columns * 2 / plan.cluster / 40_000
-    return streaming + starved + few_warps + reduction + small_parts + inputs + 1.0 * (plan.phases - 1)
+    costs = (
+        streaming,
+        starved,
+        few_warps,
+        reduction,
+        uneven,
+        small_parts,
+        late_inputs,
+        inputs,
+        1.0 * (plan.phases - 1),
+    )
+    return sum(costs)
 
 
 def least_shared_bytes(plan: DecodePlan, capability: tuple[int, int]) -> int:

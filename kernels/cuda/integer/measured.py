@@ -46,4 +46,5 @@ def _is_as_measured(shape: DecodeShape) -> bool:
 
 def _split(plan: DecodePlan) -> tuple[int, ...]:
     """What of a plan carries over to a layer of another size."""
-    return plan.cluster, plan.warp_rows, plan.warp_columns, plan.blocks_per_multiprocessor, plan.part_tiles
+    warps = (plan.warp_rows, plan.warp_columns)
+    return plan.cluster, *warps, plan.blocks_per_multiprocessor, plan.part_tiles, plan.unit_chunks
