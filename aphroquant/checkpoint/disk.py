@@ -24,10 +24,18 @@ def telling_disk_errors(target: Path, written: Callable[[], int]) -> Iterator[No
     except OSError as error:
         if error.errno in _FULL:
             raise ResourceError(
-                f"{target}: the disk is full after {written() / 1e9:.2f} GB of tensors",
+                f"{target}: the disk is full after {size_text(written())} of tensors",
                 hint="free some space or give another --out; nothing was left behind",
             ) from error
         raise UsageError(f"{target}: cannot be written: {error.strerror or error}") from error
+
+
+def size_text(num_bytes: float) -> str:
+    """Bytes in a unit that fits, so that little space is not told as 0.00 GB."""
+    for factor, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if num_bytes >= factor:
+            return f"{num_bytes / factor:.2f} {unit}"
+    return f"{num_bytes:.0f} bytes"
 
 
 def fsync(path: Path) -> None:

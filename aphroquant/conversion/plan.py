@@ -16,6 +16,7 @@ from torch import Tensor
 
 from aphroquant.calibration.solvers import Solver
 from aphroquant.checkpoint import Checkpoint
+from aphroquant.checkpoint.disk import size_text
 from aphroquant.conversion.kv_cache import written_names
 from aphroquant.conversion.request import ConversionRequest
 from aphroquant.conversion.sizes import module_bytes
@@ -152,7 +153,7 @@ def check_disk(out: Path, num_bytes: int) -> None:
     free = shutil.disk_usage(place).free
     if free < num_bytes * _SPOOL_SHARE:
         raise ResourceError(
-            f"{out}: the output needs {num_bytes / 1e9:.2f} GB, but the disk has {free / 1e9:.2f} GB free",
+            f"{out}: the output needs {size_text(num_bytes * _SPOOL_SHARE)}, but the disk has {size_text(free)} free",
             hint="free some space or give another --out",
         )
 

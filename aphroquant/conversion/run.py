@@ -37,7 +37,13 @@ from aphroquant.conversion.progress import Progress
 from aphroquant.conversion.repack import RepackPlan, Stack, make_repack_plan, repack_module
 from aphroquant.conversion.request import ConversionRequest
 from aphroquant.conversion.result import ConversionResult
-from aphroquant.conversion.soundness import check_carried, check_complete, check_output_place
+from aphroquant.conversion.soundness import (
+    check_carried,
+    check_complete,
+    check_output_place,
+    check_tokenizer,
+    rebuilds_tokenizer,
+)
 from aphroquant.conversion.targets import can_be_quantized_for, check_known
 from aphroquant.devices import torch_device
 from aphroquant.schemes import FloatScheme
@@ -127,6 +133,7 @@ class _Conversion(Conversion):
         with self.timed("plan"):
             check_output_place(checkpoint, request.out)
             check_complete(checkpoint)
+            check_tokenizer(checkpoint)
             self.plan = self._make_plan()
             self.writer = CheckpointWriter(request.out, overwrite=request.overwrite)
 
@@ -262,10 +269,9 @@ class _Conversion(Conversion):
             self.note(f"{left_out[0]} is left out: the same scale is stored under another name, which counts")
 
     def _carry_files(self, writer: CheckpointWriter, side_files: dict[str, Any]) -> None:
-        carried = self.checkpoint.carried_files()
-        for path in carried:
+        for path in self.checkpoint.carried_files():
             writer.add_file(path, carried_name(path))
-        if self.checkpoint.format_name == "gguf" and not any(path.name == "tokenizer.json" for path in carried):
+        if rebuilds_tokenizer(self.checkpoint):
             with tempfile.TemporaryDirectory() as directory:
                 self.checkpoint.save_tokenizer(Path(directory))
                 for path in sorted(Path(directory).iterdir()):

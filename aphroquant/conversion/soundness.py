@@ -55,6 +55,18 @@ def check_complete(checkpoint: Checkpoint) -> None:
             )
 
 
+def check_tokenizer(checkpoint: Checkpoint) -> None:
+    """InputError if the tokenizer has to be rebuilt for the output, from a GGUF file's metadata, and cannot be."""
+    if rebuilds_tokenizer(checkpoint):
+        checkpoint.tokenizer()
+
+
+def rebuilds_tokenizer(checkpoint: Checkpoint) -> bool:
+    """Whether no tokenizer lies beside the weights that could be carried over as it is."""
+    beside = any(path.name == "tokenizer.json" for path in checkpoint.carried_files())
+    return checkpoint.format_name == "gguf" and not beside
+
+
 def check_carried(checkpoint: Checkpoint, names: Iterable[str]) -> None:
     """InputError naming the first of the tensors that hold something else than numbers."""
     for name in names:

@@ -29,6 +29,8 @@ _FP8_STATIC = FloatScheme("tensor", activations=_STATIC_INPUTS)
 _FP8_BLOCK = FloatScheme("block", (128, 128), _BLOCK_INPUTS)
 _FP8_ROWS = FloatScheme("channel", activations=_TOKEN_INPUTS["float"])
 
+ONLY_READ = ("exl3",)
+
 # Scheme names that fix everything, by target. Weight-only integers ("w4a16") leave group size and symmetry open.
 FIXED_SCHEMES: Mapping[str, Mapping[str, IntegerScheme | FloatScheme]] = {
     "awq": {},
@@ -63,9 +65,11 @@ WEIGHT_ONLY_BITS: Mapping[str, tuple[int, ...]] = {
 
 def check_known(target: str) -> None:
     """UsageError unless there is a target of that name."""
-    known = [*FORMATS, "gguf"]
+    if target in ONLY_READ:
+        raise UsageError(f"{target} can be read, but not written", hint="give another format to --to")
+    known = [name for name in [*FORMATS, "gguf"] if name not in ONLY_READ]
     if target not in known:
-        near = difflib.get_close_matches(target, known, n=1)
+        near = difflib.get_close_matches(target.lower(), known, n=1)
         listed = f"the formats are {', '.join(known)}"
         raise UsageError(f"unknown format {target!r}", hint=f"Did you mean {near[0]!r}? {listed}" if near else listed)
 

@@ -10,6 +10,7 @@ import safetensors.torch
 import torch
 
 from aphroquant.checkpoint import CheckpointWriter, open_checkpoint
+from aphroquant.checkpoint.disk import size_text
 from aphroquant.errors import InputError, ResourceError, UsageError
 
 CONFIG = {"model_type": "llama"}
@@ -224,3 +225,11 @@ def test_a_link_to_a_directory_is_written_through(tmp_path: Path) -> None:
     write(tmp_path / "link", {"b": torch.ones(1)}, overwrite=True)
     assert (tmp_path / "link").is_symlink()
     assert list(open_checkpoint(tmp_path / "real").tensors) == ["b"]
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "text"),
+    [(0, "0 bytes"), (999, "999 bytes"), (1000, "1.00 kB"), (1_250_000, "1.25 MB"), (5e9, "5.00 GB")],
+)
+def test_sizes_are_told_in_a_unit_that_fits(num_bytes: float, text: str) -> None:
+    assert size_text(num_bytes) == text

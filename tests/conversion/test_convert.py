@@ -294,14 +294,23 @@ def test_a_small_disk_is_found_before_any_work(
     tiny_checkpoint: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6, 1000))  # type: ignore[attr-defined]
-    with pytest.raises(ResourceError, match=r"the output needs 0\.00 GB, but the disk has 0\.00 GB free"):
+    with pytest.raises(ResourceError, match=r"the output needs \d+\.\d\d kB, but the disk has 1\.00 kB free"):
         converted(tiny_checkpoint("llama"), tmp_path / "out", to="awq")
+
+
+def test_a_target_in_capitals_suggests_its_name(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="unknown format 'AWQ'") as raised:
+        converted(tiny_checkpoint("llama"), tmp_path / "out", to="AWQ")
+    assert raised.value.hint is not None
+    assert "Did you mean 'awq'?" in raised.value.hint
+    assert "exl3" not in raised.value.hint
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"to": "gguf2"}, "unknown format"),
+        ({"to": "exl3"}, "exl3 can be read, but not written"),
         ({"to": "aqlm"}, "aqlm only takes over numbers that the source already has"),
         ({"to": "awq", "group_size": 48}, "must be divisible by group_size = 48"),
         ({"to": "awq", "seq_len": 1000}, "longer than the model's context of 512"),

@@ -21,7 +21,7 @@ from aphroquant.conversion import ConversionResult
 from aphroquant.conversion.importance import gather_importance, read_windows
 from aphroquant.conversion.progress import Progress
 from aphroquant.conversion.request import ConversionRequest
-from aphroquant.errors import UsageError
+from aphroquant.errors import InputError, UsageError
 from aphroquant.formats.gguf import block_type, quantize
 from aphroquant.schemes import DenseScheme
 
@@ -331,3 +331,18 @@ def test_ignored_modules_stay_in_their_own_dtype(tiny_checkpoint: Tiny, tmp_path
     types = types_in(tmp_path / "a.gguf")
     assert types["blk.1.ffn_down.weight"] == types["output.weight"] == "BF16"
     assert types["blk.1.ffn_up.weight"] == "Q8_0"
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_a_tokenizer_that_cannot_be_rebuilt_is_found_before_any_work(
+    dry_run: bool, tiny_checkpoint: Tiny, tmp_path: Path
+) -> None:
+    source = open_checkpoint(tiny_checkpoint("llama"))
+    converted(source.path, tmp_path / "one.gguf", scheme="q4_0")
+    content = (tmp_path / "one.gguf").read_bytes()
+    key = b"tokenizer.ggml.merges"
+    assert content.count(key) == 1
+    (tmp_path / "one.gguf").write_bytes(content.replace(key, b"tokenizer.ggml.mergez"))
+    with pytest.raises(InputError, match=r"one\.gguf: tokenizer\.ggml\.merges is missing"):
+        aphroquant.convert(tmp_path / "one.gguf", to="gptq", out=tmp_path / "new" / "out", dry_run=dry_run)
+    assert not (tmp_path / "new").exists()
