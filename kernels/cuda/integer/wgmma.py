@@ -36,7 +36,7 @@ class WgmmaTile:
     multicast: int = 1
     persistent: bool = False
     blocks: int = 1
-    token_group: int = 8
+    token_group: int = 4
 
     @property
     def rows(self) -> int:

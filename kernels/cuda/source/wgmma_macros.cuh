@@ -26,7 +26,7 @@
 #define PERSISTENT 0  // blocks take tile after tile
 #endif
 #ifndef TOKEN_GROUP
-#define TOKEN_GROUP 8  // tiles of tokens that are worked on side by side, so that L2 holds their inputs
+#define TOKEN_GROUP 4  // tiles of tokens that are worked on side by side, so that L2 holds their inputs
 #endif
 #ifndef BLOCKS
 #define BLOCKS 1  // on a multiprocessor
