@@ -106,6 +106,7 @@ def pack_groups(
     # A symmetric weight has its zero point in the middle of the codes that are stored.
     shift = 2 ** (stored - 1) - 2 ** (bits - 1) if zeros is None and offsets is None else 0
     order = arrange_columns(codes.shape[1], scales.shape[1], group_size, group_index, COLUMNS)
+    columns = None if order.columns is None else order.columns.to(codes.device)
     spread = [None if part is None else group_lines(order.spread(part)) for part in (scales, zeros, offsets)]
     packed = spread[0]
     assert packed is not None
@@ -115,11 +116,11 @@ def pack_groups(
         out_features=codes.shape[0],
         in_features=codes.shape[1],
         group_size=order.group_size,
-        codes=pack_codes(codes, stored, shift, order.columns, order.padded),
+        codes=pack_codes(codes, stored, shift, columns, order.padded),
         scales=packed.to(scale_dtype),
         zeros=spread[1],
         offsets=spread[2] if spread[2] is None else spread[2].to(scale_dtype),
-        columns=order.columns,
+        columns=columns,
     )
 
 
