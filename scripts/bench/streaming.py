@@ -77,6 +77,7 @@ class Measurement:
 
 def main() -> None:
     arguments = _arguments()
+    arguments.directory.mkdir(parents=True, exist_ok=True)
     _check_room(arguments.directory, arguments.gigabytes)
     measured = []
     with tempfile.TemporaryDirectory(dir=arguments.directory, prefix="streaming-") as folder:
