@@ -95,13 +95,11 @@ def pack_awq(codes: Tensor) -> Tensor:
 def unpack_awq(words: Tensor) -> Tensor:
     """The codes [rows, columns], uint8, the transpose of a contiguous matrix. Inverse of `pack_awq`."""
     rows, count = words.shape
-    stored = words.T.flatten().view(torch.uint8).view(count, rows, 4)  # flat: a dimension of one may have any stride
+    stored = words.T.contiguous()
     codes = torch.empty(count, AWQ_PACK, rows, dtype=torch.uint8, device=words.device)
     for part in _parts(count, rows):
-        for byte in range(4):
-            pairs = stored[part, :, byte].contiguous()
-            codes[part, AWQ_ORDER[2 * byte]] = pairs & 15
-            codes[part, AWQ_ORDER[2 * byte + 1]] = pairs >> 4
+        for nibble, column in enumerate(AWQ_ORDER):
+            codes[part, column] = (stored[part] >> (4 * nibble)) & 15
     return codes.view(count * AWQ_PACK, rows).T
 
 
