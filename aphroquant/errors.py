@@ -9,7 +9,7 @@
     └── RequestError           -  one request to the engine or server is wrong (HTTP 4xx); the engine goes on
 
 A message is one sentence that names the file, tensor or parameter, the value and the rule; `hint` says what to do.
-An interrupted command ends with 130.
+An interrupted command ends with 130, and a terminated convert with 143; both remove what is half written.
 """
 
 from __future__ import annotations

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING
 
 import click
@@ -120,7 +123,7 @@ def command(
         import torch
 
         torch.set_num_threads(min(threads, os.cpu_count() or 1))  # thousands crash its thread pool
-    with _progress() as progress:
+    with _removing_on_sigterm(), _progress() as progress:
         result = convert(
             source,
             to=to,
@@ -169,6 +172,23 @@ def _summary(result: ConversionResult) -> str:
         facts["warnings"] = str(len(result.warnings))
     width = max(map(len, facts))
     return "\n".join(f"{name:<{width}}  {value}" for name, value in facts.items())
+
+
+@contextmanager
+def _removing_on_sigterm() -> Iterator[None]:
+    """SIGTERM as an exception, so that what is half written is removed. The exit code is the usual one, 143."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may choose what a signal does
+        return
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

@@ -153,6 +153,16 @@ def test_an_interrupt_ends_with_130_and_leaves_nothing(tiny_checkpoint: Tiny, tm
     assert not list(tmp_path.iterdir())
 
 
+def test_a_termination_ends_with_143_and_leaves_nothing(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
+    process = started(tiny_checkpoint("llama"), tmp_path / "out")
+    time.sleep(0.1)
+    process.terminate()
+    _, words = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "Traceback" not in words
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_loss_has_to_be_allowed_and_the_output_says_which_it_was(
     tiny_checkpoint: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
