@@ -118,9 +118,10 @@ def make_repack_plan(checkpoint: Checkpoint, request: ConversionRequest) -> Repa
         reason = contradiction(request, scheme)
         if reason is not None:
             raise LossError(reason)
-    dense = [module for module in checkpoint.schemes() if module not in schemes and module != EMBEDDING]
+    # A head that is tied to the embedding is not stored, and dense all the same.
+    others = [module for module in (*checkpoint.schemes(), LM_HEAD) if module not in schemes and module != EMBEDDING]
     try:
-        target = format_type.for_schemes(schemes, list(dict.fromkeys([*dense, LM_HEAD])))
+        target = format_type.for_schemes(schemes, list(dict.fromkeys(others)))
         plan = RepackPlan(request, checkpoint, target, schemes)
         num_bytes = plan.num_bytes
     except UsageError as error:

@@ -11,12 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import aphroquant
 from aphroquant.calibration.data import DEFAULT_TEXTS
 from aphroquant.checkpoint import open_checkpoint
 from aphroquant.conversion import ConversionResult, blocks
 from aphroquant.errors import InputError, ResourceError, UsageError
+from aphroquant.formats import format_class
 from aphroquant.models.streamed import StreamedModel
 from aphroquant.schemes import DenseScheme, FloatScheme, IntegerScheme, QuantizedWeight
 
@@ -329,8 +331,6 @@ def test_mistakes_are_found_before_any_work(
 
 @pytest.mark.parametrize("samples", [0, 8])
 def test_a_damaged_weight_is_named_and_nothing_is_left(tiny_checkpoint: Tiny, tmp_path: Path, samples: int) -> None:
-    from safetensors.torch import load_file, save_file
-
     damaged = tmp_path / "damaged"
     shutil.copytree(tiny_checkpoint("llama"), damaged)
     tensors = load_file(damaged / "model.safetensors")
@@ -366,3 +366,27 @@ def test_blocks_cut_short_by_the_edge_of_a_layer_are_told(
     source = tiny_checkpoint("llama", hidden_size=hidden_size, **widths)
     result = converted(source, tmp_path / "out", to="fp8", scheme="fp8-block", dry_run=True)
     assert any("no whole number of blocks" in note for note in result.notes) == noted
+
+
+@pytest.mark.parametrize("target", ["compressed-tensors", "awq", "auto-round", "hqq", "gptq"])
+def test_a_quantized_head_stays_quantized(target: str, tiny_checkpoint: Tiny, tmp_path: Path) -> None:
+    source = tmp_path / "one"
+    converted(tiny_checkpoint("llama"), source, to="gptq", bits=4, group_size=32, samples=0, symmetric=True)
+    tensors = load_file(source / "model.safetensors")
+    head = QuantizedWeight(
+        IntegerScheme(4, 32, True),
+        {
+            "codes": torch.randint(0, 16, tensors["lm_head.weight"].shape, dtype=torch.uint8),
+            "scales": torch.rand(tensors["lm_head.weight"].shape[0], tensors["lm_head.weight"].shape[1] // 32).half(),
+        },
+        tuple(tensors.pop("lm_head.weight").shape),
+    )
+    config = json.loads((source / "config.json").read_text())
+    config["quantization_config"]["lm_head"] = True
+    stored = format_class("gptq").from_config(config["quantization_config"]).write("lm_head", head)
+    save_file(tensors | {f"lm_head.{name}": tensor for name, tensor in stored.items()}, source / "model.safetensors")
+    (source / "config.json").write_text(json.dumps(config))
+    assert aphroquant.convert(source, to=target, out=tmp_path / "two").mode == "repack"
+    found = open_checkpoint(tmp_path / "two").weight("lm_head")
+    assert not isinstance(found.scheme, DenseScheme)
+    assert torch.equal(found.dequantize(), head.dequantize())
