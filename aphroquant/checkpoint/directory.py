@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+_CODES = ("qweight", "weight_packed", "codes", "W_q", "trellis")  # of modules that have no tensor called weight
 _SCALES = ("weight_scale", "weight_scale_inv", "scale", "SCB")  # that stand beside one-byte codes
 _INDEX_SUFFIX = ".safetensors.index.json"
 _SHARD_NAME = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.safetensors")
@@ -120,6 +121,7 @@ class SafetensorsCheckpoint(Checkpoint):
     def _schemes(self) -> dict[str, Scheme]:
         schemes: dict[str, Scheme] = {}
         for module, headers in self._modules.items():
+            self._check_one_weight(module, headers)
             with naming(self.path):
                 scheme = self.format.scheme(module, headers) if self.format else None
             if scheme is None and "weight" in headers and len(headers["weight"].shape) == 2:
@@ -128,6 +130,15 @@ class SafetensorsCheckpoint(Checkpoint):
             if scheme is not None:
                 schemes[module] = scheme
         return schemes
+
+    def _check_one_weight(self, module: str, headers: Mapping[str, TensorHeader]) -> None:
+        """Refuse a module that is there twice: nothing tells which of the two the model is to use."""
+        codes = next((name for name in _CODES if name in headers), None)
+        if "weight" in headers and codes is not None:
+            raise InputError(
+                f"{self.path}: {module} is stored twice, as {module}.weight and as {module}.{codes}",
+                hint="remove the one that does not belong to the model",
+            )
 
     def _check_dense(self, module: str, headers: Mapping[str, TensorHeader]) -> None:
         """Refuse codes that nothing says the meaning of: read as numbers they would give a wrong model."""

@@ -26,7 +26,7 @@ def tensor_findings(checkpoint: Checkpoint, name: str) -> Iterator[Finding]:
         return
     bad, largest, count = 0, 0.0, 0
     for piece in checkpoint.read_pieces(name):
-        values = piece.float()
+        values = piece.double() if piece.dtype == torch.float64 else piece.float()
         finite = values.isfinite()
         bad += int((~finite).sum())
         count += values.numel()

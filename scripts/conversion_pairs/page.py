@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from conversion_pairs.pairs import IMPOSSIBLE, LOSSLESS, REQUANTIZE, ROUNDED, TARGETS, Pair
-
 from aphroquant.conversion.gguf_types import BY_BITS, DEFAULT, MIXES, PURE
 from aphroquant.conversion.targets import quantizable_targets, scheme_names
+from conversion_pairs.pairs import IMPOSSIBLE, LOSSLESS, REQUANTIZE, ROUNDED, TARGETS, Pair
 
 SIGNS = {LOSSLESS: "**=**", ROUNDED: "**≈**", REQUANTIZE: "q", IMPOSSIBLE: "–"}
 _HEAD = """\

@@ -7,11 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from conversion_pairs.sources import SOURCES, Source, path_of, write_source
-
 from aphroquant.conversion import convert
 from aphroquant.errors import AphroquantError, UsageError
 from aphroquant.schemes import QuantizedWeight
+from conversion_pairs.sources import SOURCES, Source, path_of, write_source
 
 TARGETS = (
     "gptq", "awq", "auto-round", "compressed-tensors", "fp8", "modelopt", "mxfp4", "bitsandbytes", "hqq", "aqlm",

@@ -9,9 +9,9 @@ from typing import Any
 import gguf
 import numpy as np
 import torch
-from fuzzing.tokenizers import TEMPLATE, merges, tokens
 
 from aphroquant.formats.gguf import ENCODABLE, block_type, encode, quantize
+from fuzzing.tokenizers import TEMPLATE, merges, tokens
 
 HIDDEN, INTERMEDIATE, VOCABULARY, HEADS = 256, 256, 384, 2
 GGUF_TYPES = (*ENCODABLE, "NVFP4")

@@ -235,3 +235,12 @@ def test_a_layer_that_has_lost_its_scale_is_not_taken_for_numbers(tmp_path: Path
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": quantization}))
     with pytest.raises(InputError, match=r"a\.weight is float8_e4m3fn, but config\.json does not say"):
         open_checkpoint(tmp_path).schemes()
+
+
+def test_a_module_that_is_stored_twice_is_refused(tmp_path: Path) -> None:
+    tensors = {"a.weight": torch.ones(8, 8), "a.qweight": torch.ones(1, 8, dtype=torch.int32)}
+    safetensors.torch.save_file(tensors, tmp_path / "model.safetensors")
+    quantization = {"quant_method": "gptq", "bits": 4, "group_size": 8}
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": quantization}))
+    with pytest.raises(InputError, match=r"a is stored twice, as a\.weight and as a\.qweight"):
+        open_checkpoint(tmp_path).schemes()
