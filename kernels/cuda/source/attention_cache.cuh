@@ -9,6 +9,25 @@
 #include <cuda_fp16.h>
 #include <cuda_fp8.h>
 
+#ifndef HEAD_DIM
+#define HEAD_DIM 128
+#endif
+#ifndef GROUP
+#define GROUP 4
+#endif
+#ifndef NUM_KV_HEADS
+#define NUM_KV_HEADS 8
+#endif
+#ifndef BLOCK_SIZE
+#define BLOCK_SIZE 16
+#endif
+#ifndef KEY_FORMAT
+#define KEY_FORMAT 0
+#endif
+#ifndef VALUE_FORMAT
+#define VALUE_FORMAT 0
+#endif
+
 enum CacheFormat { BF16_CACHE = 0, FP16_CACHE = 1, FP8_CACHE = 2, INT8_CACHE = 3 };
 
 __host__ __device__ constexpr int item_bytes(int format) { return format == BF16_CACHE || format == FP16_CACHE ? 2 : 1; }

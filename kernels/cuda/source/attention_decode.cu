@@ -23,24 +23,6 @@
 #include "ptx/grid_dependency.cuh"
 #include "ptx/warp_matrix.cuh"
 
-#ifndef HEAD_DIM
-#define HEAD_DIM 128
-#endif
-#ifndef GROUP
-#define GROUP 4
-#endif
-#ifndef NUM_KV_HEADS
-#define NUM_KV_HEADS 8
-#endif
-#ifndef BLOCK_SIZE
-#define BLOCK_SIZE 16
-#endif
-#ifndef KEY_FORMAT
-#define KEY_FORMAT 0
-#endif
-#ifndef VALUE_FORMAT
-#define VALUE_FORMAT 0
-#endif
 #ifndef WARPS
 #define WARPS 4
 #endif
