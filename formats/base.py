@@ -95,6 +95,11 @@ class Format(ABC):
         """The same, saying that there are scales of a KV cache, if this format's config has a place for it."""
         return self
 
+    def for_model(self, dtype: torch.dtype, source: Format | None) -> Self:
+        """The same for a model of this dtype, whose weights come from the format `source` (None: a dense model), if
+        this format's config says what its readers compute in."""
+        return self
+
     def side_files(self) -> dict[str, Any]:
         """JSON files beside config.json that readers of this format look for: name -> content."""
         return {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -30,6 +31,7 @@ from aphroquant.schemes import DenseScheme, FloatScheme, IntegerScheme, Scheme
 
 DEQUANTIZED_DTYPE = torch.float16  # of quantized embeddings and heads, which the targets keep dense
 EXACT_DTYPE = torch.float32  # of the same where no bit may change: it holds whatever they dequantize to
+_MODEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _SPOOL_SHARE = 1.05  # free disk beyond the output: headers and rounding up
 
 
@@ -94,6 +96,7 @@ def make_plan(checkpoint: Checkpoint, request: ConversionRequest) -> ConversionP
         )
     dense = list(dict.fromkeys([*kept, *_other_matrices(checkpoint), LM_HEAD]))
     target = format_type.for_schemes(dict.fromkeys(chosen, scheme), dense)
+    target = target.for_model(model_dtype(checkpoint), checkpoint.format)
     dtype = _scale_dtype(checkpoint, request.to)
     plan = ConversionPlan(request, checkpoint, scheme, solver, target, shapes, dtype, calibrates)
     check_disk(request.out, plan.num_bytes)
@@ -205,6 +208,18 @@ def _other_matrices(checkpoint: Checkpoint) -> list[str]:
     """Modules with a matrix that are no block linears: they stay as they are (the embedding is no linear layer)."""
     known = {*checkpoint.spec.modules(), EMBEDDING}
     return [module for module in checkpoint.schemes() if module not in known]
+
+
+def model_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """What the model computes in: what its config says, else what most of its dense numbers are."""
+    found = str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")).removeprefix("torch.")
+    named = next((dtype for dtype in _MODEL_DTYPES if str(dtype) == f"torch.{found}"), None)
+    if named is not None:
+        return named
+    stored: Counter[torch.dtype] = Counter()
+    for name in checkpoint.dense_names():
+        stored[checkpoint.info(name).dtype] += checkpoint.info(name).nbytes
+    return max(_MODEL_DTYPES, key=lambda dtype: stored[dtype])
 
 
 def _scale_dtype(checkpoint: Checkpoint, target: str) -> torch.dtype:

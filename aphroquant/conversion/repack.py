@@ -15,7 +15,14 @@ from torch import Tensor
 from aphroquant.checkpoint import Checkpoint
 from aphroquant.checkpoint.base import suffix
 from aphroquant.conversion.loss import LossError, contradiction
-from aphroquant.conversion.plan import EXACT_DTYPE, carried_bytes, carried_tensors, check_disk, is_dequantized
+from aphroquant.conversion.plan import (
+    EXACT_DTYPE,
+    carried_bytes,
+    carried_tensors,
+    check_disk,
+    is_dequantized,
+    model_dtype,
+)
 from aphroquant.conversion.request import ConversionRequest
 from aphroquant.conversion.soundness import check_codes
 from aphroquant.errors import AphroquantError, UsageError
@@ -122,6 +129,7 @@ def make_repack_plan(checkpoint: Checkpoint, request: ConversionRequest) -> Repa
     others = [module for module in (*checkpoint.schemes(), LM_HEAD) if module not in schemes and module != EMBEDDING]
     try:
         target = format_type.for_schemes(schemes, list(dict.fromkeys(others)))
+        target = target.for_model(model_dtype(checkpoint), checkpoint.format)
         plan = RepackPlan(request, checkpoint, target, schemes)
         num_bytes = plan.num_bytes
     except UsageError as error:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Self, cast
 
 import torch
@@ -29,6 +29,7 @@ from aphroquant.formats.bitsandbytes import four_bit, int8
 from aphroquant.schemes import IntegerScheme, LookupScheme, QuantizedWeight, Scheme
 
 _PARTS = re.compile(r"(.+)\.(weight\.(?:absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..+))")
+_COMPUTE_DTYPES = ("float32", "float16", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,8 @@ class BitsAndBytes(Format):
     bits: Literal[4, 8]
     quant_type: Literal["nf4", "fp4"] = "nf4"
     double_quant: bool = False
-    compute_dtype: str = "bfloat16"
+    compute_dtype: str = "bfloat16"  # of the products
+    weight_dtype: str = "bfloat16"  # of a dequantized weight
     skip_modules: tuple[str, ...] = ()
 
     @classmethod
@@ -64,20 +66,22 @@ class BitsAndBytes(Format):
         )
 
     @classmethod
-    def for_schemes(
-        cls, schemes: Mapping[str, Scheme], dense_modules: list[str], *, dtype: torch.dtype = torch.bfloat16
-    ) -> Self:
-        """`dtype` is what the weights are dequantized to by the library: the model's own."""
+    def for_schemes(cls, schemes: Mapping[str, Scheme], dense_modules: list[str]) -> Self:
         held = {module: _held(module, scheme) for module, scheme in writing.quantized(schemes).items()}
         writing.same_for_all("bitsandbytes", "scheme", held)
         scheme = next(iter(held.values()), LookupScheme("nf4", 64, "float", flattened=True))
         skipped = writing.left_dense_with_head(schemes, dense_modules)
         _refuse_ambiguous_skips(list(held), skipped)
-        compute_dtype = str(dtype).removeprefix("torch.")
         if isinstance(scheme, IntegerScheme):
-            return cls(8, compute_dtype=compute_dtype, skip_modules=tuple(skipped))
+            return cls(8, skip_modules=tuple(skipped))
         table = cast(Literal["nf4", "fp4"], scheme.table)
-        return cls(4, table, scheme.scales == "nested", compute_dtype, tuple(skipped))
+        return cls(4, table, scheme.scales == "nested", skip_modules=tuple(skipped))
+
+    def for_model(self, dtype: torch.dtype, source: Format | None) -> Self:
+        """The library dequantizes to the model's dtype, and computes in it, or in what a source of this format says."""
+        name = str(dtype).removeprefix("torch.")
+        said = source.compute_dtype.removeprefix("torch.") if isinstance(source, BitsAndBytes) else name
+        return replace(self, compute_dtype=said if said in _COMPUTE_DTYPES else name, weight_dtype=name)
 
     def quantization_config(self) -> dict[str, Any]:
         return {
@@ -125,7 +129,7 @@ class BitsAndBytes(Format):
         scheme = _held(module, weight.scheme)
         writing.checked(module, weight, scheme)
         if isinstance(scheme, LookupScheme):
-            return four_bit.write(module, weight, self.compute_dtype)
+            return four_bit.write(module, weight, self.weight_dtype)
         return int8.write(module, weight)
 
 

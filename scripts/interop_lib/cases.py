@@ -71,8 +71,6 @@ def _bitsandbytes(name: str, ours: Any, **arguments: Any) -> Case:
         f"bitsandbytes {name}",
         ours,
         True,
-        BFLOAT16,
-        note="ours asks for bfloat16 as compute dtype, theirs for float32",
         method="BitsAndBytesConfig",
         arguments={"load_in_4bit": True, "bnb_4bit_compute_dtype": "torch.float32", **arguments},
         weights="dequantize",

@@ -124,6 +124,28 @@ def test_scales_of_bfloat16_models_are_bfloat16_in_compressed_tensors_and_float1
         assert weight["scales"].dtype == dtype
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_bitsandbytes_computes_in_the_model_s_dtype(tiny_checkpoint: Tiny, tmp_path: Path, dtype: str) -> None:
+    aphroquant.convert(tiny_checkpoint("llama", torch_dtype=dtype), to="bitsandbytes", out=tmp_path / "out")
+    assert quantization_config(tmp_path / "out")["bnb_4bit_compute_dtype"] == dtype
+
+
+def test_the_dtype_of_a_model_whose_config_has_none_is_that_of_its_numbers(
+    tiny_checkpoint: Tiny, tmp_path: Path
+) -> None:
+    source = tiny_checkpoint("llama", torch_dtype="float16")
+    config = json.loads((source / "config.json").read_text())
+    config = {key: value for key, value in config.items() if key not in ("dtype", "torch_dtype")}
+    (source / "config.json").write_text(json.dumps(config))
+    aphroquant.convert(source, to="bitsandbytes", out=tmp_path / "out")
+    assert quantization_config(tmp_path / "out")["bnb_4bit_compute_dtype"] == "float16"
+
+
+def quantization_config(directory: Path) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((directory / "config.json").read_text())["quantization_config"]
+    return config
+
+
 def test_awq_changes_norms_and_nothing_else_that_is_dense(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
     source = tiny_checkpoint("llama", torch_dtype="float16")
     converted(source, tmp_path / "out", to="awq", solver="awq")

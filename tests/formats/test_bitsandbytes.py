@@ -82,7 +82,7 @@ def test_the_library_s_tensors_are_read_bit_for_bit_and_written_byte_for_byte(
     weight.check(MODULE)
     assert torch.equal(weight.dequantize(), library_weight(tensors))
 
-    written = BitsAndBytes.for_schemes({MODULE: weight.scheme}, [], dtype=torch.float32)
+    written = BitsAndBytes.for_schemes({MODULE: weight.scheme}, []).for_model(torch.float32, None)
     again = written.write(MODULE, weight)
     assert again.keys() == tensors.keys()
     for name, tensor in tensors.items():
@@ -92,6 +92,19 @@ def test_the_library_s_tensors_are_read_bit_for_bit_and_written_byte_for_byte(
         assert torch.equal(again[name], tensor), name
     assert torch.equal(reread(written).read(MODULE, again).dequantize(), weight.dequantize())
     assert torch.equal(library_weight(again), library_weight(tensors))
+
+
+@pytest.mark.parametrize(
+    ("source", "computes"), [("float32", "float32"), ("torch.float16", "float16"), ("float8", "bfloat16")]
+)
+def test_the_library_dequantizes_to_the_model_s_dtype_and_computes_in_the_source_s(source: str, computes: str) -> None:
+    weight = read(library_tensors(torch.randn(8, 64), quant_type="nf4"))
+    before = BitsAndBytes.from_config(FOUR_BITS | {"bnb_4bit_compute_dtype": source})
+    written = BitsAndBytes.for_schemes({MODULE: weight.scheme}, []).for_model(torch.bfloat16, before)
+    assert written.quantization_config()["bnb_4bit_compute_dtype"] == computes
+    tensors = written.write(MODULE, weight)
+    assert json.loads(bytes(tensors[STATE].tolist()))["dtype"] == "bfloat16"
+    assert library_weight(tensors).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("storage", [torch.bfloat16, torch.float32])
