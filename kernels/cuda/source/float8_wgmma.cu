@@ -25,11 +25,12 @@ struct Problem {
     Output output;
 };
 
-__device__ __forceinline__ void fetch_weights(const BlockPart& block, const TensorMap* map, int stage, const Place& place,
-                                              int step, uint64_t cache) {
+__device__ __forceinline__ void fetch_weights(const BlockPart& block, const TensorMap* map, int rows, int stage,
+                                              const Place& place, int step, uint64_t cache) {
     mbarrier_arrive_expect(block.full(stage), kCodeBytes);
     const uint32_t target = block.shared + kWeightStart + stage * kWeightBytes;
-    tensor_load(target, map, step * 128, place.row(), block.full(stage), cache);
+    const int row = static_cast<int>(place.expert()) * rows + place.row();
+    tensor_load(target, map, step * 128, row, block.full(stage), cache);
 }
 
 __device__ __forceinline__ void fetch_inputs(const BlockPart& block, const TensorMap* map, const Problem& problem, int stage,
@@ -45,7 +46,7 @@ __device__ __forceinline__ void fetch_inputs(const BlockPart& block, const Tenso
         tensor_load_multicast(target, map, step * 128, place.token() + first, barrier, blocks, kCacheEvictLast);
     }
     if (SCALES == 1) {
-        const int64_t line = static_cast<int64_t>(step) * problem.padded_tokens + place.token();
+        const int64_t line = static_cast<int64_t>(step) * problem.padded_tokens + place.line();
         bulk_load(block.shared + kWeightStart + stage * kWeightBytes + kCodeBytes, problem.token_scales + line,
                   kTokenScaleBytes, barrier, kCacheEvictNormal);
     }
@@ -107,7 +108,8 @@ __device__ __forceinline__ void accumulate_blocks(const BlockPart& block, Ring& 
         for (int i = 0; i < kAccumulators; ++i) sums[tile][i] = 0.0f;
         const int row = place.row() + (warpgroup * TILES + tile) * 64;
         const int line = (row < problem.extent.rows ? row : problem.extent.rows - 1) / SCALE_ROWS;
-        lines[tile] = problem.row_scales + static_cast<int64_t>(line) * problem.scale_columns;
+        const int64_t lines_before = place.expert() * ((problem.extent.rows + SCALE_ROWS - 1) / SCALE_ROWS);
+        lines[tile] = problem.row_scales + (lines_before + line) * problem.scale_columns;
     }
     for (int step = block.first_step; step < block.end_step; ++step, ring.advance()) {
         float row_scales[TILES];
@@ -157,7 +159,8 @@ struct TileScales {
 #pragma unroll
         for (int i = 0; i < TILES * 2; ++i) {
             const int row = place.row() + (warpgroup * TILES + i / 2) * 64 + thread / 32 * 16 + i % 2 * 8 + lane / 4;
-            rows[i / 2][i % 2] = problem.row_scales[min(row, extent.rows - 1) * problem.row_stride];
+            const int64_t own = place.expert() * extent.rows + min(row, extent.rows - 1);
+            rows[i / 2][i % 2] = problem.row_scales[own * problem.row_stride];
         }
     }
 
@@ -216,9 +219,9 @@ __device__ __forceinline__ void fetch_tiles(const BlockPart& block, const Tensor
             fetch_inputs(block, inputs, problem, stage, place, step);
         });
     } else {
-        const uint64_t cache = problem.extent.token_tiles == 1 ? kCacheEvictFirst : kCacheEvictNormal;
+        const uint64_t cache = tiles.token_tiles == 1 ? kCacheEvictFirst : kCacheEvictNormal;
         produce(block, tiles, [&](int stage, const Place& place, int step) {
-            fetch_weights(block, weights, stage, place, step, cache);
+            fetch_weights(block, weights, problem.extent.rows, stage, place, step, cache);
         });
     }
 }
@@ -227,6 +230,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS)
     float8_wgmma(const __grid_constant__ TensorMap inputs, const __grid_constant__ TensorMap weights,
                  const __grid_constant__ Problem problem) {
     grid_dependency_launch();
+    if (GROUPED) grid_dependency_wait();  // the tiles are of a kernel in front
     const BlockPart block = enter_block(dynamic_shared(), problem.extent);
     if (threadIdx.x >= kConsumers) {
         warpgroup_give_registers<kProducerRegisters>();

@@ -9,6 +9,7 @@
 //
 // Sums are made in one fixed order, without atomics: each scale group in the tensor core's float32 accumulators, groups of
 // a warp one after the other, then warps, then blocks (through distributed shared memory).
+#include "grouped_tiles.cuh"
 #include "integer_dequantize.cuh"
 #include "ptx/dynamic_shared.cuh"
 #include "ptx/grid_dependency.cuh"
@@ -199,6 +200,26 @@ struct Weight {
     const uint8_t* codes;
     const uint8_t* scales;
     const uint8_t* zeros;  // zero points or offsets
+
+    // The weight of an expert; those of all stand one after another.
+    __device__ __forceinline__ Weight of(int expert) const {
+        const int64_t super_rows = static_cast<int64_t>(expert) * ((OUT_FEATURES + 63) / 64), values = super_rows * kGroups * 64;
+        return {codes + super_rows * (PADDED_COLUMNS / 64) * kChunkBytes, scales + values * kScaleSize,
+                zeros + values * (ZERO_KIND == 1 ? 1 : kScaleSize)};
+    }
+};
+
+// Rows of x; with GROUPED those that `sources` names, if there are any.
+struct Inputs {
+    const Element* x;
+#if GROUPED
+    const int32_t* sources;
+    __device__ __forceinline__ const Element* row(int token) const {
+        return x + static_cast<int64_t>(sources == nullptr ? token : sources[token]) * IN_FEATURES;
+    }
+#else
+    __device__ __forceinline__ const Element* row(int token) const { return x + static_cast<int64_t>(token) * IN_FEATURES; }
+#endif
 };
 
 // Copies one unit's bytes into a slot of a warp's ring; all lanes call it.
@@ -266,7 +287,7 @@ __device__ __forceinline__ uint4 load_eight(const Element* row, const int32_t* c
 
 // One part of the block's slice of x to shared memory, as [tokens][WARP_COLUMNS segments]. Clusters begin at different
 // tokens, because all of them read the same lines of L2.
-__device__ __forceinline__ void load_input(uint8_t* input, const Element* x, const int32_t* columns, int num_tokens,
+__device__ __forceinline__ void load_input(uint8_t* input, const Inputs& x, const int32_t* columns, int num_tokens,
                                            int rank, int phase, int cluster) {
     constexpr int kVectors = WARP_COLUMNS * kSegment / 8;
     constexpr int kBatch = HAS_COLUMNS || IN_FEATURES % 8 != 0 ? 2 : PHASES > 1 ? 4 : 8;  // loads in flight
@@ -283,8 +304,7 @@ __device__ __forceinline__ void load_input(uint8_t* input, const Element* x, con
             if (token >= num_tokens) token -= num_tokens;
             const int part = vector / (kSegment / 8), place = vector % (kSegment / 8) * 8;
             targets[i] = token * kInputStride + vector * 16;
-            values[i] = load_eight(x + static_cast<int64_t>(token) * IN_FEATURES, columns,
-                                   segment_start(rank, part, phase) + place);
+            values[i] = load_eight(x.row(token), columns, segment_start(rank, part, phase) + place);
         }
 #pragma unroll
         for (int i = 0; i < kBatch; ++i) {
@@ -524,12 +544,33 @@ __device__ __forceinline__ void finish_pass(uint8_t* shared, const float* partia
     if (kPasses > 1 && CLUSTER == 1) __syncthreads();  // the next pass's partial sums come to the same place
 }
 
-// x: [num_tokens, IN_FEATURES], y: [num_tokens, OUT_FEATURES], num_tokens <= kMaxTokens.
+// x: [num_tokens, IN_FEATURES], y: [num_tokens, OUT_FEATURES], num_tokens <= kMaxTokens. With GROUPED, num_tokens comes
+// from the tile of each row of blocks; x is in the tiles' order, or `sources` names the row of x for each of its places.
 extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_MULTIPROCESSOR)
     integer_decode(const uint8_t* codes, const uint8_t* scales, const uint8_t* zeros, const Element* x,
-                   const int32_t* columns, const float* bias, Element* y, int num_tokens) {
+                   const int32_t* columns, const float* bias, Element* y, int num_tokens
+#if GROUPED
+                   ,
+                   const GroupTiles groups, const int32_t* sources
+#endif
+    ) {
     uint8_t* shared = dynamic_shared();
+#if GROUPED
+    grid_dependency_launch();
+    grid_dependency_wait();
+    if (blockIdx.y >= *groups.count) return;
+    const GroupTile group = groups.tiles[blockIdx.y];
+    const Weight weight = Weight{codes, scales, zeros}.of(group.expert);
+    const Inputs inputs = sources == nullptr ? Inputs{x + static_cast<int64_t>(group.first) * IN_FEATURES, nullptr}
+                                             : Inputs{x, sources + group.first};
+    num_tokens = group.end - group.first;
+    if (HAS_COLUMNS) columns += static_cast<int64_t>(group.expert) * PADDED_COLUMNS;
+    if (HAS_BIAS) bias += static_cast<int64_t>(group.expert) * OUT_FEATURES;
+    y += static_cast<int64_t>(group.first) * OUT_FEATURES;
+#else
     const Weight weight{codes, scales, zeros};
+    const Inputs inputs{x};
+#endif
     // From a shuffle, so that the compiler sees one value a warp, and bulk copies need no loop over the lanes.
     const int warp = __shfl_sync(0xFFFFFFFFu, static_cast<int>(threadIdx.x / 32), 0), lane = threadIdx.x % 32;
     const int row_part = warp / WARP_COLUMNS, column_part = warp % WARP_COLUMNS;
@@ -588,7 +629,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_MULTIPROCESSOR
         for (int phase = 0; phase < PHASES; ++phase) {
             if (PHASES > 1 || pass == 0) {
                 if (PHASES > 1 && pass + phase > 0) __syncthreads();
-                load_input(input, x, columns, num_tokens, rank, phase, cluster);
+                load_input(input, inputs, columns, num_tokens, rank, phase, cluster);
                 __syncthreads();
                 if (pass + phase == 0) {
                     for (int early = EARLY_STAGES; early < STAGES; ++early) load_next(early);

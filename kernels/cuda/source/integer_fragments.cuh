@@ -128,10 +128,11 @@ __device__ __forceinline__ void make_fragment(const LaneCodes<CODE_BITS>& codes,
 constexpr bool kScalesSums = GROUP == 0 || !kScalesFit;
 
 // The factor of a row: its scale where a row has one, or the inverse of the power of two that scales were brought in by.
-__device__ __forceinline__ float row_factor(const PackedWeights& weights, int row, int rows) {
+// `before`: super rows of other weights in front of the row's own.
+__device__ __forceinline__ float row_factor(const PackedWeights& weights, int row, int rows, int64_t before = 0) {
     if (GROUP != 0) return weights.output_factor;
     if (row >= rows) return 0.0f;
-    const int64_t place = row / 64 * 64 + row % 8 * 8 + row % 64 / 16 * 2 + row % 16 / 8;
+    const int64_t place = before * 64 + row / 64 * 64 + row % 8 * 8 + row % 64 / 16 * 2 + row % 16 / 8;
     if (SCALE_TYPE == 2) return reinterpret_cast<const float*>(weights.scales)[place];
     return number_of(reinterpret_cast<const uint16_t*>(weights.scales)[place]);
 }

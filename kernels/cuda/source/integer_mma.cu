@@ -3,6 +3,7 @@
 // A block multiplies 128 rows of the weight with TOKENS rows of the input; each of its four warps has 32 rows, turns their
 // codes into fragments, and reads the input's fragments from shared memory. Codes, scales and inputs come by cp.async, a
 // chunk of 64 columns a stage. Blocks of SPLIT parts of the columns leave float sums, which integer_mma_sum adds up.
+#include "grouped_tiles.cuh"
 #include "integer_fragments.cuh"
 #include "integer_stage.cuh"
 #include "ptx/async_copy.cuh"
@@ -35,7 +36,25 @@ struct Problem {
     const float* bias;      // [rows] or null
     uint16_t* output;       // [tokens][rows]
     float* partials;        // [SPLIT][tokens][rows]
+#if GROUPED
+    GroupTiles groups;
+#endif
 };
+static_assert(!GROUPED || SPLIT == 1, "experts have tiles enough");
+
+// The problem of the expert that a tile of tokens belongs to.
+__device__ __forceinline__ Problem of_group(const Problem& problem, const GroupTile& tile) {
+    Problem own = problem;
+    const int64_t super_rows = static_cast<int64_t>(tile.expert) * ((problem.rows + 63) / 64);
+    const int64_t values = super_rows * problem.weights.groups * 64;
+    own.tokens = tile.end;
+    own.weights.codes += super_rows * problem.chunks * kChunkBytes;
+    own.weights.scales += values * kScaleBytes;
+    if (ZEROS == 1) own.weights.zeros += values;
+    if (ZEROS == 2) own.weights.offsets += values * kScaleBytes;
+    if (problem.bias != nullptr) own.bias += static_cast<int64_t>(tile.expert) * problem.rows;
+    return own;
+}
 
 __device__ __forceinline__ float bias_of(const Problem& problem, int row) {
     return problem.bias == nullptr ? 0.0f : problem.bias[row];
@@ -160,13 +179,22 @@ __device__ __forceinline__ void store(const Problem& problem, uint8_t* memory,
     }
 }
 
-extern "C" __global__ void __launch_bounds__(kThreads) integer_mma(const __grid_constant__ Problem problem) {
+extern "C" __global__ void __launch_bounds__(kThreads) integer_mma(const __grid_constant__ Problem whole) {
     uint8_t* const memory = dynamic_shared();
-    const int first_row = blockIdx.x * kRows, first_token = blockIdx.y * TOKENS;
-    const int first = problem.chunks * static_cast<int>(blockIdx.z) / SPLIT;
-    const int end = problem.chunks * static_cast<int>(blockIdx.z + 1) / SPLIT;
     grid_dependency_launch();
     grid_dependency_wait();
+#if GROUPED
+    if (blockIdx.y >= *whole.groups.count) return;
+    const GroupTile tile = whole.groups.tiles[blockIdx.y];
+    const Problem problem = of_group(whole, tile);
+    const int first_token = tile.first;
+#else
+    const Problem& problem = whole;
+    const int first_token = blockIdx.y * TOKENS;
+#endif
+    const int first_row = blockIdx.x * kRows;
+    const int first = problem.chunks * static_cast<int>(blockIdx.z) / SPLIT;
+    const int end = problem.chunks * static_cast<int>(blockIdx.z + 1) / SPLIT;
     float sums[kTiles][TOKENS / 8][4] = {};
 #pragma unroll
     for (int i = 0; i < STAGES - 1; ++i) {

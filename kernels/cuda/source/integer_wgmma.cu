@@ -29,7 +29,7 @@ __device__ __forceinline__ void fetch_weights(const BlockPart& block, const Prob
                                               const Place& place, int step, uint64_t cache) {
     const PackedWeights& packed = problem.weights;
     const uint32_t barrier = block.full(stage), target = block.shared + kWeightStart + stage * kWeightBytes;
-    const int first = place.row_tile * kSuperRows, left = (problem.extent.rows + 63) / 64 - first;
+    const int super_rows = (problem.extent.rows + 63) / 64, first = place.row_tile * kSuperRows, left = super_rows - first;
     const int end = left < kSuperRows ? left : kSuperRows, chunk = step * CHUNKS;
     const int count = (end - fetcher + kWeightFetchers - 1) / kWeightFetchers;
     mbarrier_arrive_expect(barrier, count > 0 ? count * kSuperRowBytes : 0);
@@ -37,7 +37,7 @@ __device__ __forceinline__ void fetch_weights(const BlockPart& block, const Prob
     for (int i = 0; i < kSuperRows; i += kWeightFetchers) {
         const int index = i + fetcher;
         if (index >= end) break;
-        const int64_t row = first + index, chunks = problem.extent.steps * CHUNKS;
+        const int64_t row = place.expert() * super_rows + first + index, chunks = problem.extent.steps * CHUNKS;
         const uint32_t codes = target + index * kSuperRowBytes;
         bulk_load(codes, packed.codes + (row * chunks + chunk) * kChunkBytes, kCodeBytes, barrier, cache);
         if (GROUP == 0) continue;
@@ -78,7 +78,7 @@ __device__ __forceinline__ void fetch_tiles(const BlockPart& block, const Tensor
             fetch_inputs(block, map, stage, place, step);
         });
     } else {
-        const uint64_t cache = problem.extent.token_tiles == 1 ? kCacheEvictFirst : kCacheEvictNormal;
+        const uint64_t cache = tiles.token_tiles == 1 ? kCacheEvictFirst : kCacheEvictNormal;
         produce(block, tiles, [&](int stage, const Place& place, int step) {
             fetch_weights(block, problem, fetcher, stage, place, step, cache);
         });
@@ -180,9 +180,11 @@ __device__ __forceinline__ void accumulate_tile(const BlockPart& block, const Pr
     block.release(used);
 }
 
-__device__ __forceinline__ void scale_sums(const Problem& problem, int first_row, float (&sums)[TILES][kAccumulators]) {
-    const int row = first_row + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4;
-    const auto factor = [&](int place) { return row_factor(problem.weights, place, problem.extent.rows); };
+__device__ __forceinline__ void scale_sums(const Problem& problem, const Place& place, int warpgroup,
+                                           float (&sums)[TILES][kAccumulators]) {
+    const int row = place.row() + warpgroup * TILES * 64 + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4;
+    const int64_t before = place.expert() * ((problem.extent.rows + 63) / 64);
+    const auto factor = [&](int own) { return row_factor(problem.weights, own, problem.extent.rows, before); };
 #pragma unroll
     for (int tile = 0; tile < TILES; ++tile) {
         const float factors[2] = {factor(row + tile * 64), factor(row + tile * 64 + 8)};
@@ -198,7 +200,7 @@ __device__ __forceinline__ void consume(const BlockPart& block, const Problem& p
     for (Tiles tiles(problem.extent); tiles.more(); tiles.next()) {
         const Place place = tiles.place(block.sharer);
         accumulate_tile(block, problem, ring, warpgroup, sums);
-        if (kScalesSums) scale_sums(problem, place.row() + warpgroup * TILES * 64, sums);
+        if (kScalesSums) scale_sums(problem, place, warpgroup, sums);
         put_out(problem.output, problem.extent, block, sums, warpgroup, place);
     }
 }
@@ -206,6 +208,7 @@ __device__ __forceinline__ void consume(const BlockPart& block, const Problem& p
 extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS)
     integer_wgmma(const __grid_constant__ TensorMap inputs, const __grid_constant__ Problem problem) {
     grid_dependency_launch();
+    if (GROUPED) grid_dependency_wait();  // the tiles are of a kernel in front
     const BlockPart block = enter_block(dynamic_shared(), problem.extent);
     if (threadIdx.x >= kConsumers) {
         warpgroup_give_registers<kProducerRegisters>();

@@ -16,6 +16,10 @@ struct Output {
     __device__ __forceinline__ float bias_of(int row, int rows) const {
         return bias == nullptr || row >= rows ? 0.0f : bias[row];
     }
+    // With the bias of an expert.
+    __device__ __forceinline__ Output of(int64_t expert, int rows) const {
+        return {values, bias == nullptr ? nullptr : bias + expert * rows};
+    }
 };
 
 __device__ __forceinline__ uint32_t output_pair(float low, float high) {
@@ -154,8 +158,11 @@ __device__ __forceinline__ void store_received(const Output& output, const Exten
 }
 
 // What a multiplying warpgroup does with its finished, scaled sums.
-__device__ __forceinline__ void put_out(const Output& output, const Extent& extent, const BlockPart& block,
+__device__ __forceinline__ void put_out(const Output& all, const Extent& whole, const BlockPart& block,
                                         const float (&sums)[TILES][kAccumulators], int warpgroup, const Place& place) {
+    const Output output = all.of(place.expert(), whole.rows);
+    Extent extent = whole;
+    extent.tokens = place.end_token(whole);
     if (!PERSISTENT) named_barrier_sync(15, kConsumers);  // all have read the stages that the output overwrites
     if constexpr (SPLIT == 1) {
         uint8_t* staging = block.memory + kOutputStart + warpgroup * kPiece * kOutputStride * 2;

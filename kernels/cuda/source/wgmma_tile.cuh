@@ -7,6 +7,7 @@
 // threads that fetch, each the first of a warp of its own: one alone would be slower than the tensor cores.
 #pragma once
 
+#include "grouped_tiles.cuh"
 #include "ptx/barrier.cuh"
 #include "ptx/cluster.cuh"
 #include "ptx/grid_dependency.cuh"
@@ -40,6 +41,17 @@ static_assert(kSharedBytes <= 227 * 1024 / BLOCKS - (BLOCKS > 1 ? 1024 : 0), "mo
 struct Extent {
     int rows, tokens, steps;  // steps: stages that the columns fill
     int row_tiles, token_tiles;
+#if GROUPED
+    GroupTiles groups;  // in place of token_tiles; rows are those of one expert
+#endif
+
+    __device__ __forceinline__ int num_token_tiles() const {
+#if GROUPED
+        return *groups.count;
+#else
+        return token_tiles;
+#endif
+    }
 };
 
 // Which stage comes next, and in which phase its barriers are.
@@ -52,9 +64,25 @@ struct Ring {
 };
 
 struct Place {
-    int row_tile, token_tile;
-    __device__ __forceinline__ int row() const { return row_tile * kRows; }
+    int row_tile;  // of the expert
+#if GROUPED
+    GroupTile tile;
+    __device__ __forceinline__ Place(int row_tile, int token_tile, const Extent& extent)
+        : row_tile(row_tile), tile(extent.groups.tiles[token_tile]) {}
+    __device__ __forceinline__ int token() const { return tile.first; }
+    __device__ __forceinline__ int end_token(const Extent&) const { return tile.end; }
+    __device__ __forceinline__ int line() const { return tile.line; }
+    __device__ __forceinline__ int64_t expert() const { return tile.expert; }
+#else
+    int token_tile;
+    __device__ __forceinline__ Place(int row_tile, int token_tile, const Extent&)
+        : row_tile(row_tile), token_tile(token_tile) {}
     __device__ __forceinline__ int token() const { return token_tile * TOKENS; }
+    __device__ __forceinline__ int end_token(const Extent& extent) const { return extent.tokens; }
+    __device__ __forceinline__ int line() const { return token(); }
+    __device__ __forceinline__ int64_t expert() const { return 0; }
+#endif
+    __device__ __forceinline__ int row() const { return row_tile * kRows; }
 };
 
 struct BlockPart {
@@ -80,11 +108,13 @@ struct BlockPart {
 
 // The tiles of a cluster, one after another: groups of token tiles, in them all row tiles, in them the group's tokens.
 struct Tiles {
+    const Extent& extent;
     int clusters_of_rows, token_tiles, index, stride;
 
     __device__ __forceinline__ explicit Tiles(const Extent& extent)
-        : clusters_of_rows((extent.row_tiles + MULTICAST - 1) / MULTICAST),
-          token_tiles(extent.token_tiles),
+        : extent(extent),
+          clusters_of_rows((extent.row_tiles + MULTICAST - 1) / MULTICAST),
+          token_tiles(extent.num_token_tiles()),
           index(blockIdx.x / kCluster),
           stride(PERSISTENT ? gridDim.x / kCluster : 1 << 30) {}
 
@@ -93,7 +123,7 @@ struct Tiles {
     __device__ __forceinline__ Place place(uint32_t sharer) const {
         const int size = clusters_of_rows * TOKEN_GROUP, group = index / size, rest = index % size;
         const int left = token_tiles - group * TOKEN_GROUP, width = left < TOKEN_GROUP ? left : TOKEN_GROUP;
-        return {rest / width * MULTICAST + static_cast<int>(sharer), group * TOKEN_GROUP + rest % width};
+        return Place(rest / width * MULTICAST + static_cast<int>(sharer), group * TOKEN_GROUP + rest % width, extent);
     }
 };
 

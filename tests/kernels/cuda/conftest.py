@@ -103,6 +103,7 @@ def emulation_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
         *source.glob("fused_*"),
         *source.glob("float8_*"),
         *source.glob("gather_*"),
+        *source.glob("grouped_*"),
         *source.glob("integer_*"),
         *source.glob("sample_*"),
         *source.glob("wgmma_*"),
