@@ -3,6 +3,8 @@
     P.qweight int32 [K, N/8]    P.qzeros int32 [K/G, N/8]    P.scales float16 [K/G, N]
 
 Read as well: the versions "gemv" and "gemv_fast" (see `awq_gemv`), and the older config files with other keys.
+The head stays dense: AutoAWQ looks for quantized layers in the blocks only, transformers always skips the head, and
+GPTQModel and vLLM read a quantized one each in its own way. One that a file has is read.
 Zero points are stored as they are. What AWQ folds into the preceding norm or linear layer is folded in the checkpoint.
 """
 
@@ -36,6 +38,7 @@ class Awq(Format):
 
     name: ClassVar[str] = "awq"
     quant_method: ClassVar[str] = "awq"
+    left_dense: ClassVar[frozenset[str]] = frozenset({writing.LM_HEAD})
 
     group_size: int | None
     symmetric: bool
@@ -65,6 +68,8 @@ class Awq(Format):
             for module, scheme in writing.quantized(schemes).items()
         }
         for module, scheme in held.items():
+            if module in cls.left_dense:
+                raise UsageError(f"{module}: awq's readers take it for dense, so that it cannot be {scheme}")
             if scheme.act_order:
                 raise UsageError(
                     f"{module}: awq has no activation order (group index), which {scheme} needs",

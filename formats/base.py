@@ -47,6 +47,7 @@ class Format(ABC):
 
     name: ClassVar[str]  # as on the command line: "gptq"
     quant_method: ClassVar[str]  # as in config.json
+    left_dense: ClassVar[frozenset[str]] = frozenset()  # modules that its readers never take for quantized
 
     @classmethod
     @abstractmethod

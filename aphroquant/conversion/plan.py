@@ -191,12 +191,9 @@ def is_dequantized(checkpoint: Checkpoint, name: str) -> bool:
 
 
 def _matrix_shape(checkpoint: Checkpoint, module: str) -> tuple[int, ...]:
-    spec = checkpoint.spec
-    if checkpoint.has(f"{module}.weight"):
-        return checkpoint.tensors[f"{module}.weight"].shape
-    if module in spec.modules():
-        return spec.linear_shape(module.split(".", 3)[3])
-    return spec.vocab_size, spec.hidden_size
+    if checkpoint.format is None:  # GGUF, whose headers tell
+        return checkpoint.info(f"{module}.weight").shape
+    return checkpoint.weight(module).shape
 
 
 def _matches(module: str, pattern: str) -> bool:

@@ -112,7 +112,9 @@ class RepackPlan:
 
 def make_repack_plan(checkpoint: Checkpoint, request: ConversionRequest) -> RepackPlan | None:
     """The plan; None for a dense source. LossError saying why the source's numbers cannot stay."""
-    kept_dense = {EMBEDDING, LM_HEAD} if checkpoint.format is None else set()  # GGUF quantizes these; no target does
+    format_type = format_class(request.to)
+    # GGUF quantizes these; no target does
+    kept_dense = {EMBEDDING, LM_HEAD} if checkpoint.format is None else format_type.left_dense
     schemes = {
         module: scheme
         for module, scheme in checkpoint.schemes().items()
@@ -120,7 +122,6 @@ def make_repack_plan(checkpoint: Checkpoint, request: ConversionRequest) -> Repa
     }
     if not schemes:
         return None
-    format_type = format_class(request.to)
     for scheme in schemes.values():
         reason = contradiction(request, scheme)
         if reason is not None:

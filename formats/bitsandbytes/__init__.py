@@ -95,7 +95,7 @@ class BitsAndBytes(Format):
             "bnb_4bit_compute_dtype": self.compute_dtype,
             "bnb_4bit_quant_storage": "uint8",
             "llm_int8_threshold": 6.0,
-            "llm_int8_skip_modules": list(self.skip_modules) or None,
+            "llm_int8_skip_modules": list(self.skip_modules),  # null would be "all but the head" to transformers
             "llm_int8_enable_fp32_cpu_offload": False,
             "llm_int8_has_fp16_weight": False,
         }

@@ -20,7 +20,7 @@ from aphroquant.conversion import ConversionResult, blocks
 from aphroquant.errors import InputError, ResourceError, UsageError
 from aphroquant.formats import format_class
 from aphroquant.models.streamed import StreamedModel
-from aphroquant.schemes import DenseScheme, FloatScheme, IntegerScheme, QuantizedWeight
+from aphroquant.schemes import DenseScheme, FloatScheme, IntegerScheme, LookupScheme, QuantizedWeight
 
 Tiny = Callable[..., Path]
 QUICK: dict[str, Any] = {"samples": 8, "seq_len": 32, "calibration": DEFAULT_TEXTS / "calibration_chat.jsonl"}
@@ -390,9 +390,65 @@ def test_blocks_cut_short_by_the_edge_of_a_layer_are_told(
     assert any("no whole number of blocks" in note for note in result.notes) == noted
 
 
-@pytest.mark.parametrize("target", ["compressed-tensors", "awq", "auto-round", "hqq", "gptq"])
+@pytest.mark.parametrize("target", ["compressed-tensors", "auto-round", "hqq", "gptq"])
 def test_a_quantized_head_stays_quantized(target: str, tiny_checkpoint: Tiny, tmp_path: Path) -> None:
-    source = tmp_path / "one"
+    source, head = with_quantized_head(tiny_checkpoint, tmp_path / "one")
+    assert aphroquant.convert(source, to=target, out=tmp_path / "two").mode == "repack"
+    found = open_checkpoint(tmp_path / "two").weight("lm_head")
+    assert not isinstance(found.scheme, DenseScheme)
+    assert torch.equal(found.dequantize(), head.dequantize())
+
+
+def test_a_quantized_head_becomes_dense_without_loss_where_the_readers_expect_that(
+    tiny_checkpoint: Tiny, tmp_path: Path
+) -> None:
+    source, head = with_quantized_head(tiny_checkpoint, tmp_path / "one")
+    result = aphroquant.convert(source, to="awq", out=tmp_path / "two")
+    assert result.outcome == "lossless: every one of 14 layers dequantizes to the same bits"
+    assert "lm_head.weight, which awq keeps dense, in float32, which holds every bit" in result.notes
+    assert torch.equal(open_checkpoint(tmp_path / "two").read("lm_head.weight"), head.dequantize())
+
+
+@pytest.mark.parametrize("solver", ["rtn", None])
+def test_a_quantized_head_is_carried_dense_when_all_else_is_quantized_anew(
+    solver: str | None, tiny_checkpoint: Tiny, tmp_path: Path
+) -> None:
+    source, head = with_quantized_head(tiny_checkpoint, tmp_path / "one")
+    options: dict[str, Any] = {"bits": 8, "solver": solver} if solver else {"scheme": "fp8-dynamic"}
+    target = "gptq" if solver else "fp8"
+    aphroquant.convert(source, to=target, out=tmp_path / "two", requantize=True, samples=0, **options)
+    assert torch.equal(open_checkpoint(tmp_path / "two").read("lm_head.weight"), head.dequantize(torch.float16))
+
+
+def test_four_bit_modules_left_out_are_carried_in_their_shape(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
+    """bitsandbytes stores a column of bytes, of which the matrix's shape does not follow."""
+    source = tiny_checkpoint("llama", torch_dtype="float16")
+    write_four_bits(source, tmp_path / "one")
+    aphroquant.convert(tmp_path / "one", to="fp8", out=tmp_path / "two", requantize=True, ignore=["o_proj"])
+    one, two = open_checkpoint(tmp_path / "one"), open_checkpoint(tmp_path / "two")
+    module = "model.layers.0.self_attn.o_proj"
+    assert torch.equal(two.read(f"{module}.weight"), one.weight(module).dequantize(torch.float16))
+
+
+def write_four_bits(source: Path, out: Path) -> None:
+    """The checkpoint with random NF4 numbers in its layers."""
+    shutil.copytree(source, out)
+    opened, tensors, weights = open_checkpoint(source), load_file(source / "model.safetensors"), {}
+    for module in opened.spec.modules():
+        rows, columns = tensors.pop(f"{module}.weight").shape
+        codes = torch.randint(0, 16, (rows, columns), dtype=torch.uint8)
+        values = {"codes": codes, "scales": torch.rand(rows * columns // 64)}
+        weights[module] = QuantizedWeight(LookupScheme("nf4", 64, "float", flattened=True), values, (rows, columns))
+    target = format_class("bitsandbytes").for_schemes({name: held.scheme for name, held in weights.items()}, [])
+    for module, weight in weights.items():
+        tensors |= {f"{module}.{name}": tensor for name, tensor in target.write(module, weight).items()}
+    save_file(tensors, out / "model.safetensors")
+    config = json.loads((out / "config.json").read_text()) | {"quantization_config": target.quantization_config()}
+    (out / "config.json").write_text(json.dumps(config))
+
+
+def with_quantized_head(tiny_checkpoint: Tiny, source: Path) -> tuple[Path, QuantizedWeight]:
+    """A GPTQ checkpoint whose head is quantized too, and that head."""
     converted(tiny_checkpoint("llama"), source, to="gptq", bits=4, group_size=32, samples=0, symmetric=True)
     tensors = load_file(source / "model.safetensors")
     head = QuantizedWeight(
@@ -408,7 +464,4 @@ def test_a_quantized_head_stays_quantized(target: str, tiny_checkpoint: Tiny, tm
     stored = format_class("gptq").from_config(config["quantization_config"]).write("lm_head", head)
     save_file(tensors | {f"lm_head.{name}": tensor for name, tensor in stored.items()}, source / "model.safetensors")
     (source / "config.json").write_text(json.dumps(config))
-    assert aphroquant.convert(source, to=target, out=tmp_path / "two").mode == "repack"
-    found = open_checkpoint(tmp_path / "two").weight("lm_head")
-    assert not isinstance(found.scheme, DenseScheme)
-    assert torch.equal(found.dequantize(), head.dequantize())
+    return source, head

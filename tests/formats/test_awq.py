@@ -147,6 +147,11 @@ def test_schemes_it_cannot_hold_are_refused_with_the_reason(scheme: Any, message
     assert raised.value.hint
 
 
+def test_a_quantized_head_is_refused_since_awq_s_readers_expect_a_dense_one() -> None:
+    with pytest.raises(UsageError, match="lm_head: awq's readers take it for dense"):
+        Awq.for_schemes({P: ASYM, "lm_head": ASYM}, [])
+
+
 def test_one_group_size_for_all_modules() -> None:
     with pytest.raises(UsageError, match="one group size for all modules, but a has 32 and b 64"):
         Awq.for_schemes({"a": ASYM, "b": IntegerScheme(4, 64, symmetric=False)}, [])

@@ -350,3 +350,9 @@ def test_one_checkpoint_has_one_scheme() -> None:
 def test_dense_names_that_a_reader_would_take_for_more_are_refused() -> None:
     with pytest.raises(UsageError, match=r"cannot leave model\.layers\.0\.mlp\.gate dense"):
         BitsAndBytes.for_schemes({"model.layers.0.mlp.gate_proj": NF4}, ["model.layers.0.mlp.gate"])
+
+
+def test_a_quantized_head_is_not_left_to_readers_who_skip_it_by_default() -> None:
+    scheme = LookupScheme("nf4", 64, "float", flattened=True)
+    config = BitsAndBytes.for_schemes({MODULE: scheme, "lm_head": scheme}, []).quantization_config()
+    assert config["llm_int8_skip_modules"] == []
