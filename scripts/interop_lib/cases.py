@@ -7,6 +7,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from aphroquant.checkpoint import open_checkpoint
+from interop_lib.written import SETTINGS
+
 # Largest difference of logits, as a share of the largest logit, by what the library computes in.
 FLOAT32, FLOAT16, BFLOAT16, INT8_INPUTS = 1e-5, 2e-2, 6e-2, 0.1
 
@@ -274,10 +277,27 @@ CASES: list[Case] = [
 ]  # fmt: skip
 
 
+_LOADING = ("dtype", "weights", "rounded_to", "method", "load_arguments", "device_map")  # settings that matter there
+
+
 def case_of_checkpoint(library: str, path: Path) -> Case:
-    """A checkpoint of the user's, loaded by the library as its first case is. KeyError if it loads nothing."""
-    loading = {case.library: case for case in reversed(CASES) if case.ours is not None}
-    like = loading[library]
-    settings = {key: value for key, value in like.settings.items() if key in ("dtype", "weights")}
+    """A checkpoint of the user's, loaded by the library as its first case of that format is, else as its first."""
+    loading = [case for case in CASES if case.library == library and case.ours is not None]
+    found = open_checkpoint(path).format_name
+    like = next((case for case in loading if _format_of(case) == found), loading[0])
+    settings = {key: value for key, value in like.settings.items() if key in _LOADING}
     like = replace(like, name=path.name, ours=Given(path), saves=False, settings=settings, note="", broken={})
     return replace(like, tolerance=max(like.tolerance, FLOAT16))  # the dtype of most models
+
+
+def _format_of(case: Case) -> str | None:
+    """The format of our checkpoint in a case."""
+    match case.ours:
+        case Convert(options):
+            words = options.split()
+            return words[words.index("--to") + 1]
+        case Rewrite(format):
+            return format
+        case Write(name):
+            return SETTINGS[name][0]
+    return None

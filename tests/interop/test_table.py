@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from aphroquant.conversion import convert
+
 ROOT = Path(__file__).parent.parent.parent
 
 
@@ -35,6 +37,25 @@ def test_every_case_has_an_environment_and_a_worker(interop: Any) -> None:
         assert case.environment == "development" or case.environment in interop("environments").ENVIRONMENTS
         assert (ROOT / "tests" / "interop" / "workers" / f"{case.worker}.py").exists()
         assert case.saves or case.ours is not None, f"{case.library} {case.name} compares nothing"
+
+
+@pytest.mark.parametrize(
+    ("library", "to", "environment", "weights"),
+    [
+        ("transformers", "gptq", "gptqmodel", "unseen"),
+        ("transformers", "awq", "gptqmodel", "unseen"),
+        ("transformers", "compressed-tensors", "development", "plain"),
+        ("transformers", "hqq", "development", "dequantize"),  # no case of it loads ours: as the first
+        ("autoawq", "awq", "autoawq", None),
+    ],
+)
+def test_a_checkpoint_is_loaded_as_the_library_s_case_of_its_format_is(
+    library: str, to: str, environment: str, weights: str | None, interop: Any, tiny_checkpoint: Any, tmp_path: Path
+) -> None:
+    convert(tiny_checkpoint("llama"), to=to, out=tmp_path / "out", solver="rtn", samples=0)
+    case = interop("cases").case_of_checkpoint(library, tmp_path / "out")
+    assert (case.environment, case.settings.get("weights")) == (environment, weights)
+    assert not case.saves
 
 
 def test_names_of_cases_differ(interop: Any) -> None:
