@@ -70,7 +70,7 @@ def _model(
         if not isinstance(name, str) or name not in SPLITTINGS:
             raise InputError(f"the pre-tokenizer {name!r} is unknown; known are {', '.join(SPLITTINGS)}", hint=_HINT)
         splitting = SPLITTINGS[name]
-        return _byte_level_bpe(tokens, _strings(metadata, "merges"), splitting), splitting.adds_bos
+        return _byte_level_bpe(tokens, _strings(metadata, "merges", least=0), splitting), splitting.adds_bos
     if model == "llama":
         if _flag(metadata, "remove_extra_whitespaces", False):
             raise InputError("tokenizer.ggml.remove_extra_whitespaces is not supported", hint=_HINT)
@@ -136,9 +136,9 @@ def _scores(metadata: Mapping[str, Any], tokens: list[str]) -> list[float]:
     return [float(score) for score in scores]
 
 
-def _strings(metadata: Mapping[str, Any], key: str) -> list[str]:
+def _strings(metadata: Mapping[str, Any], key: str, *, least: int = 1) -> list[str]:
     value = metadata.get(f"tokenizer.ggml.{key}")
-    if not isinstance(value, list) or not value:
+    if not isinstance(value, list) or len(value) < least:
         raise InputError(f"tokenizer.ggml.{key} is missing or no list of strings")
     return value
 

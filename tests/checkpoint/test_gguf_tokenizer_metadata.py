@@ -9,6 +9,8 @@ import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from aphroquant.checkpoint.gguf_header import encode_header
+from aphroquant.checkpoint.gguf_reader import read_gguf_header
 from aphroquant.checkpoint.gguf_splitting import SPLITTINGS
 from aphroquant.checkpoint.gguf_tokenizer import build_tokenizer
 from aphroquant.checkpoint.gguf_tokenizer_metadata import tokenizer_metadata
@@ -51,6 +53,22 @@ def trained(name: str = "gpt-2", *, change: Change = lambda tokenizer: None, **s
     change(tokenizer)
     special = {"bos_token": "<|begin|>", "eos_token": "<|end|>"} | special
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **special)
+
+
+def test_a_tokenizer_of_single_bytes_without_merges_comes_back_from_a_file(tmp_path: Path) -> None:
+    alphabet = {letter: number for number, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()), 2)}
+    bytes_only = models.BPE({"<|begin|>": 0, "<|end|>": 1, **alphabet}, [])
+
+    def replace_model(tokenizer: Tokenizer) -> None:
+        tokenizer.model = bytes_only
+
+    original = trained(change=replace_model)
+    metadata = tokenizer_metadata(original, 400)
+    assert metadata["tokenizer.ggml.merges"] == []
+    (tmp_path / "bytes.gguf").write_bytes(encode_header(metadata, {}))
+    built = build_tokenizer(read_gguf_header(tmp_path / "bytes.gguf").metadata, 512)
+    for text in TEXTS:
+        assert built(text).input_ids == original(text).input_ids, text
 
 
 @pytest.mark.parametrize("name", SPLITTINGS)
