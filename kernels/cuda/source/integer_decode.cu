@@ -9,11 +9,13 @@
 //
 // Sums are made in one fixed order, without atomics: each scale group in the tensor core's float32 accumulators, groups of
 // a warp one after the other, then warps, then blocks (through distributed shared memory).
+#include "code_table.cuh"
 #include "grouped_tiles.cuh"
 #include "integer_dequantize.cuh"
 #include "ptx/dynamic_shared.cuh"
 #include "ptx/grid_dependency.cuh"
 #include "ptx/warp_matrix.cuh"
+#include "stored_scales.cuh"
 #include "types.cuh"
 #if __CUDA_ARCH__ >= 900
 #include "ptx/barrier.cuh"
@@ -39,8 +41,11 @@
 #ifndef BF16_INPUTS  // x and y: 1 bfloat16, 0 float16
 #define BF16_INPUTS 1
 #endif
-#ifndef SCALE_TYPE  // 0: float16, 1: bfloat16, 2: float32
+#ifndef SCALE_TYPE  // of scales and offsets, as stored_scales.cuh has them
 #define SCALE_TYPE 1
+#endif
+#ifndef EXTRAS  // the kernel also takes supers, and a factor of the whole weight
+#define EXTRAS 0
 #endif
 #ifndef OUT_FEATURES
 #define OUT_FEATURES 4096
@@ -111,12 +116,14 @@ constexpr bool kRowScales = GROUP_SIZE == PADDED_COLUMNS && ZERO_KIND == 0;
 constexpr int kGroups = (PADDED_COLUMNS + GROUP_SIZE - 1) / GROUP_SIZE;
 constexpr int kUnitGroups = GROUP_SIZE < kUnitColumns ? kUnitColumns / GROUP_SIZE : 1;
 constexpr int kGroupSteps = (GROUP_SIZE < kUnitColumns ? GROUP_SIZE : kUnitColumns) / 16;
-constexpr int kScaleSize = SCALE_TYPE == 2 ? 4 : 2;
+constexpr int kScaleSize = stored_bytes(SCALE_TYPE);
 constexpr int kPieceBytes = PART_TILES * kTileBytes;  // of a chunk
 constexpr int kCodeBytes = UNIT_CHUNKS * kPieceBytes;
 constexpr int kScaleBytes = kRowScales ? 0 : kUnitGroups * 64 * kScaleSize;
 constexpr int kZeroBytes = ZERO_KIND == 0 ? 0 : kUnitGroups * 64 * (ZERO_KIND == 1 ? 1 : kScaleSize);
-constexpr int kStageBytes = kCodeBytes + kScaleBytes + kZeroBytes;
+constexpr bool kSupers = SCALE_TYPE == kScaleSuper;  // fp16 numbers that 256 columns share: of scales, then of offsets
+constexpr int kSuperBytes = kSupers ? (ZERO_KIND == 2 ? 2 : 1) * 64 * 2 : 0;
+constexpr int kStageBytes = kCodeBytes + kScaleBytes + kZeroBytes + kSuperBytes;
 
 // Shared memory: rings | partial sums of warps | partial sums of blocks | x | barriers.
 constexpr int kMaxTokens = TOKEN_TILES * 8;
@@ -143,6 +150,7 @@ static_assert(PADDED_COLUMNS % 128 == 0 && IN_FEATURES <= PADDED_COLUMNS * (HAS_
 static_assert(GROUP_SIZE % 16 == 0 && (GROUP_SIZE % kUnitColumns == 0 || kUnitColumns % GROUP_SIZE == 0),
               "groups and stages must fit");
 static_assert(PADDED_COLUMNS % kUnitColumns == 0, "whole stages");
+static_assert(!kSupers || (EXTRAS && 256 % kUnitColumns == 0 && PADDED_COLUMNS % 256 == 0), "a stage has one line of supers");
 static_assert(EARLY_STAGES >= 1 && EARLY_STAGES <= STAGES, "some stages are loaded early");
 static_assert(PART_TILES == 2 || PART_TILES == 4, "tiles of a warp");
 static_assert(WARP_ROWS * kPartRows % CLUSTER == 0 && kOwnRows % 4 == 0, "each block of a cluster owns as many rows");
@@ -166,46 +174,18 @@ __device__ __forceinline__ Element from_float(float value) {
     return __half_as_ushort(__float2half_rn(value));
 }
 
-// Stored values in a row as float32: the scales or offsets of a lane's rows, two for each tile.
-__device__ __forceinline__ void load_values(const uint8_t* line, float (&values)[PART_TILES * 2]) {
-    if (SCALE_TYPE == 2) {
-#pragma unroll
-        for (int i = 0; i < PART_TILES / 2; ++i) {
-            const float4 four = reinterpret_cast<const float4*>(line)[i];
-            values[4 * i] = four.x, values[4 * i + 1] = four.y, values[4 * i + 2] = four.z, values[4 * i + 3] = four.w;
-        }
-        return;
-    }
-    uint32_t words[PART_TILES];
-    if constexpr (PART_TILES == 4) {
-        const uint4 packed = *reinterpret_cast<const uint4*>(line);
-        words[0] = packed.x, words[1] = packed.y, words[2] = packed.z, words[3] = packed.w;
-    } else {
-        const uint2 packed = *reinterpret_cast<const uint2*>(line);
-        words[0] = packed.x, words[1] = packed.y;
-    }
-#pragma unroll
-    for (int i = 0; i < PART_TILES; ++i) {
-        if (SCALE_TYPE == 1) {
-            values[2 * i] = __uint_as_float(words[i] << 16);
-            values[2 * i + 1] = __uint_as_float(words[i] & 0xFFFF0000u);
-        } else {
-            values[2 * i] = __half2float(__ushort_as_half(static_cast<uint16_t>(words[i])));
-            values[2 * i + 1] = __half2float(__ushort_as_half(static_cast<uint16_t>(words[i] >> 16)));
-        }
-    }
-}
-
 struct Weight {
     const uint8_t* codes;
     const uint8_t* scales;
     const uint8_t* zeros;  // zero points or offsets
+    const uint8_t* supers;  // [super rows][256 columns][scales, offsets][64]
+    float factor;           // of all outputs
 
     // The weight of an expert; those of all stand one after another.
     __device__ __forceinline__ Weight of(int expert) const {
         const int64_t super_rows = static_cast<int64_t>(expert) * ((OUT_FEATURES + 63) / 64), values = super_rows * kGroups * 64;
         return {codes + super_rows * (PADDED_COLUMNS / 64) * kChunkBytes, scales + values * kScaleSize,
-                zeros + values * (ZERO_KIND == 1 ? 1 : kScaleSize)};
+                zeros + values * (ZERO_KIND == 1 ? 1 : kScaleSize), nullptr, factor};
     }
 };
 
@@ -231,6 +211,8 @@ __device__ __forceinline__ void load_unit(uint8_t* slot, uint64_t* filled, const
     const int64_t group = static_cast<int64_t>(super_row) * kGroups + unit * kUnitColumns / GROUP_SIZE;
     const uint8_t* scales = weight.scales + group * (64 * kScaleSize);
     const uint8_t* zeros = weight.zeros + group * (64 * (ZERO_KIND == 1 ? 1 : kScaleSize));
+    const int64_t super = static_cast<int64_t>(super_row) * (PADDED_COLUMNS / 256) + unit * kUnitColumns / 256;
+    const uint8_t* supers = weight.supers + super * kSuperBytes;
 #if __CUDA_ARCH__ >= 900
     if (lane != 0) return;
     const uint32_t target = shared_address(slot), barrier = shared_address(filled);
@@ -245,11 +227,14 @@ __device__ __forceinline__ void load_unit(uint8_t* slot, uint64_t* filled, const
     }
     if (kScaleBytes) bulk_load(target + kCodeBytes, scales, kScaleBytes, barrier, kCacheEvictFirst);
     if (kZeroBytes) bulk_load(target + kCodeBytes + kScaleBytes, zeros, kZeroBytes, barrier, kCacheEvictFirst);
+    if (kSuperBytes) bulk_load(target + kStageBytes - kSuperBytes, supers, kSuperBytes, barrier, kCacheEvictNormal);
 #else
     for (int i = lane * 16; i < kStageBytes; i += 32 * 16) {
         const uint8_t* source = i < kCodeBytes                 ? codes + i / kPieceBytes * kChunkBytes + i % kPieceBytes
                                 : i < kCodeBytes + kScaleBytes ? scales + (i - kCodeBytes)
-                                                               : zeros + (i - kCodeBytes - kScaleBytes);
+                                : i < kStageBytes - kSuperBytes
+                                    ? zeros + (i - kCodeBytes - kScaleBytes)
+                                    : supers + (i - (kStageBytes - kSuperBytes));
         copy_async<16>(slot + i, source, true);
     }
 #endif
@@ -322,10 +307,22 @@ struct Group {
     ZeroPair<CODE_BITS, kBf16> zeros[PART_TILES];
 };
 
-// `first` is the place of the lane's values in a line of 64.
+// Scales (KIND 0) or offsets (1), which begin at `lines`. `first` is the place of the lane's values in a line of 64.
+template <int KIND>
+__device__ __forceinline__ void load_scales(const uint8_t* slot, const uint8_t* lines, int group, int first,
+                                            float (&values)[PART_TILES * 2]) {
+    load_stored<SCALE_TYPE>(lines + (group * 64 + first) * kScaleSize, values);
+    if constexpr (kSupers) {
+        float supers[PART_TILES * 2];
+        load_stored<kScaleHalf>(slot + kStageBytes - kSuperBytes + (KIND * 64 + first) * 2, supers);
+#pragma unroll
+        for (int i = 0; i < PART_TILES * 2; ++i) values[i] *= supers[i];  // exact
+    }
+}
+
 __device__ __forceinline__ void load_group(const uint8_t* slot, int group, int first, Group& values) {
     if (kRowScales) return;
-    load_values(slot + kCodeBytes + (group * 64 + first) * kScaleSize, values.scales);
+    load_scales<0>(slot, slot + kCodeBytes, group, first, values.scales);
     const uint8_t* zeros = slot + kCodeBytes + kScaleBytes;
     if (ZERO_KIND == 1) {
 #pragma unroll
@@ -335,10 +332,11 @@ __device__ __forceinline__ void load_group(const uint8_t* slot, int group, int f
             for (int i = 0; i < 4; ++i) values.zeros[pair * 2 + i / 2].set(i % 2, bytes >> (i * 8) & 0xFF);
         }
     } else if (ZERO_KIND == 2) {
-        load_values(zeros + (group * 64 + first) * kScaleSize, values.offsets);
+        load_scales<1>(slot, zeros, group, first, values.offsets);
 #pragma unroll
         for (int i = 0; i < PART_TILES * 2; ++i) {
-            values.offsets[i] += values.scales[i] * static_cast<float>(1 << (CODE_BITS - 1));
+            const float middle = values.scales[i] * static_cast<float>(1 << (CODE_BITS - 1));
+            values.offsets[i] = kSupers ? middle - values.offsets[i] : middle + values.offsets[i];
         }
     }
 }
@@ -403,7 +401,11 @@ __device__ __forceinline__ void multiply_steps(const uint8_t* slot, const uint8_
 #pragma unroll
     for (int tile = 0; tile < PART_TILES; ++tile) {
         uint32_t fragment[4];
+#if HAS_CODE_TABLE
+        look_up<STEP % 4>(at.codes[tile], fragment);
+#else
         dequantize<CODE_BITS, kBf16, ZERO_KIND != 1, STEP % 4>(at.codes[tile], at.group.zeros[tile], fragment);
+#endif
 #pragma unroll
         for (int token_tile = 0; token_tile < TOKEN_TILES; ++token_tile) {
             float(&target)[4] = kRowScales ? sums[tile][token_tile] : at.products[tile][token_tile];
@@ -466,7 +468,7 @@ __device__ __forceinline__ float4 sum_partials(const float* partials, int row_pa
 }
 
 // Scales, bias, rounding and the store of four outputs of a token.
-__device__ __forceinline__ void store_outputs(float4 sum, int first, int token, const uint8_t* scales,
+__device__ __forceinline__ void store_outputs(float4 sum, int first, int token, const Weight& weight,
                                               const float* bias, Element* y) {
     if (first >= OUT_FEATURES) return;
     const float sums[4] = {sum.x, sum.y, sum.z, sum.w};
@@ -478,12 +480,14 @@ __device__ __forceinline__ void store_outputs(float4 sum, int first, int token, 
         if (kRowScales) {
             const int row = output % 64, place = row % 8 * 8 + row / 16 * 2 + row / 8 % 2;
             const int64_t index = static_cast<int64_t>(output / 64) * 64 + place;
-            if (SCALE_TYPE == 2) value *= reinterpret_cast<const float*>(scales)[index];
+            if (SCALE_TYPE == 2) value *= reinterpret_cast<const float*>(weight.scales)[index];
             if (SCALE_TYPE == 1) {
-                value *= __uint_as_float(static_cast<uint32_t>(reinterpret_cast<const uint16_t*>(scales)[index]) << 16);
+                value *= __uint_as_float(static_cast<uint32_t>(reinterpret_cast<const uint16_t*>(weight.scales)[index]) << 16);
             }
-            if (SCALE_TYPE == 0) value *= __half2float(reinterpret_cast<const __half*>(scales)[index]);
+            if (SCALE_TYPE == 0) value *= __half2float(reinterpret_cast<const __half*>(weight.scales)[index]);
+            if (stored_bytes(SCALE_TYPE) == 1) value *= stored_number<SCALE_TYPE>(weight.scales[index], 0);
         }
+        if (EXTRAS) value *= weight.factor;
         if (HAS_BIAS && output < OUT_FEATURES) value += bias[output];
         items[i] = from_float(value);
     }
@@ -521,7 +525,7 @@ __device__ __forceinline__ void finish_pass(uint8_t* shared, const float* partia
             remote_store(cluster_map(shared_address(target), owner), sum, cluster_map(barrier, owner));
 #endif
         } else {
-            store_outputs(sum, part_of(cluster, pass, row / kPartRows) * kPartRows + row % kPartRows, token, weight.scales, bias, y);
+            store_outputs(sum, part_of(cluster, pass, row / kPartRows) * kPartRows + row % kPartRows, token, weight, bias, y);
         }
     }
 #if __CUDA_ARCH__ >= 900
@@ -537,7 +541,7 @@ __device__ __forceinline__ void finish_pass(uint8_t* shared, const float* partia
                 const float4 more = *reinterpret_cast<const float4*>(first + source * kMaxTokens * kOwnRows);
                 sum.x += more.x, sum.y += more.y, sum.z += more.z, sum.w += more.w;
             }
-            store_outputs(sum, part_of(cluster, pass, row / kPartRows) * kPartRows + row % kPartRows, token, weight.scales, bias, y);
+            store_outputs(sum, part_of(cluster, pass, row / kPartRows) * kPartRows + row % kPartRows, token, weight, bias, y);
         }
     }
 #endif
@@ -549,6 +553,10 @@ __device__ __forceinline__ void finish_pass(uint8_t* shared, const float* partia
 extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_MULTIPROCESSOR)
     integer_decode(const uint8_t* codes, const uint8_t* scales, const uint8_t* zeros, const Element* x,
                    const int32_t* columns, const float* bias, Element* y, int num_tokens
+#if EXTRAS
+                   ,
+                   const uint8_t* supers, float factor
+#endif
 #if GROUPED
                    ,
                    const GroupTiles groups, const int32_t* sources
@@ -560,7 +568,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_MULTIPROCESSOR
     grid_dependency_wait();
     if (blockIdx.y >= *groups.count) return;
     const GroupTile group = groups.tiles[blockIdx.y];
-    const Weight weight = Weight{codes, scales, zeros}.of(group.expert);
+    const Weight weight = Weight{codes, scales, zeros, nullptr, 1.0f}.of(group.expert);
     const Inputs inputs = sources == nullptr ? Inputs{x + static_cast<int64_t>(group.first) * IN_FEATURES, nullptr}
                                              : Inputs{x, sources + group.first};
     num_tokens = group.end - group.first;
@@ -568,7 +576,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_MULTIPROCESSOR
     if (HAS_BIAS) bias += static_cast<int64_t>(group.expert) * OUT_FEATURES;
     y += static_cast<int64_t>(group.first) * OUT_FEATURES;
 #else
-    const Weight weight{codes, scales, zeros};
+#if EXTRAS
+    const Weight weight{codes, scales, zeros, supers, factor};
+#else
+    const Weight weight{codes, scales, zeros, nullptr, 1.0f};
+#endif
     const Inputs inputs{x};
 #endif
     // From a shuffle, so that the compiler sees one value a warp, and bulk copies need no loop over the lanes.
@@ -615,6 +627,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_MULTIPROCESSOR
 #endif
     };
     for (int stage = 0; stage < EARLY_STAGES; ++stage) load_next(stage);
+    fill_code_table();
     grid_dependency_wait();
 #if __CUDA_ARCH__ >= 900
     if (CLUSTER > 1) cluster_wait();  // the other blocks' shared memory can be written from here on

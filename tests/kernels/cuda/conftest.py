@@ -99,15 +99,8 @@ def emulation_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("emulation")
     source = Path(importlib.import_module("aphroquant.kernels.cuda").__file__).parent / "source"
     for path in (
-        *source.glob("attention_*"),
-        *source.glob("fused_*"),
-        *source.glob("float8_*"),
-        *source.glob("gather_*"),
-        *source.glob("grouped_*"),
-        *source.glob("integer_*"),
-        *source.glob("sample_*"),
-        *source.glob("wgmma_*"),
-        source / "types.cuh",
+        *source.glob("*.cu"),
+        *source.glob("*.cuh"),
         *EMULATION.glob("*.*"),
     ):
         shutil.copy(path, directory)
