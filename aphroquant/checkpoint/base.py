@@ -96,6 +96,11 @@ class Checkpoint(ABC):
     @cached_property
     def spec(self) -> DecoderSpec:
         """The decoder that `config` describes. InputError for a family that is not known."""
+        if not self.config and self.path.is_file():
+            raise InputError(
+                f"{self.path}: there is no config.json beside the file, which says what model its tensors are",
+                hint="give the model's directory, or put its config.json beside the file",
+            )
         layers = self.config.get("num_hidden_layers")
         if isinstance(layers, int) and layers > len(self.tensors):  # before anything of that length is made
             raise InputError(

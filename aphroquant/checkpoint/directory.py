@@ -189,6 +189,8 @@ def _read_config(path: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
     directory = path if path.is_dir() else path.parent
     if path.is_file() and not (directory / "config.json").exists():
         return {}, None  # a lone file: its tensors can be read, its model is unknown
+    if not (directory / "config.json").exists():
+        raise _no_config(directory)
     config = read_json(directory / "config.json")
     config.pop("auto_map", None)
     older = config.pop("compression_config", None)  # what compressed-tensors called it; both may be there
@@ -199,6 +201,27 @@ def _read_config(path: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
     if found is not None and not isinstance(found, dict):
         raise InputError(f"{directory / 'config.json'}: quantization_config must be an object")
     return config, found
+
+
+def is_one_of_several(path: Path) -> bool:
+    """Whether this is a single shard of a checkpoint, by its name."""
+    return path.is_file() and _SHARD_NAME.fullmatch(path.name) is not None
+
+
+def _no_config(directory: Path) -> InputError:
+    """What a directory that is no checkpoint is more likely to be."""
+    entries = sorted(directory.iterdir())
+    gguf = [path for path in entries if path.suffix == ".gguf"]
+    models = [path for path in entries if (path / "config.json").is_file()]
+    if not entries:
+        return InputError(f"{directory}: is an empty directory")
+    if gguf:
+        hint = f"give the file itself: {gguf[0]}"
+    elif models:
+        hint = f"did you mean {models[0]}?"
+    else:
+        hint = "give the directory that holds the model's config.json and its .safetensors files"
+    return InputError(f"{directory}: there is no config.json, so that it is no checkpoint", hint=hint)
 
 
 def _shards(directory: Path) -> tuple[list[Path], dict[str, str]]:

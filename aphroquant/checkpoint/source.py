@@ -9,10 +9,11 @@ from pathlib import Path
 from aphroquant.checkpoint.base import Checkpoint
 from aphroquant.checkpoint.directory import SafetensorsCheckpoint
 from aphroquant.checkpoint.files import PICKLE_SUFFIXES, opened, pickle_error
-from aphroquant.errors import InputError
+from aphroquant.errors import InputError, UsageError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _GGUF_MAGIC = b"GGUF"
+_WHAT_TO_GIVE = "a directory, a .gguf or .safetensors file, or a Hugging Face id such as org/name"
 
 
 def open_checkpoint(source: str | Path, *, revision: str | None = None) -> Checkpoint:
@@ -20,6 +21,8 @@ def open_checkpoint(source: str | Path, *, revision: str | None = None) -> Check
 
     `revision` is a branch, tag or commit of a Hub repository. Only headers are read.
     """
+    if not str(source).strip():
+        raise UsageError("no checkpoint is given: its name is empty", hint=f"give {_WHAT_TO_GIVE}")
     path = Path(source).expanduser()
     if not path.exists():
         if not _HUB_ID.fullmatch(str(source)):
@@ -53,10 +56,7 @@ def _not_a_checkpoint(path: Path) -> InputError:
 
 def _no_such_path(path: Path, source: str) -> InputError:
     sibling = _close_sibling(path)
-    if sibling is not None:
-        hint = f"did you mean {sibling}?"
-    else:
-        hint = "give a directory, a .gguf or .safetensors file, or a Hugging Face id such as org/name"
+    hint = f"give {_WHAT_TO_GIVE}" if sibling is None else f"did you mean {sibling}?"
     return InputError(f"{source}: no such file or directory, and not a Hugging Face id", hint=hint)
 
 

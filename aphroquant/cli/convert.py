@@ -45,7 +45,6 @@ TARGETS = (
 @click.option(
     "--out",
     required=True,
-    type=click.Path(path_type=Path),
     metavar="PATH",
     help="Directory to make; for gguf also a file.",
 )
@@ -92,7 +91,7 @@ TARGETS = (
 def command(
     source: str,
     to: str,
-    out: Path,
+    out: str,
     bits: int | None,
     group_size: int | None,
     symmetric: bool | None,

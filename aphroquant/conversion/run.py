@@ -46,6 +46,7 @@ from aphroquant.conversion.soundness import (
 )
 from aphroquant.conversion.targets import can_be_quantized_for, check_known
 from aphroquant.devices import torch_device
+from aphroquant.errors import UsageError
 from aphroquant.schemes import FloatScheme
 
 Plan = ConversionPlan | RepackPlan
@@ -83,6 +84,8 @@ def convert(
     `device` calibrates and solves: "auto" (a GPU if there is one), "cpu" or "cuda".
     """
     check_known(to)
+    if not str(out).strip():
+        raise UsageError("--out is empty", hint="give the directory (for gguf also a file) to make")
     paths = [calibration] if isinstance(calibration, str | Path) else calibration or ()
     request = ConversionRequest(
         source=str(source),

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from aphroquant.checkpoint import Checkpoint
+from aphroquant.checkpoint.directory import is_one_of_several
 from aphroquant.checkpoint.expected import expected_modules, expected_vectors
 from aphroquant.errors import InputError, UsageError
 from aphroquant.schemes import DenseScheme
@@ -41,7 +42,9 @@ def check_complete(checkpoint: Checkpoint) -> None:
         others = f", and so are {len(missing) - 1} others" if len(missing) > 1 else ""
         raise InputError(
             f"{checkpoint.source}: {missing[0]} is missing{others}",
-            hint="the download is incomplete, or config.json belongs to another model",
+            hint=f"the file is one of several; give the directory: {checkpoint.directory}"
+            if is_one_of_several(checkpoint.path)
+            else "the download is incomplete, or config.json belongs to another model",
         )
     shapes: dict[str, tuple[int, ...]] = {f"{module}.weight": shape for module, shape in expected_modules(spec).items()}
     shapes |= {name: (length,) for name, length in expected_vectors(spec).items()}

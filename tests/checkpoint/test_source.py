@@ -1,9 +1,13 @@
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from aphroquant.checkpoint import open_checkpoint
-from aphroquant.errors import InputError
+from aphroquant.conversion import convert
+from aphroquant.errors import InputError, UsageError
 
 
 @pytest.fixture(autouse=True)
@@ -62,3 +66,56 @@ def test_a_file_that_is_no_checkpoint_is_refused(name: str, tmp_path: Path) -> N
     (tmp_path / name).write_text("{}")
     with pytest.raises(InputError, match=r"is not a checkpoint|neither a directory nor"):
         open_checkpoint(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["", "  "])
+def test_an_empty_name_is_not_the_working_directory(name: str) -> None:
+    with pytest.raises(UsageError, match="no checkpoint is given: its name is empty") as caught:
+        open_checkpoint(name)
+    assert "org/name" in (caught.value.hint or "")
+
+
+def test_a_directory_without_config_says_what_may_have_been_meant(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is an empty directory"):
+        open_checkpoint(tmp_path)
+    (tmp_path / "notes.txt").write_text("x")
+    found = {"notes.txt": "the directory that holds"}
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    found["model"] = f"did you mean {tmp_path / 'model'}?"
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    found["model.gguf"] = f"give the file itself: {tmp_path / 'model.gguf'}"
+    for name, hint in reversed(found.items()):
+        with pytest.raises(InputError, match="so that it is no checkpoint") as caught:
+            open_checkpoint(tmp_path)
+        assert hint in (caught.value.hint or "")
+        shutil.rmtree(tmp_path / name) if name == "model" else (tmp_path / name).unlink()
+
+
+def test_a_lone_file_of_an_unknown_model_can_be_looked_at_but_not_converted(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    lone = tmp_path / "weights.safetensors"
+    shutil.copy(tiny_checkpoint("llama") / "model.safetensors", lone)
+    assert open_checkpoint(lone).tensors
+    with pytest.raises(InputError, match="what model its tensors are") as caught:
+        convert(lone, to="awq", out=tmp_path / "out", solver="rtn", samples=0)
+    assert "give the model's directory" in (caught.value.hint or "")
+
+
+def test_one_shard_of_several_is_told_from_an_incomplete_download(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = tiny_checkpoint("llama")
+    tensors = load_file(source / "model.safetensors")
+    shard = tmp_path / "model-00001-of-00002.safetensors"
+    save_file(dict(list(tensors.items())[:4]), shard)
+    shutil.copy(source / "config.json", tmp_path)
+    with pytest.raises(InputError, match="is missing, and so are") as caught:
+        convert(shard, to="awq", out=tmp_path / "out", solver="rtn", samples=0)
+    assert caught.value.hint == f"the file is one of several; give the directory: {tmp_path}"
+
+
+def test_an_empty_name_of_the_output_is_not_the_working_directory(tiny_checkpoint: Callable[..., Path]) -> None:
+    with pytest.raises(UsageError, match="--out is empty"):
+        convert(tiny_checkpoint("llama"), to="awq", out="", overwrite=True)
