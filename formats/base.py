@@ -79,6 +79,10 @@ class Format(ABC):
     def write(self, module: str, weight: QuantizedWeight) -> dict[str, Tensor]:
         """Encode: suffix -> tensor, exactly (read(write(w)) dequantizes to the same bits)."""
 
+    def scales_in(self, suffix: str, tensor: Tensor) -> Tensor | None:
+        """The scales of integer codes that a stored tensor holds, in any order; None if it holds something else."""
+        return tensor if suffix in ("scales", "weight_scale") else None
+
     def locate(self, name: str, header: TensorHeader) -> list[Part]:
         """What a stored tensor holds: one tensor of one module, or, of stacked experts, one for each entry."""
         module, _, suffix = name.rpartition(".")

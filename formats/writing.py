@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -88,9 +89,22 @@ def exact_cast(target: str, module: str, name: str, tensor: Tensor, dtype: torch
     changed = (cast.double() != tensor.double()) | ~tensor.isfinite()
     if changed.any():
         first = changed.nonzero()[0].tolist()
-        value, short = float(tensor[tuple(first)]), str(dtype).removeprefix("torch.")
+        value, nearest = float(tensor[tuple(first)]), float(cast[tuple(first)])
+        short = str(dtype).removeprefix("torch.")
         raise UsageError(
-            f"{module}: {name}{first} = {value!r} is no finite {short}, which {target} needs",
+            f"{module}: {name}{first} = {value!r} {_misfit(value, nearest, dtype)}, and {target} stores {short}",
             hint="compressed-tensors keeps scales in float16, bfloat16 and float32; or " + REQUANTIZE,
         )
     return cast.contiguous()
+
+
+def _misfit(value: float, nearest: float, dtype: torch.dtype) -> str:
+    """Why a value is not among a dtype's numbers, of which `nearest` is the one that it would become."""
+    short, limits = str(dtype).removeprefix("torch."), torch.finfo(dtype)
+    if not math.isfinite(value):
+        return "is no finite number"
+    if abs(value) > limits.max:
+        return f"is beyond the largest {short} ({limits.max:g})"
+    if abs(value) < limits.tiny:
+        return f"is below the range of {short} (it would become {nearest:g})"
+    return f"is between two numbers of {short} (the nearest is {nearest!r})"

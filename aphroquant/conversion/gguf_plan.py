@@ -18,6 +18,7 @@ from aphroquant.conversion.gguf_types import BY_BITS, is_dense, label, resolve_t
 from aphroquant.conversion.loss import LossError, contradiction
 from aphroquant.conversion.plan import check_disk, matched_modules
 from aphroquant.conversion.request import ConversionRequest
+from aphroquant.conversion.scales import check_scales
 from aphroquant.errors import UsageError
 from aphroquant.formats.gguf import BlockType, block_type, exact_type
 from aphroquant.models.spec import LM_HEAD, DecoderSpec
@@ -117,6 +118,8 @@ def make_gguf_plan(checkpoint: Checkpoint, request: ConversionRequest, reason: s
     if reason is None and _quantized(checkpoint):
         types_name, types = None, _exact_types(checkpoint, request, shapes)
         exact = frozenset(_quantized(checkpoint))
+        integers = [module for module in exact if isinstance(checkpoint.schemes()[module], IntegerScheme)]
+        check_scales(checkpoint, integers, request.to)
     else:
         types_name, exact = resolve_types(request), frozenset[str]()
         types = _chosen_types(checkpoint, kept, types_name, shapes)

@@ -65,8 +65,8 @@ def repacked(num_layers: int, num_rescaled: int = 0) -> str:
 
 
 def would_be_repacked(num_layers: int) -> str:
-    """The same of a dry run, which has compared nothing."""
-    return f"would be lossless: {num_layers} layers keep their numbers"
+    """The same of a dry run, which has looked at headers and scales only."""
+    return f"would be lossless by headers and scales: {num_layers} layers keep their numbers"
 
 
 def requantized(reason: str) -> str:

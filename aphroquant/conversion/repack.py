@@ -24,12 +24,13 @@ from aphroquant.conversion.plan import (
     model_dtype,
 )
 from aphroquant.conversion.request import ConversionRequest
+from aphroquant.conversion.scales import check_scales
 from aphroquant.conversion.soundness import check_codes
 from aphroquant.errors import AphroquantError, UsageError
 from aphroquant.formats import format_class
 from aphroquant.formats.base import Format, Part, TensorHeader
 from aphroquant.models.spec import EMBEDDING, LM_HEAD
-from aphroquant.schemes import DenseScheme, QuantizedWeight, Scheme
+from aphroquant.schemes import DenseScheme, IntegerScheme, QuantizedWeight, Scheme
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,7 @@ def make_repack_plan(checkpoint: Checkpoint, request: ConversionRequest) -> Repa
     except UsageError as error:
         raise LossError(error.message) from error
     check_disk(request.out, num_bytes)
+    check_scales(checkpoint, [name for name, held in schemes.items() if isinstance(held, IntegerScheme)], request.to)
     return plan
 
 

@@ -108,6 +108,9 @@ class BitsAndBytes(Format):
             raise InputError(f"{name} belongs to no layer's weight; quantized stacks of experts are not readable")
         return super().locate(name, header)
 
+    def scales_in(self, suffix: str, tensor: Tensor) -> Tensor | None:
+        return int8.row_scales(tensor) if suffix == "SCB" else None
+
     def scheme(self, module: str, headers: Mapping[str, TensorHeader]) -> Scheme | None:
         if any(name.startswith(four_bit.STATE) for name in headers):
             return four_bit.scheme(module, headers)

@@ -25,8 +25,13 @@ def read(module: str, tensors: Mapping[str, Tensor]) -> QuantizedWeight:
     if "weight_format" in tensors and tensors["weight_format"].any():
         raise InputError(f"{module}.weight_format is not 0: only weights in row order are readable")
     codes = tensors["weight"].to(torch.int16).add(128).to(torch.uint8)
-    scales = tensors["SCB"].float().div(127)[:, None]
+    scales = row_scales(tensors["SCB"])[:, None]
     return QuantizedWeight(INT8, {"codes": codes, "scales": scales}, (codes.shape[0], codes.shape[1]))
+
+
+def row_scales(maxima: Tensor) -> Tensor:
+    """float32 [N]."""
+    return maxima.float().div(127)
 
 
 def write(module: str, weight: QuantizedWeight) -> dict[str, Tensor]:

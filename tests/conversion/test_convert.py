@@ -189,7 +189,7 @@ def test_formats_that_hold_the_same_numbers_are_repacked_bit_for_bit(
     source = tiny_checkpoint("llama", torch_dtype="float16")
     converted(source, tmp_path / "one", to=first, solver="rtn", samples=0, symmetric=symmetric or None)
     foretold = aphroquant.convert(tmp_path / "one", to=second, out=tmp_path / "two", dry_run=True)
-    assert foretold.outcome == "would be lossless: 14 layers keep their numbers"
+    assert foretold.outcome == "would be lossless by headers and scales: 14 layers keep their numbers"
     result = aphroquant.convert(tmp_path / "one", to=second, out=tmp_path / "two")
     assert result.mode == "repack"
     assert result.solver is None
@@ -378,6 +378,38 @@ def test_nothing_stays_of_the_sources_own_quantization(tiny_checkpoint: Tiny, tm
     assert "compression_config" not in written
     assert written["quantization_config"]["quant_method"] == "awq"
     assert not (tmp_path / "two" / "quantize_config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "message"),
+    [
+        (1e-30, UsageError, r"mlp\.up_proj: scales\[2, 1\] = .*e-31 is below the range of float16"),
+        (1e30, UsageError, r"mlp\.up_proj: scales\[2, 1\] = 1\.0.*e\+30 is beyond the largest float16"),
+        (float("nan"), InputError, r"model\.layers\.1\.mlp\.up_proj holds NaN or infinite values"),
+    ],
+)
+def test_a_dry_run_looks_at_every_scale(
+    value: float, error: type[Exception], message: str, tiny_checkpoint: Tiny, tmp_path: Path
+) -> None:
+    source = tiny_checkpoint("llama", torch_dtype="bfloat16")
+    converted(source, tmp_path / "one", to="compressed-tensors", samples=0, solver="rtn", group_size=32)
+    file = tmp_path / "one" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.1.mlp.up_proj.weight_scale"][2, 1] = value
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(error, match=message):
+        aphroquant.convert(tmp_path / "one", to="awq", out=tmp_path / "out", dry_run=True)
+
+
+def test_a_dry_run_computes_scales_that_a_format_stores_otherwise(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
+    """bitsandbytes keeps 127 scales in one number, so that few of its scales are float16 numbers."""
+    aphroquant.convert(tiny_checkpoint("llama", torch_dtype="float16"), to="bitsandbytes", out=tmp_path / "one")
+    file = tmp_path / "one" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.1.mlp.up_proj.SCB"][3] = 1.0
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(UsageError, match=r"up_proj: scales\[3\] = 0\.00787.* is between two numbers of float16"):
+        aphroquant.convert(tmp_path / "one", to="gptq", out=tmp_path / "out", dry_run=True)
 
 
 @pytest.mark.parametrize(("hidden_size", "noted"), [(96, True), (128, False)])
