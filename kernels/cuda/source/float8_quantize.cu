@@ -1,91 +1,14 @@
-// Activations to FP8 e4m3 codes with scales for each token, for each 128 columns of a token, or with one given scale.
-//
-// Macros: ELEMENT_IS_BF16; MODE (0: a scale for each token, one block a token; 1: for each 128 columns, 16 threads each;
-// 2: the given scale); VECTOR: items a thread moves at once, which divides the columns.
-#include "fused_elements.cuh"
-#include "fused_reduction.cuh"
+// Activations to FP8 e4m3 codes with scales for each token, for each 128 columns of a token, or with one given scale. The
+// macros are those of float8_quantize.cuh.
+#include "float8_quantize.cuh"
 #include "ptx/grid_dependency.cuh"
-#include "types.cuh"
 
-#ifndef MODE
-#define MODE 0
-#endif
-#ifndef VECTOR
-#define VECTOR 8
-#endif
-#ifndef THREADS
-#define THREADS 256
-#endif
-
-constexpr int kGroup = 128;
-constexpr float kTop = 448.0f;
-static_assert(VECTOR == 1 || VECTOR == 2 || VECTOR == 4 || VECTOR == 8, "up to 16 bytes");
-
-template <int COUNT>
-__device__ __forceinline__ uint32_t largest(const float (&values)[COUNT]) {
-    uint32_t bits = 0;
-#pragma unroll
-    for (int i = 0; i < COUNT; ++i) bits = max(bits, magnitude_bits(values[i]));
-    return bits;
-}
-
-template <int COUNT>
-__device__ __forceinline__ void store_codes(uint8_t* target, const float (&values)[COUNT], float scale) {
-    Vector<uint8_t, COUNT> codes;
-#pragma unroll
-    for (int i = 0; i < COUNT; ++i) codes.items[i] = float8_code(values[i], scale);
-    *reinterpret_cast<Vector<uint8_t, COUNT>*>(target) = codes;
-}
-
-// A token's codes: `stride` bytes from one token to the next, zeros behind its columns.
-__device__ __forceinline__ void quantize_token(const Element* x, uint8_t* codes, int columns, int stride, float scale) {
-    for (int column = threadIdx.x * VECTOR; column < columns; column += THREADS * VECTOR) {
-        float values[VECTOR];
-        load(x + column, values);
-        store_codes(codes + column, values, scale);
-    }
-    for (int column = columns + threadIdx.x; column < stride; column += THREADS) codes[column] = 0;
-}
-
+// `stride` bytes from a token's codes to the next. scales: [tokens], [groups][tokens, padded to scale_stride], or [1].
 extern "C" __global__ void __launch_bounds__(THREADS)
     float8_quantize(const Element* x, uint8_t* codes, float* scales, int columns, int stride, int scale_stride) {
     grid_dependency_launch();
     grid_dependency_wait();
     const int64_t token = blockIdx.x;
-    x += token * columns;
-    codes += token * stride;
-    if (MODE == 2) {
-        quantize_token(x, codes, columns, stride, *scales);
-    } else if (MODE == 0) {
-        __shared__ uint32_t scratch[THREADS / 32];
-        uint32_t bits = 0;
-        for (int column = threadIdx.x * VECTOR; column < columns; column += THREADS * VECTOR) {
-            float values[VECTOR];
-            load(x + column, values);
-            bits = max(bits, largest(values));
-        }
-        const float scale = dynamic_scale(block_max<THREADS>(bits, scratch), kTop);
-        if (threadIdx.x == 0) scales[token] = scale;
-        quantize_token(x, codes, columns, stride, scale);
-    } else {
-        // 16 threads a group; scales [groups][tokens, padded to scale_stride]
-        const int first = (blockIdx.y * THREADS + threadIdx.x) / 16 * kGroup, lane = threadIdx.x % 16;
-        float values[kGroup / 16 / VECTOR][VECTOR];
-        uint32_t bits = 0;
-#pragma unroll
-        for (int i = 0; i < kGroup / 16 / VECTOR; ++i) {
-            const int column = first + (i * 16 + lane) * VECTOR;
-#pragma unroll
-            for (int k = 0; k < VECTOR; ++k) values[i][k] = 0.0f;
-            if (column < columns) load(x + column, values[i]);
-            bits = max(bits, largest(values[i]));
-        }
-        const float scale = dynamic_scale(lane_max<16>(bits), kTop);
-#pragma unroll
-        for (int i = 0; i < kGroup / 16 / VECTOR; ++i) {
-            const int column = first + (i * 16 + lane) * VECTOR;
-            if (column < stride) store_codes(codes + column, values[i], scale);
-        }
-        if (lane == 0 && first < columns) scales[static_cast<int64_t>(first / kGroup) * scale_stride + token] = scale;
-    }
+    quantize_row(x + token * columns, codes + token * stride, scales + (MODE == 2 ? 0 : token), columns, stride,
+                 scale_stride);
 }
