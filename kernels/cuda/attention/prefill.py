@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from aphroquant.kernels.cuda.attention.prefill_wgmma import WgmmaPrefill, WgmmaTile, wgmma_tile
 from aphroquant.kernels.cuda.attention.shape import AttentionShape, softmax_scale
 from aphroquant.kernels.cuda.fused.elements import element_macro
 from aphroquant.kernels.cuda.launcher import cuda_kernel
@@ -63,16 +64,28 @@ def shared_bytes(shape: AttentionShape) -> int:
 class PagedPrefill:
     """softmax(scale * q k^T) v where a token sees what came before it, over the cache that holds the batch already."""
 
-    def __init__(self, shape: AttentionShape, dtype: torch.dtype, scale: float, *, warps: int = _WARPS) -> None:
-        self._shape, self._warps = shape, warps
-        self._scale = softmax_scale(scale)
-        macros = {**shape.macros(), "WARPS": warps} | element_macro(dtype)
-        self._kernel = cuda_kernel("attention_prefill.cu", "attention_prefill", macros)
-        self._shared_bytes = shared_bytes(shape)
+    def __init__(
+        self,
+        shape: AttentionShape,
+        dtype: torch.dtype,
+        scale: float,
+        *,
+        warps: int | None = None,
+        wgmma: WgmmaTile | None = None,
+    ) -> None:
+        """`warps` of the kernel for any GPU, or the tile of the one for Hopper; by default what suits shape and GPU."""
+        if wgmma is None and warps is None:
+            wgmma = wgmma_tile(shape)
+        self._shape, base_scale = shape, softmax_scale(scale)
+        self._kernel: WgmmaPrefill | MmaPrefill
+        if wgmma is not None:
+            self._kernel = WgmmaPrefill(shape, dtype, base_scale, wgmma)
+        else:
+            self._kernel = MmaPrefill(shape, dtype, base_scale, warps or _WARPS)
 
     def tiles(self, query_lens: Sequence[int], context_lens: Sequence[int]) -> Tensor:
         """What `__call__` wants as `tiles`, still on the CPU: the same for all layers."""
-        return query_tiles(query_lens, context_lens, self._shape.group, self._warps * 16)
+        return query_tiles(query_lens, context_lens, self._shape.group, self._kernel.tile_rows)
 
     def __call__(
         self,
@@ -91,8 +104,45 @@ class PagedPrefill:
 
         block_tables int32 [S, ...], context_lens int32 [S], query_start int32 [S + 1], all on the device.
         """
-        if not tiles.shape[0]:
-            return
+        if tiles.shape[0]:
+            self._kernel.launch(
+                queries,
+                output,
+                cache,
+                block_tables,
+                context_lens,
+                query_start,
+                tiles,
+                sliding_window=sliding_window or 0,
+                programmatic=programmatic,
+            )
+
+
+class MmaPrefill:
+    """What PagedPrefill launches on GPUs before Hopper, and for 8-bit caches and odd heads."""
+
+    def __init__(self, shape: AttentionShape, dtype: torch.dtype, scale: float, warps: int) -> None:
+        """`scale`: of the scores, for a softmax to base 2."""
+        self._shape, self._scale, self._warps = shape, scale, warps
+        self.tile_rows = warps * 16
+        macros = {**shape.macros(), "WARPS": warps} | element_macro(dtype)
+        self._kernel = cuda_kernel("attention_prefill.cu", "attention_prefill", macros)
+        self._shared_bytes = shared_bytes(shape)
+
+    def launch(
+        self,
+        queries: Tensor,
+        output: Tensor,
+        cache: LayerCache,
+        block_tables: Tensor,
+        context_lens: Tensor,
+        query_start: Tensor,
+        tiles: Tensor,
+        *,
+        sliding_window: int,
+        programmatic: bool,
+    ) -> None:
+        """As PagedPrefill; `sliding_window` 0: none."""
         arguments = PrefillArguments(
             queries.data_ptr(),
             cache.keys.data_ptr(),
@@ -105,7 +155,7 @@ class PagedPrefill:
             tiles.data_ptr(),
             output.data_ptr(),
             block_tables.stride(0),
-            sliding_window or 0,
+            sliding_window,
             self._scale,
         )
         self._kernel.launch(

@@ -22,6 +22,7 @@ WRAPPERS = [
     for name in (
         "attention.decode",
         "attention.prefill",
+        "attention.prefill_wgmma",
         "fused.embedding",
         "fused.gated_activation",
         "fused.rms_norm",
@@ -44,8 +45,11 @@ class EmulatedTensorMap(ctypes.Structure):
 
     @classmethod
     def of(cls, tensor: torch.Tensor, box: Sequence[int], *, swizzle: int = 0) -> EmulatedTensorMap:
-        assert tensor.dim() == 2 and tensor.stride(1) == 1 and swizzle == 128
         size = tensor.element_size()
+        assert tensor.dim() in (2, 4) and tensor.stride(-1) == 1 and swizzle == 128
+        if tensor.dim() == 4:
+            strides = [stride * size for stride in tensor.stride()[:-1]]
+            return cls((ctypes.c_uint64 * 16)(tensor.data_ptr(), *tensor.shape, *strides, *box, size))
         assert tensor.stride(0) * size % 16 == 0 and box[1] * size == 128
         words = (tensor.data_ptr(), *tensor.shape, tensor.stride(0) * size, *box, size)
         return cls((ctypes.c_uint64 * 16)(*words))

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from aphroquant.kernels.cuda.attention.prefill import PagedPrefill, query_tiles
+from aphroquant.kernels.cuda.attention.prefill_wgmma import WgmmaTile
+from aphroquant.kernels.cuda.device import architecture
 
 _spec = importlib.util.spec_from_file_location("attention_cases", Path(__file__).parent / "attention_cases.py")
 assert _spec is not None
@@ -34,13 +36,13 @@ def reference(queries: Tensor, case: cases.Case, query_lens: list[int], scale: f
 
 
 def run(device: torch.device, shape: cases.AttentionShape, query_lens: list[int], context_lens: list[int],
-        dtype: torch.dtype, window: int | None = None, warps: int = 4) -> float:  # fmt: skip
+        dtype: torch.dtype, window: int | None = None, wgmma: WgmmaTile | None = None) -> float:  # fmt: skip
     """The relative error."""
     case = cases.make_case(shape, context_lens, device)
     generator = torch.Generator().manual_seed(sum(query_lens))
     queries = torch.randn(sum(query_lens), shape.num_heads, shape.head_dim, generator=generator).to(device, dtype)
     scale = shape.head_dim**-0.5
-    kernel = PagedPrefill(shape, dtype, scale, warps=warps)
+    kernel = PagedPrefill(shape, dtype, scale, warps=4, wgmma=wgmma)
     start = torch.tensor([0, *query_lens]).cumsum(0).to(device, torch.int32)
     tiles = kernel.tiles(query_lens, context_lens).to(device)
     output = torch.full_like(queries, torch.nan)
@@ -71,6 +73,38 @@ def test_prefill_attention_agrees_with_float64_for_prompts_and_chunks(
 def test_a_sliding_window_hides_what_is_older(device: torch.device, window: int) -> None:
     shape = cases.shape_of(8, 2, 128, "bfloat16")
     assert run(device, shape, [50, 9], [180, 9], torch.bfloat16, window) < cases.TOLERANCE[torch.bfloat16]
+
+
+@pytest.fixture
+def hopper(device: torch.device) -> torch.device:
+    """A GPU that has wgmma, or the emulation."""
+    if device.type == "cuda" and architecture() != "sm_90a":
+        pytest.skip("wgmma needs a Hopper GPU")
+    return device
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "kv_format", "dtype", "tile"),
+    [
+        (8, 2, 128, "bfloat16", torch.bfloat16, WgmmaTile(2, 64, 2)),
+        (3, 1, 64, "float16", torch.float16, WgmmaTile(3, 128, 3)),
+        (2, 2, 64, "bfloat16", torch.float16, WgmmaTile(1, 32, 2)),
+        (4, 1, 128, "fp8_e4m3", torch.bfloat16, WgmmaTile(2, 64, 2)),
+        (7, 1, 64, "fp8_e4m3", torch.float16, WgmmaTile(1, 96, 2, 2)),
+    ],
+)  # fmt: skip
+def test_prefill_attention_by_wgmma_agrees_with_float64(
+    hopper: torch.device, heads: int, kv_heads: int, head_dim: int, kv_format: str, dtype: torch.dtype, tile: WgmmaTile
+) -> None:
+    shape = cases.shape_of(heads, kv_heads, head_dim, kv_format)
+    assert run(hopper, shape, [40, 1, 17, 3], [40, 70, 150, 3], dtype, wgmma=tile) < cases.TOLERANCE[torch.bfloat16]
+
+
+@pytest.mark.parametrize("window", [1, 20, 100])
+def test_a_sliding_window_hides_what_is_older_from_wgmma(hopper: torch.device, window: int) -> None:
+    shape = cases.shape_of(4, 1, 64, "bfloat16")
+    error = run(hopper, shape, [50, 9], [180, 9], torch.bfloat16, window, WgmmaTile(2, 32, 2))
+    assert error < cases.TOLERANCE[torch.bfloat16]
 
 
 def test_tiles_cover_every_row_once_and_begin_with_the_longest_context() -> None:

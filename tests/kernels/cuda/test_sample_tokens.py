@@ -66,3 +66,46 @@ def test_forbidden_tokens_are_never_drawn(device: torch.device) -> None:
     logits[:, 7], logits[:, 31] = 1.0, 0.5
     draws = [TokenDraw(position, temperature=2.0) for position in (0.0, 0.5, 0.999999)]
     assert sample_tokens(logits, draws).tolist() == [7, 7, 31]
+
+
+def drawn(logits: torch.Tensor, draw: TokenDraw, count: int, device: torch.device) -> set[int]:
+    """Tokens at even positions of the distribution over one row."""
+    draws = [draw._replace(position=(index + 0.5) / count) for index in range(count)]
+    return set(sample_tokens(logits.to(device).expand(count, -1).contiguous(), draws).tolist())
+
+
+@pytest.mark.parametrize("spread", [0.02, 1.0, 6.0])
+def test_top_p_keeps_the_fewest_tokens_that_reach_it(device: torch.device, spread: float) -> None:
+    count = 400 if device.type == "cuda" else 24
+    logits = torch.randn(1, 331, generator=torch.Generator().manual_seed(3)) * spread
+    weights = logits[0].double().softmax(0)
+    order = weights.argsort(descending=True, stable=True)
+    nucleus = order[: int((weights[order].cumsum(0) < 0.7).sum()) + 1].tolist()
+    tokens = drawn(logits, TokenDraw(temperature=1.0, top_p=0.7), count, device)
+    assert tokens <= set(nucleus)
+    heavy = {token for token in nucleus if weights[token] > 1.001 / count}  # no gap between positions is as large
+    assert heavy <= tokens
+
+
+def test_more_equal_logits_than_are_listed_at_once_are_cut_by_their_ids(device: torch.device) -> None:
+    logits = torch.full((1, 5001), 0.25)
+    logits[0, 77] = 0.5
+    count = 40 if device.type == "cuda" else 3
+    kept = sorted(drawn(logits, TokenDraw(temperature=1e-3, top_k=4000), count, device))
+    assert kept == [77]
+    flat = drawn(logits, TokenDraw(temperature=100.0, top_k=3000), count, device)
+    assert max(flat) < 3000
+    ends = [TokenDraw(position, temperature=100.0, top_p=0.5) for position in (0.0, 1 - 1e-9)]
+    first, last = sample_tokens(logits.to(device).expand(2, -1).contiguous(), ends).tolist()
+    assert first == 0
+    assert abs(last - 2499) <= 2
+
+
+def test_large_and_infinite_logits_are_ordered_like_all_others(device: torch.device) -> None:
+    logits = torch.tensor([[3e38, -3e38, 1.0, -torch.inf, 3e38, 0.0]], device=device).expand(3, -1).contiguous()
+    draws = [
+        TokenDraw(0.99, temperature=1.0, top_k=1),
+        TokenDraw(0.99, temperature=1.0, top_p=0.9),
+        TokenDraw(0.99, temperature=1.0, top_k=3, top_p=0.3),
+    ]
+    assert sample_tokens(logits, draws).tolist() == [0, 4, 0]

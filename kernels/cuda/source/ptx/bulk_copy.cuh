@@ -36,6 +36,16 @@ __device__ __forceinline__ void tensor_load(uint32_t shared, const TensorMap* ma
         : "memory");
 }
 
+// The same for a four-dimensional map; coordinates from the innermost dimension outwards.
+__device__ __forceinline__ void tensor_load(uint32_t shared, const TensorMap* map, int x, int y, int z, int w,
+                                            uint32_t barrier, uint64_t cache) {
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+        "[%0], [%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(shared),
+        "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(z), "r"(w), "l"(cache)
+        : "memory");
+}
+
 // As tensor_load, to the same address in each block of the cluster whose bit is set in `blocks`; completes on the
 // barrier at the same address in each.
 __device__ __forceinline__ void tensor_load_multicast(uint32_t shared, const TensorMap* map, int x, int y,

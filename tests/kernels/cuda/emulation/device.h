@@ -143,6 +143,17 @@ template <typename T>
 inline T __shfl_xor_sync(unsigned, T value, int mask) {
   return exchange(value)[lane_id() ^ mask];
 }
+template <typename T>
+inline T __shfl_up_sync(unsigned, T value, int distance) {
+  return exchange(value)[std::max(lane_id() - distance, 0)];
+}
+inline unsigned __match_any_sync(unsigned, int value) {
+  const auto all = exchange(value);
+  unsigned same = 0;
+  for (int lane = 0; lane < 32; ++lane) same |= unsigned(all[lane] == value) << lane;
+  return same;
+}
+inline int __popc(unsigned word) { return __builtin_popcount(word); }
 inline int __any_sync(unsigned, int predicate) {
   for (int other : exchange(predicate))
     if (other) return 1;
@@ -150,6 +161,8 @@ inline int __any_sync(unsigned, int predicate) {
 }
 
 inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fsub_rn(float a, float b) { return a - b; }
 inline float __expf(float x) { return expf(x); }
 inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 inline unsigned __float_as_uint(float x) {
@@ -177,8 +190,9 @@ template <typename T>
 inline void __stcg(T* address, T value) {
   *address = value;
 }
-inline int atomicAdd(int* address, int value) {
-  const int before = *address;
+template <typename T>
+inline T atomicAdd(T* address, T value) {
+  const T before = *address;
   *address += value;
   return before;
 }

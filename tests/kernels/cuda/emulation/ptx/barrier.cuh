@@ -27,11 +27,16 @@ inline unsigned shared_address(const void* pointer) {
 inline void let_others_run() { swapcontext(&block.fibers[block.current].context, &block.scheduler); }
 
 inline void fence_shared_to_async_proxy() {}
-inline void named_barrier_sync(int barrier, int threads) {
+inline unsigned named_barrier_enter(int barrier, int threads) {
   NamedBarrier& state = named_barriers[barrier];
   const unsigned round = state.round;
   if (++state.arrived == threads) state.arrived = 0, ++state.round;
-  while (state.round == round) let_others_run();
+  return round;
+}
+inline void named_barrier_arrive(int barrier, int threads) { named_barrier_enter(barrier, threads); }
+inline void named_barrier_sync(int barrier, int threads) {
+  const unsigned round = named_barrier_enter(barrier, threads);
+  while (named_barriers[barrier].round == round) let_others_run();
 }
 inline void mbarrier_init(unsigned barrier, unsigned arrivals) {
   emulated_barriers[barrier] = {int(arrivals), int(arrivals), 0, 0};

@@ -13,10 +13,15 @@ template <int registers>
 inline void warpgroup_take_registers() {}
 template <int registers>
 inline void warpgroup_give_registers() {}
-inline uint64_t wgmma_descriptor(unsigned address) { return address >> 4; }
+inline uint64_t wgmma_descriptor(unsigned address) { return address >> 4 | uint64_t(1024 >> 4) << 32; }
 
+// A field of 14 bits, in units of 16 bytes.
+inline unsigned descriptor_field(uint64_t descriptor, int first_bit) {
+  return unsigned(descriptor >> first_bit & 0x3fff) << 4;
+}
 inline unsigned swizzled(uint64_t descriptor, int row, int byte) {
-  const unsigned address = unsigned(descriptor << 4) + row * 128 + byte;
+  const unsigned group = row / 8 * descriptor_field(descriptor, 32);
+  const unsigned address = descriptor_field(descriptor, 0) + group + row % 8 * 128 + byte;
   return address ^ (address >> 7 & 7) << 4;
 }
 template <bool IS_BF16>
@@ -44,24 +49,37 @@ inline void accumulate_products(float (&d)[COUNT], int accumulate, const Left& l
 struct FragmentA {
   unsigned words[4];
 };
-template <bool IS_BF16, int COUNT>
-inline void wgmma_registers(float (&d)[COUNT], const unsigned (&a)[4], uint64_t b, int accumulate) {
+template <bool IS_BF16, int COUNT, typename Right>
+inline void wgmma_registers(float (&d)[COUNT], const unsigned (&a)[4], int accumulate, const Right& right) {
   const auto all = exchange(FragmentA{{a[0], a[1], a[2], a[3]}});
-  accumulate_products<COUNT, 16>(
-      d, accumulate,
-      [&](int row, int k) {
-        const unsigned word = all[row % 8 * 4 + k % 8 / 2].words[row / 8 + k / 8 * 2];
-        return operand<IS_BF16>(word, k % 2);
-      },
-      [&](int n, int k) { return shared_number<IS_BF16>(b, n, k); });
+  const auto left = [&](int row, int k) {
+    const unsigned word = all[row % 8 * 4 + k % 8 / 2].words[row / 8 + k / 8 * 2];
+    return operand<IS_BF16>(word, k % 2);
+  };
+  accumulate_products<COUNT, 16>(d, accumulate, left, right);
 }
 template <int COUNT>
 inline void wgmma_bf16(float (&d)[COUNT], const unsigned (&a)[4], uint64_t b, int accumulate) {
-  wgmma_registers<true>(d, a, b, accumulate);
+  wgmma_registers<true>(d, a, accumulate, [&](int n, int k) { return shared_number<true>(b, n, k); });
 }
 template <int COUNT>
 inline void wgmma_f16(float (&d)[COUNT], const unsigned (&a)[4], uint64_t b, int accumulate) {
-  wgmma_registers<false>(d, a, b, accumulate);
+  wgmma_registers<false>(d, a, accumulate, [&](int n, int k) { return shared_number<false>(b, n, k); });
+}
+template <bool IS_BF16, int COUNT>
+inline void wgmma_shared(float (&d)[COUNT], uint64_t a, uint64_t b, int accumulate) {
+  const int warp_row = int(block.current % 128 / 32) * 16;
+  accumulate_products<COUNT, 16>(
+      d, accumulate, [&](int row, int k) { return shared_number<IS_BF16>(a, warp_row + row, k); },
+      [&](int n, int k) { return shared_number<IS_BF16>(b, n, k); });
+}
+template <int COUNT>
+inline void wgmma_bf16(float (&d)[COUNT], uint64_t a, uint64_t b, int accumulate) {
+  wgmma_shared<true>(d, a, b, accumulate);
+}
+template <int COUNT>
+inline void wgmma_f16(float (&d)[COUNT], uint64_t a, uint64_t b, int accumulate) {
+  wgmma_shared<false>(d, a, b, accumulate);
 }
 template <int COUNT>
 inline void wgmma_e4m3(float (&d)[COUNT], uint64_t a, uint64_t b, int accumulate) {
