@@ -31,6 +31,7 @@ class Aqlm(Format):
 
     name: ClassVar[str] = "aqlm"
     quant_method: ClassVar[str] = "aqlm"
+    tensor_names: ClassVar[frozenset[str]] = frozenset({"codes", "codebooks", "scales"})
 
     layout: AdditiveScheme
     linear_weights_not_to_quantize: tuple[str, ...] = ()

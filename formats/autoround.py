@@ -73,6 +73,7 @@ class AutoRound(Format):
 
     name: ClassVar[str] = "auto-round"
     quant_method: ClassVar[str] = "auto-round"
+    tensor_names: ClassVar[frozenset[str]] = Gptq.tensor_names | Awq.tensor_names
 
     settings: Settings
     packing_format: str

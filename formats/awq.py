@@ -38,6 +38,7 @@ class Awq(Format):
 
     name: ClassVar[str] = "awq"
     quant_method: ClassVar[str] = "awq"
+    tensor_names: ClassVar[frozenset[str]] = frozenset({"qweight", "qzeros", "scales", "g_idx"})
     left_dense: ClassVar[frozenset[str]] = frozenset({writing.LM_HEAD})
 
     group_size: int | None

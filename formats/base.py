@@ -47,6 +47,7 @@ class Format(ABC):
 
     name: ClassVar[str]  # as on the command line: "gptq"
     quant_method: ClassVar[str]  # as in config.json
+    tensor_names: ClassVar[frozenset[str]]  # of the tensors that a quantized module may have
     left_dense: ClassVar[frozenset[str]] = frozenset()  # modules that its readers never take for quantized
 
     @classmethod
@@ -78,6 +79,10 @@ class Format(ABC):
     @abstractmethod
     def write(self, module: str, weight: QuantizedWeight) -> dict[str, Tensor]:
         """Encode: suffix -> tensor, exactly (read(write(w)) dequantizes to the same bits)."""
+
+    def knows(self, suffix: str) -> bool:
+        """Whether this format says what a tensor of this name means in a quantized module."""
+        return suffix in self.tensor_names
 
     def scales_in(self, suffix: str, tensor: Tensor) -> Tensor | None:
         """The scales of integer codes that a stored tensor holds, in any order; None if it holds something else."""

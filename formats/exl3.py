@@ -34,6 +34,7 @@ class Exl3(Format):
 
     name: ClassVar[str] = "exl3"
     quant_method: ClassVar[str] = "exl3"
+    tensor_names: ClassVar[frozenset[str]] = frozenset({"trellis", *_SIGNS, *_SIGNS.values(), *MARKERS})
 
     bits: float | None = None
     head_bits: float | None = None

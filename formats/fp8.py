@@ -40,6 +40,7 @@ class Fp8(Format):
 
     name: ClassVar[str] = "fp8"
     quant_method: ClassVar[str] = "fp8"
+    tensor_names: ClassVar[frozenset[str]] = frozenset({"weight", *WEIGHT_SCALES, *INPUT_SCALES})
 
     static_inputs: bool
     block_shape: tuple[int, int] | None

@@ -83,6 +83,7 @@ class Gptq(Format):
 
     name: ClassVar[str] = "gptq"
     quant_method: ClassVar[str] = "gptq"
+    tensor_names: ClassVar[frozenset[str]] = frozenset({"qweight", "qzeros", "scales", "g_idx"})
 
     settings: Settings
     checkpoint_format: str

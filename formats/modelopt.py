@@ -43,7 +43,7 @@ _CACHES: Mapping[str, dict[str, Any]] = {
     "INT8": {"num_bits": 8, "type": "int", "strategy": "tensor", "dynamic": False, "symmetric": True},
 }
 _ALGORITHM = "quant_algo"  # in a cache's scheme: the name that this format has for it
-_TENSORS = {"weight", "weight_scale", "weight_scale_2", "input_scale"}
+_TENSORS = frozenset({"weight", "weight_scale", "weight_scale_2", "input_scale"})
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ class ModelOpt(Format):
 
     name: ClassVar[str] = "modelopt"
     quant_method: ClassVar[str] = "modelopt"
+    tensor_names: ClassVar[frozenset[str]] = _TENSORS
 
     algorithm: str
     layers: Mapping[str, str]

@@ -36,6 +36,7 @@ class Mxfp4(Format):
 
     name: ClassVar[str] = "mxfp4"
     quant_method: ClassVar[str] = "mxfp4"
+    tensor_names: ClassVar[frozenset[str]] = frozenset({"blocks", "scales"})
 
     modules_to_not_convert: tuple[str, ...] = ()
 

@@ -128,6 +128,8 @@ class SafetensorsCheckpoint(Checkpoint):
                 self._check_dense(module, headers)
                 scheme = DenseScheme(headers["weight"].dtype)
             if scheme is not None:
+                if not isinstance(scheme, DenseScheme):
+                    self._check_known(module, headers)
                 schemes[module] = scheme
         return schemes
 
@@ -138,6 +140,16 @@ class SafetensorsCheckpoint(Checkpoint):
             raise InputError(
                 f"{self.path}: {module} is stored twice, as {module}.weight and as {module}.{codes}",
                 hint="remove the one that does not belong to the model",
+            )
+
+    def _check_known(self, module: str, headers: Mapping[str, TensorHeader]) -> None:
+        """Refuse what the format knows nothing of: left out in silence, the layer might compute something else."""
+        assert self.format is not None
+        unknown = [name for name in sorted(headers) if not self.format.knows(name)]
+        if unknown:
+            raise InputError(
+                f"{self.path}: {module}.{unknown[0]} is no part of a layer that {self.format.name} has quantized",
+                hint="nothing says what it does to the layer; remove it if that is nothing",
             )
 
     def _check_dense(self, module: str, headers: Mapping[str, TensorHeader]) -> None:

@@ -38,6 +38,7 @@ class BitsAndBytes(Format):
 
     name: ClassVar[str] = "bitsandbytes"
     quant_method: ClassVar[str] = "bitsandbytes"
+    tensor_names: ClassVar[frozenset[str]] = frozenset({"weight", "SCB", "weight_format"})
 
     bits: Literal[4, 8]
     quant_type: Literal["nf4", "fp4"] = "nf4"
@@ -107,6 +108,9 @@ class BitsAndBytes(Format):
         if ".quant_state.bitsandbytes__" in name:
             raise InputError(f"{name} belongs to no layer's weight; quantized stacks of experts are not readable")
         return super().locate(name, header)
+
+    def knows(self, suffix: str) -> bool:
+        return suffix in self.tensor_names or suffix.startswith("weight.")
 
     def scales_in(self, suffix: str, tensor: Tensor) -> Tensor | None:
         return int8.row_scales(tensor) if suffix == "SCB" else None

@@ -33,6 +33,8 @@ from aphroquant.schemes import FloatScheme, IntegerScheme, LookupScheme, Quantiz
 LAYOUT_VERSION = "0.20.0"  # the release of the library whose layout is written
 DENSE_SINCE = (0, 18)
 Held = IntegerScheme | FloatScheme | LookupScheme
+_WEIGHT_TENSORS = ("weight", *(f"weight_{name}" for name in ("packed", "scale", "shape", "zero_point", "g_idx")))
+_TENSORS = (*_WEIGHT_TENSORS, "weight_global_scale", "input_scale", "input_zero_point", "input_global_scale")
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class CompressedTensors(Format):
 
     name: ClassVar[str] = "compressed-tensors"
     quant_method: ClassVar[str] = "compressed-tensors"
+    tensor_names: ClassVar[frozenset[str]] = frozenset(_TENSORS)
 
     groups: tuple[Group, ...]
     ignore: tuple[str, ...] = ()

@@ -32,6 +32,7 @@ class Hqq(Format):
 
     name: ClassVar[str] = "hqq"
     quant_method: ClassVar[str] = "hqq"
+    tensor_names: ClassVar[frozenset[str]] = frozenset({"W_q", "scale", "zero", "shape", *settings.NAMES})
 
     layouts: Mapping[str, AffineScheme]
     skip_modules: tuple[str, ...] = ()

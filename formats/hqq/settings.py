@@ -16,6 +16,12 @@ from aphroquant.schemes import AffineScheme
 PARAMETERS = "weight_quant_params"
 TERNARY_BITS = 1.58  # codes 0, 1 and 2, packed as two bits
 MAX_TEXT = 64
+# Stored beside the numbers of a weight. Those of meta-data that is moved about say nothing about the numbers.
+NAMES = (
+    *("nbits", "group_size", "axis", "view_as_float", "quant_scale", "quant_zero", "offload_meta"),
+    *("encoded_state_dict", "stores_quant_config", "channel_wise", "optimize", "round_zero"),
+    *("packing", "unpack_view_dtype", "compute_dtype"),
+)
 
 
 def scheme_of(parameters: Mapping[str, Any], where: str) -> AffineScheme:
