@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 
 from aphroquant.kernels.dispatch import PreparedLinear
-from aphroquant.schemes import DenseScheme, FloatScheme, IntegerScheme, QuantizedWeight, Scheme
+from aphroquant.schemes import (
+    DenseScheme,
+    FloatScheme,
+    IntegerScheme,
+    KQuantScheme,
+    LookupScheme,
+    QuantizedWeight,
+    Scheme,
+)
 
 
 @dataclass(frozen=True)
@@ -32,7 +40,7 @@ def prepare(weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype) ->
         from aphroquant.kernels.cuda.dequantizing import DenseLinear
 
         return DenseLinear(weight, bias, device)
-    if fallback_reason(weight.scheme, dtype):
+    if fallback_reason(weight.scheme, dtype, weight.shape[1]):
         from aphroquant.kernels.cuda.dequantizing import DequantizingLinear
 
         return DequantizingLinear(weight, bias, device)
@@ -40,13 +48,20 @@ def prepare(weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype) ->
         from aphroquant.kernels.cuda.integer.linear import CudaIntegerLinear
 
         return CudaIntegerLinear(weight, bias, dtype, device)
+    if isinstance(weight.scheme, LookupScheme | KQuantScheme):
+        from aphroquant.kernels.cuda.lookup.linear import CudaLookupLinear
+
+        return CudaLookupLinear(weight, bias, dtype, device)
     from aphroquant.kernels.cuda.float8.linear import CudaFloat8Linear
 
     return CudaFloat8Linear(weight, bias, device)
 
 
-def fallback_reason(scheme: Scheme, dtype: torch.dtype) -> str | None:
-    """Why a layer of that scheme is dequantized for every product, or None where a kernel or torch itself runs it."""
+def fallback_reason(scheme: Scheme, dtype: torch.dtype, in_features: int | None = None) -> str | None:
+    """Why a layer of that scheme is dequantized for every product, or None where a kernel or torch itself runs it.
+
+    Some schemes run for some numbers of inputs only: ask with `in_features` about a layer.
+    """
     if isinstance(scheme, DenseScheme):
         return None
     if dtype not in (torch.bfloat16, torch.float16):
@@ -57,4 +72,8 @@ def fallback_reason(scheme: Scheme, dtype: torch.dtype) -> str | None:
         from aphroquant.kernels.cuda.float8.linear import unsupported
 
         return unsupported(scheme)
+    if isinstance(scheme, LookupScheme | KQuantScheme):
+        from aphroquant.kernels.cuda.lookup import linear
+
+        return linear.unsupported(scheme, in_features)
     return f"there is no CUDA kernel for {scheme}"

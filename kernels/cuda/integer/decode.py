@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from ctypes import c_int32
+from ctypes import c_float, c_int32
 from dataclasses import dataclass
 
 import torch
@@ -59,6 +59,8 @@ class DecodeLinear:
     ) -> None:
         self._packed, self._bias = packed, bias
         self._shape = DecodeShape.of(packed, dtype, bias is not None)
+        extras = [packed.supers, c_float(packed.output_factor(dtype))]
+        self._extras = extras if self._shape.has_extras else []
         self._zeros = packed.zeros if packed.zeros is not None else packed.offsets
         self._planner = planner or self._choose
         self._capability = gpu(packed.codes.get_device()).capability if packed.codes.is_cuda else (0, 0)
@@ -88,6 +90,7 @@ class DecodeLinear:
                 self._bias,
                 out,
                 c_int32(x.shape[0]),
+                *self._extras,
             ],
             shared_bytes=max(prepared.layout.num_bytes(x.shape[0]), prepared.least_shared),
             cluster=(plan.cluster, 1, 1) if plan.cluster > 1 else None,

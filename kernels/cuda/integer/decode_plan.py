@@ -7,11 +7,13 @@ from dataclasses import dataclass, replace
 import torch
 
 from aphroquant.kernels.cuda.integer.packing import CHUNK, ROWS, PackedInteger, chunk_bytes
+from aphroquant.kernels.cuda.integer.problem import SCALE_TYPES, super_bytes
+from aphroquant.kernels.cuda.lookup.tables import TABLE_BYTES, table_macro
 from aphroquant.kernels.cuda.variants import Macro
+from aphroquant.schemes.lookup import TableName
 
 TOKENS_OF_TILE = 8
 _PARTIAL_PADDING = 4  # floats; see the kernel
-_SCALE_TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,9 @@ class DecodeShape:
     has_columns: bool
     has_bias: bool
     dtype: torch.dtype  # of x and y
+    table: TableName | None = None
+    super_bytes: int = 0  # of a super row, in a stage
+    has_factor: bool = False
 
     @classmethod
     def of(cls, packed: PackedInteger, dtype: torch.dtype, has_bias: bool) -> DecodeShape:
@@ -71,6 +76,9 @@ class DecodeShape:
             has_columns=packed.columns is not None,
             has_bias=has_bias,
             dtype=dtype,
+            table=packed.table,
+            super_bytes=super_bytes(packed),
+            has_factor=packed.output_factor(dtype) != 1,
         )
 
     @property
@@ -87,12 +95,21 @@ class DecodeShape:
 
     def stage_bytes(self, plan: DecodePlan) -> int:
         groups = max(1, plan.unit_chunks * CHUNK // self.group_size)
-        size = 4 if self.scale_dtype == torch.float32 else 2
+        size = self.scale_dtype.itemsize
         zero_bytes = (0, 1, size)[self.zero_kind]
         values = 0 if self.row_scales else size
-        return plan.unit_chunks * chunk_bytes(self.bits) * plan.part_rows // ROWS + groups * ROWS * (
-            values + zero_bytes
-        )
+        codes = plan.unit_chunks * chunk_bytes(self.bits) * plan.part_rows // ROWS
+        return codes + groups * ROWS * (values + zero_bytes) + self.super_bytes
+
+    @property
+    def has_extras(self) -> bool:
+        """Whether the kernel takes supers and a factor."""
+        return self.super_bytes > 0 or self.has_factor
+
+    @property
+    def static_bytes(self) -> int:
+        """Of shared memory, beside the layout's."""
+        return 0 if self.table is None else TABLE_BYTES
 
 
 @dataclass(frozen=True)
@@ -125,12 +142,14 @@ def shared_layout(shape: DecodeShape, plan: DecodePlan, token_tiles: int) -> Sha
 def decode_macros(shape: DecodeShape, plan: DecodePlan, token_tiles: int) -> dict[str, Macro]:
     """The macros of the kernel for up to 8 * token_tiles tokens."""
     layout = shared_layout(shape, plan, token_tiles)
-    return {
+    table: dict[str, Macro] = {} if shape.table is None else {"CODE_TABLE": table_macro(shape.table, shape.dtype)}
+    extras: dict[str, Macro] = {"EXTRAS": 1} if shape.has_extras else {}
+    return (table | extras) | {
         "CODE_BITS": shape.bits,
         "GROUP_SIZE": shape.group_size,
         "ZERO_KIND": shape.zero_kind,
         "BF16_INPUTS": int(shape.dtype == torch.bfloat16),
-        "SCALE_TYPE": _SCALE_TYPES[shape.scale_dtype],
+        "SCALE_TYPE": SCALE_TYPES[shape.scale_dtype],
         "OUT_FEATURES": shape.out_features,
         "IN_FEATURES": shape.in_features,
         "PADDED_COLUMNS": shape.padded_columns,
@@ -253,7 +272,7 @@ def _fit(shape: DecodeShape, tokens: int, plan: DecodePlan, capability: tuple[in
     token_tiles = ceil_div(tokens, TOKENS_OF_TILE)
     if plan.blocks_per_multiprocessor * plan.num_warps * 32 * _REGISTERS[token_tiles] > 65536:
         return None
-    limit = _SHARED_BYTES.get(capability, _OTHER_SHARED_BYTES)
+    limit = _SHARED_BYTES.get(capability, _OTHER_SHARED_BYTES) - shape.static_bytes
     units = shape.padded_columns // (plan.unit_chunks * CHUNK)
     most = min(_MAX_STAGES, max(2, shape.passes(plan) * ceil_div(units, plan.cluster * plan.warp_columns)))
     early = max(1, _EARLY_BYTES // (plan.num_warps * shape.stage_bytes(plan)))

@@ -9,31 +9,29 @@ from aphroquant.errors import UsageError
 from aphroquant.kernels.cuda.integer.batch import BatchLinear
 from aphroquant.kernels.cuda.integer.crossover import batch_is_faster
 from aphroquant.kernels.cuda.integer.decode import DecodeLinear
-from aphroquant.kernels.cuda.integer.packing import pack
+from aphroquant.kernels.cuda.integer.packing import PackedInteger, pack
 from aphroquant.schemes import QuantizedWeight
 
 DTYPES = (torch.bfloat16, torch.float16)
 
 
-class CudaIntegerLinear:
-    """y = x @ W.T + bias for x and y of `dtype` (bfloat16 or float16) on one GPU.
+class PackedLinear:
+    """y = x @ W.T + bias for a packed W, and x and y of `dtype` (bfloat16 or float16) on one GPU.
 
     Sums are float32, in a fixed order: the same input gives the same bits. A call allocates its output and, for
     batches, what torch's allocator keeps in a graph's pool: calls can be captured in CUDA graphs once each number of
     tokens has been run.
     """
 
-    def __init__(
-        self, weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype, device: torch.device | str = "cuda"
-    ) -> None:
+    def __init__(self, packed: PackedInteger, bias: Tensor | None, dtype: torch.dtype) -> None:
         if dtype not in DTYPES:
             raise UsageError(f"dtype = {dtype} must be torch.bfloat16 or torch.float16 for the CUDA kernels")
-        if bias is not None and tuple(bias.shape) != (weight.shape[0],):
-            raise UsageError(f"bias has shape {list(bias.shape)}, but the layer has {weight.shape[0]} outputs")
+        if bias is not None and tuple(bias.shape) != (packed.out_features,):
+            raise UsageError(f"bias has shape {list(bias.shape)}, but the layer has {packed.out_features} outputs")
         self.dtype = dtype
-        self.out_features, self.in_features = weight.shape
-        self.packed = pack(weight, device)
-        self.bias = None if bias is None else bias.detach().to(device, torch.float32).contiguous()
+        self.out_features, self.in_features = packed.out_features, packed.in_features
+        self.packed = packed
+        self.bias = None if bias is None else bias.detach().to(packed.codes.device, torch.float32).contiguous()
         self._decode = DecodeLinear(self.packed, self.bias, dtype)
         self._batch = BatchLinear(self.packed, self.bias)
 
@@ -55,3 +53,12 @@ class CudaIntegerLinear:
         elif x.shape[0] > 0:
             self._decode(x, out)
         return out
+
+
+class CudaIntegerLinear(PackedLinear):
+    """A layer with an integer weight."""
+
+    def __init__(
+        self, weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype, device: torch.device | str = "cuda"
+    ) -> None:
+        super().__init__(pack(weight, device), bias, dtype)

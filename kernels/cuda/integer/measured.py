@@ -36,12 +36,14 @@ def measured_tile(packed: PackedInteger, tokens: int, device: int, max_shared_by
     """The measured tile of the nearest product, if this weight's fits into shared memory."""
     problem = Problem(kind_of(packed.bits), packed.out_features, packed.in_features, tokens)
     tile = tuned(WGMMA, WgmmaTile, problem, device)
-    return tile if tile is not None and tile.shared_bytes(packed) <= max_shared_bytes else None
+    fits = tile is not None and tile.shared_bytes(packed) + packed.static_bytes <= max_shared_bytes
+    return tile if fits else None
 
 
 def _is_as_measured(shape: DecodeShape) -> bool:
     """Whether it needs no more shared memory than those that were measured: symmetric groups of 128, 16-bit scales."""
-    return (shape.group_size, shape.zero_kind) == (128, 0) and shape.scale_dtype != torch.float32
+    usual = (shape.group_size, shape.zero_kind, shape.static_bytes) == (128, 0, 0)
+    return usual and shape.scale_dtype != torch.float32
 
 
 def _split(plan: DecodePlan) -> tuple[int, ...]:

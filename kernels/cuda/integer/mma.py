@@ -68,7 +68,7 @@ def mma_multiply(
         tokens,
         packed.padded_columns // CHUNK,
         x.shape[1],
-        PackedWeights.of(packed, exponent),
+        PackedWeights.of(packed, exponent, x.dtype),
         x.data_ptr(),
         0 if bias is None else bias.data_ptr(),
         out.data_ptr(),

@@ -14,6 +14,8 @@ lane:
     2 bits  8 bytes, word v = steps 2v, 2v + 1, p = 4 (s % 2) + r:  code (p, e) at bit 2 p + 16 e
     8 bits  two planes of 16 bytes, plane s / 2, word 2 (s % 2) + r / 2: code (r, e) at byte (r % 2) + 2 e
     3 bits  a plane with the low two bits as for 2 bits, then a plane of 4 bytes, with the high bit at 2 p + v + 16 e
+    5 bits  a plane with the low four bits as for 4 bits, then one with the high bit as for 3 bits
+    6 bits  a plane with the low four bits as for 4 bits, then one with the high two bits as for 2 bits
 
 Both halves of a word thereby hold the two codes of one register at the same place: a shift, a mask and an OR with the
 exponent of 128 (bf16) or 1024 (fp16) make two numbers at once.
@@ -31,7 +33,9 @@ from torch import Tensor
 
 from aphroquant.errors import UsageError
 from aphroquant.kernels.cuda.integer.columns import arrange_columns
+from aphroquant.kernels.cuda.lookup.tables import TABLE_BYTES, table_factor
 from aphroquant.schemes import IntegerScheme, QuantizedWeight
+from aphroquant.schemes.lookup import TableName
 
 ROWS = 64  # of a super row
 CHUNK = 64  # columns of a chunk
@@ -40,7 +44,7 @@ TILES = 4  # of 16 rows in a super row
 LANES = 32
 
 # Bytes of a lane in each plane of a chunk's tile, by the bits of a stored code.
-PLANE_BYTES = {2: (8,), 3: (8, 4), 4: (16,), 8: (16, 16)}
+PLANE_BYTES = {2: (8,), 3: (8, 4), 4: (16,), 5: (16, 4), 6: (16, 8), 8: (16, 16)}
 _SLAB_CODES = 1 << 26  # codes that are re-laid at once, which bounds the memory that packing takes
 
 
@@ -48,7 +52,7 @@ _SLAB_CODES = 1 << 26  # codes that are re-laid at once, which bounds the memory
 class PackedInteger:
     """An integer weight in the kernels' layout. Without zeros or offsets, the zero point is 2**(bits - 1)."""
 
-    bits: int  # of a stored code: 2, 3, 4 or 8
+    bits: int  # of a stored code: 2, 3, 4, 5, 6 or 8
     out_features: int
     in_features: int
     group_size: int  # packed columns that share a scale: 16, 32, 64, a multiple of 128, or all of them
@@ -57,14 +61,26 @@ class PackedInteger:
     zeros: Tensor | None = None  # uint8 [super rows, groups, 64]
     offsets: Tensor | None = None  # as scales: W = codes * scales + offsets
     columns: Tensor | None = None  # int32 [padded columns]: the input of each packed column, -1 for none
+    supers: Tensor | None = None  # float16 [super rows, columns / 256, 1 or 2, 64]: of scales, of offsets
+    table: TableName | None = None  # what codes stand for, if not for themselves
+    factor: float = 1.0  # of the whole weight
 
     @property
     def padded_columns(self) -> int:
         return self.codes.shape[1] * CHUNK
 
     @property
+    def static_bytes(self) -> int:
+        """Of shared memory, that kernels use beside what a launch asks for."""
+        return 0 if self.table is None else TABLE_BYTES
+
+    def output_factor(self, dtype: torch.dtype) -> float:
+        """What the sums of kernels for inputs of `dtype` are multiplied with."""
+        return self.factor if self.table is None else self.factor / table_factor(self.table, dtype)
+
+    @property
     def num_bytes(self) -> int:
-        tensors = (self.codes, self.scales, self.zeros, self.offsets, self.columns)
+        tensors = (self.codes, self.scales, self.zeros, self.offsets, self.columns, self.supers)
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
 
 
@@ -211,10 +227,20 @@ def _planes(lanes: Tensor, bits: int) -> list[Tensor]:
         return [plane[..., :2, :].flatten(-2), plane[..., 2:, :].flatten(-2)]
     if bits == 4:
         return [_or_bytes(lanes, [[(byte % 2 * 2 + high, byte // 2) for high in (0, 1)] for byte in range(4)], 4)]
-    pairs = _split(lanes, -3, (2, 2)).flatten(-3, -2)  # [..., lane, word, pair, 2]
-    two_bits = [[(byte % 2 * 4 + place, byte // 2) for place in range(4)] for byte in range(4)]
-    low = _or_bytes(pairs & 3, two_bits, 2)
-    return [low] if bits == 2 else [low, _high_plane(pairs >> 2)]
+    if bits in (5, 6):
+        return [*_planes(lanes & 15, 4), _one_bit(lanes >> 4) if bits == 5 else _two_bits(lanes >> 4)]
+    return [_two_bits(lanes & 3)] if bits == 2 else [_two_bits(lanes & 3), _one_bit(lanes >> 2)]
+
+
+def _two_bits(lanes: Tensor) -> Tensor:
+    """[..., lane, step, register, 2] -> [..., lane, 8 bytes]."""
+    table = [[(byte % 2 * 4 + place, byte // 2) for place in range(4)] for byte in range(4)]
+    return _or_bytes(_pairs(lanes), table, 2)
+
+
+def _pairs(lanes: Tensor) -> Tensor:
+    """[..., lane, step, register, 2] -> [..., lane, word, pair, 2]."""
+    return _split(lanes, -3, (2, 2)).flatten(-3, -2)
 
 
 def _or_bytes(fields: Tensor, table: list[list[tuple[int, int]]], width: int) -> Tensor:
@@ -228,8 +254,9 @@ def _or_bytes(fields: Tensor, table: list[list[tuple[int, int]]], width: int) ->
     return torch.stack(columns, -1).flatten(-2)
 
 
-def _high_plane(bits: Tensor) -> Tensor:
-    """[..., lane, 2 words, 8 pairs, 2] -> [..., lane, 4 bytes]: bit 2 p + v + 16 e."""
+def _one_bit(lanes: Tensor) -> Tensor:
+    """[..., lane, step, register, 2] -> [..., lane, 4 bytes]: bit 2 p + v + 16 e."""
+    bits = _pairs(lanes)  # [..., lane, 2 words, 8 pairs, 2]
     table = [[(bit // 2 + byte % 2 * 4, bit % 2, byte // 2) for bit in range(8)] for byte in range(4)]
     columns = []
     for byte in table:
@@ -256,14 +283,29 @@ def _unpack_lanes(packed: Tensor, bits: int) -> Tensor:
         second = _split(tiles[..., LANES * low :], -1, (LANES, low))
         both = _split(torch.stack([plane, second], -2), -1, (2, 2, 2, 2))  # [plane, step, word, odd, register % 2]
         return both.transpose(-1, -2).flatten(-3, -2).flatten(-4, -3)
-    if bits == 4:
+    if bits in (4, 5, 6):
         halves = _split(plane, -1, (4, 2, 2))  # [step, odd, byte]: registers 0, 1 in byte 0
-        fields = torch.stack([halves & 15, halves >> 4], -1).flatten(-2)
-        return fields.transpose(-1, -2)
+        fields = torch.stack([halves & 15, halves >> 4], -1).flatten(-2).transpose(-1, -2)
+    else:
+        fields = _unpack_two_bits(plane)
+    if bits in (2, 4):
+        return fields
+    rest = _split(tiles[..., LANES * low :], -1, (LANES, -1))
+    if bits == 6:
+        return fields | _unpack_two_bits(rest) << 4
+    return fields | _unpack_one_bit(rest) << bits - 1
+
+
+def _unpack_two_bits(plane: Tensor) -> Tensor:
+    """uint8 [..., lane, 8] -> [..., lane, step, register, 2]."""
     halves = _split(plane, -1, (2, 2, 2))  # [word, odd, byte]
     fields = torch.stack([halves >> (2 * place) & 3 for place in range(4)], -1).flatten(-2).transpose(-1, -2)
-    if bits == 3:
-        high = _split(tiles[..., LANES * low :], -1, (LANES, 2, 2))  # [odd, byte]
-        places = _split(torch.stack([high >> place & 1 for place in range(8)], -1), -1, (4, 2))
-        fields = fields | places.flatten(-3, -2).permute(0, 1, 2, 3, 6, 5, 4) << 2
+    return _split(fields, -2, (2, 4)).flatten(-4, -3)
+
+
+def _unpack_one_bit(plane: Tensor) -> Tensor:
+    """uint8 [..., lane, 4] -> [..., lane, step, register, 2]."""
+    halves = _split(plane, -1, (2, 2))  # [odd, byte]
+    places = _split(torch.stack([halves >> place & 1 for place in range(8)], -1), -1, (4, 2))
+    fields = places.flatten(-3, -2).permute(0, 1, 2, 3, 6, 5, 4)
     return _split(fields, -2, (2, 4)).flatten(-4, -3)

@@ -22,7 +22,7 @@ def fits(tile: WgmmaTile, packed: PackedInteger) -> bool:
     """Whether its blocks have the shared memory, and each part of the columns a stage."""
     steps = packed.padded_columns // (CHUNK * tile.chunks)
     limit = _SHARED_BYTES // tile.blocks - (_RESERVED_BYTES if tile.blocks > 1 else 0)
-    return tile.shared_bytes(packed) <= limit and tile.split <= steps
+    return tile.shared_bytes(packed) + packed.static_bytes <= limit and tile.split <= steps
 
 
 def choose_wgmma_tile(packed: PackedInteger, tokens: int, device: int) -> WgmmaTile:

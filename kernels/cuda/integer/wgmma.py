@@ -114,7 +114,7 @@ def wgmma_multiply(
         packed.padded_columns // (CHUNK * tile.chunks),
         row_tiles,
         token_tiles,
-        PackedWeights.of(packed, exponent),
+        PackedWeights.of(packed, exponent, x.dtype),
         out.data_ptr(),
         0 if bias is None else bias.data_ptr(),
     )

@@ -145,7 +145,8 @@ constexpr int kInputOffset = kBarrierOffset + ((kReceivedBarrier + 2) * 8 + 127)
 static_assert(INPUT_OFFSET == kInputOffset && INPUT_STRIDE == kInputStride, "host and kernel agree on shared memory");
 #endif
 
-static_assert(CODE_BITS == 2 || CODE_BITS == 3 || CODE_BITS == 4 || CODE_BITS == 8, "bits of a stored code");
+static_assert(CODE_BITS == 2 || CODE_BITS == 3 || CODE_BITS == 4 || CODE_BITS == 5 || CODE_BITS == 6 || CODE_BITS == 8,
+              "bits of a stored code");
 static_assert(PADDED_COLUMNS % 128 == 0 && IN_FEATURES <= PADDED_COLUMNS * (HAS_COLUMNS ? 16 : 1), "padded columns");
 static_assert(GROUP_SIZE % 16 == 0 && (GROUP_SIZE % kUnitColumns == 0 || kUnitColumns % GROUP_SIZE == 0),
               "groups and stages must fit");

@@ -29,7 +29,8 @@ struct PairConstants {
 template <int BITS, bool IS_BF16>
 struct ZeroPair {
     // Mantissa offsets at which codes are found: 4 bits in bf16 at 0 only, in fp16 at 0 and 4; 2 and 3 bits at 0, 2, 4.
-    static constexpr int kOffsets = BITS == 8 ? 1 : BITS == 4 ? (IS_BF16 ? 1 : 2) : 3;
+    // 5 and 6 bits at 0 only.
+    static constexpr int kOffsets = BITS >= 5 ? 1 : BITS == 4 ? (IS_BF16 ? 1 : 2) : 3;
     static constexpr int kOffsetStep = BITS == 4 ? 4 : 2;
     uint32_t negated[2][kOffsets];
 
@@ -63,6 +64,16 @@ struct LaneCodes<4> {
     uint32_t words[4];
 };
 template <>
+struct LaneCodes<5> {
+    uint32_t words[4];
+    uint32_t high;
+};
+template <>
+struct LaneCodes<6> {
+    uint32_t words[4];
+    uint32_t high[2];
+};
+template <>
 struct LaneCodes<8> {
     uint32_t words[8];
 };
@@ -81,6 +92,11 @@ __device__ __forceinline__ LaneCodes<BITS> load_codes(const uint8_t* tile, int l
             const uint4 words = reinterpret_cast<const uint4*>(tile)[plane * 32 + lane];
             codes.words[plane * 4] = words.x, codes.words[plane * 4 + 1] = words.y;
             codes.words[plane * 4 + 2] = words.z, codes.words[plane * 4 + 3] = words.w;
+        }
+        if constexpr (BITS == 5) codes.high = reinterpret_cast<const uint32_t*>(tile + 512)[lane];
+        if constexpr (BITS == 6) {
+            const uint2 high = reinterpret_cast<const uint2*>(tile + 512)[lane];
+            codes.high[0] = high.x, codes.high[1] = high.y;
         }
     }
     return codes;
@@ -121,6 +137,21 @@ __device__ __forceinline__ void dequantize(const LaneCodes<BITS>& codes, const Z
             const uint32_t negated =
                 SYMMETRIC ? Constants::negated(offset, kMiddle) : zeros.negated[r % 2][IS_BF16 ? 0 : r % 2];
             fragment[r] = fused_multiply_add_pair<IS_BF16>(number, Constants::fraction(offset), negated);
+        }
+    } else if constexpr (BITS == 5 || BITS == 6) {
+        constexpr int kWord = STEP / 2;
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
+            // From where the bits above the low four are to bit 4.
+            const int shift = 2 * (STEP % 2 * 4 + r) + (BITS == 5 ? kWord : 0) - 4;
+            uint32_t high;
+            if constexpr (BITS == 5) high = codes.high;
+            if constexpr (BITS == 6) high = codes.high[kWord];
+            high = shift < 0 ? high << -shift : high >> shift;
+            const uint32_t low = mask_and_set(codes.words[STEP] >> (r * 4), 0x000F000Fu, Constants::kBase);
+            const uint32_t number = mask_and_set(high, BITS == 5 ? 0x00100010u : 0x00300030u, low);
+            const uint32_t negated = SYMMETRIC ? Constants::negated(0, kMiddle) : zeros.negated[r % 2][0];
+            fragment[r] = fused_multiply_add_pair<IS_BF16>(number, Constants::kOne, negated);
         }
     } else {
         constexpr int kWord = STEP / 2;

@@ -90,6 +90,7 @@ __device__ __forceinline__ void fetch(const Problem& problem, uint8_t* stage, in
         if (ZEROS == 2) {
             copy_line(target + kCodeBytes + kScaleStage, packed.offsets + line * kScaleBytes, kOffsetStage);
         }
+        if (kSupers) copy_line(target + kSuperStart, packed.super_line(row, problem.chunks, chunk), kSuperStage);
     }
 }
 
@@ -182,6 +183,7 @@ __device__ __forceinline__ void store(const Problem& problem, uint8_t* memory,
 extern "C" __global__ void __launch_bounds__(kThreads) integer_mma(const __grid_constant__ Problem whole) {
     uint8_t* const memory = dynamic_shared();
     grid_dependency_launch();
+    fill_code_table();
     grid_dependency_wait();
 #if GROUPED
     if (blockIdx.y >= *whole.groups.count) return;

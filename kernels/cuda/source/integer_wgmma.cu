@@ -46,6 +46,7 @@ __device__ __forceinline__ void fetch_weights(const BlockPart& block, const Prob
         const uint32_t behind = codes + kCodeBytes + kScaleStage;
         if (ZEROS == 1) bulk_load(behind, packed.zeros + line, kZeroStage, barrier, cache);
         if (ZEROS == 2) bulk_load(behind, packed.offsets + line * kScaleBytes, kOffsetStage, barrier, cache);
+        if (kSupers) bulk_load(codes + kSuperStart, packed.super_line(row, chunks, chunk), kSuperStage, barrier, cache);
     }
 }
 
@@ -208,6 +209,7 @@ __device__ __forceinline__ void consume(const BlockPart& block, const Problem& p
 extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS)
     integer_wgmma(const __grid_constant__ TensorMap inputs, const __grid_constant__ Problem problem) {
     grid_dependency_launch();
+    fill_code_table();
     if (GROUPED) grid_dependency_wait();  // the tiles are of a kernel in front
     const BlockPart block = enter_block(dynamic_shared(), problem.extent);
     if (threadIdx.x >= kConsumers) {

@@ -72,7 +72,11 @@ def test_the_kernel_is_chosen_by_the_scheme() -> None:
     bf16 = torch.bfloat16
     assert fallback_reason(DenseScheme(bf16), bf16) is None
     assert fallback_reason(IntegerScheme(4, 128, symmetric=True), bf16) is None
-    assert fallback_reason(KQuantScheme("q2_k"), bf16) == "there is no CUDA kernel for Q2_K"
+    assert fallback_reason(KQuantScheme("q2_k"), bf16) is None
+    assert fallback_reason(AffineScheme(4, 64), bf16) == "there is no CUDA kernel for int4 real zeros g64"
+    flat = LookupScheme("nf4", 64, "float", flattened=True)
+    assert fallback_reason(flat, bf16, 4096) is None
+    assert "cross rows of 1000 columns" in str(fallback_reason(flat, bf16, 1000))
     quantized_inputs = IntegerScheme(8, None, symmetric=True, activations=ActivationScheme("int"))
     assert "no CUDA kernel for quantized inputs" in str(fallback_reason(quantized_inputs, bf16))
     assert "not float32" in str(fallback_reason(IntegerScheme(4, 128, symmetric=True), torch.float32))
