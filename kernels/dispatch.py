@@ -6,14 +6,18 @@ A choice carries its reason.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
 from aphroquant.errors import UsageError
 from aphroquant.schemes import QuantizedWeight
+
+if TYPE_CHECKING:
+    from aphroquant.kernels.reference.grouped import TokenGroups
 
 BACKENDS = ("auto", "reference", "cpu", "cuda")
 
@@ -27,6 +31,16 @@ class PreparedLinear(Protocol):
     def __call__(self, x: Tensor) -> Tensor: ...
 
 
+class PreparedGroupedLinear(Protocol):
+    """Layers of several experts, ready to run: [T, K], or with `in_order` [T * k, K] -> [T * k, N], by places."""
+
+    num_experts: int
+    in_features: int
+    out_features: int
+
+    def __call__(self, x: Tensor, groups: TokenGroups, *, in_order: bool = False) -> Tensor: ...
+
+
 class Backend(Protocol):
     """Turns weights into layers that run. `reason` says why this one was chosen."""
 
@@ -37,6 +51,10 @@ class Backend(Protocol):
     def reason(self) -> str: ...
 
     def prepare(self, weight: QuantizedWeight, bias: Tensor | None) -> PreparedLinear: ...
+
+    def prepare_grouped(
+        self, weights: Sequence[QuantizedWeight], biases: Sequence[Tensor] | None
+    ) -> PreparedGroupedLinear: ...
 
 
 @dataclass(frozen=True)
@@ -50,6 +68,11 @@ class ReferenceBackend:
         from aphroquant.kernels.reference.linear import ReferenceLinear
 
         return ReferenceLinear(weight, bias)
+
+    def prepare_grouped(
+        self, weights: Sequence[QuantizedWeight], biases: Sequence[Tensor] | None
+    ) -> PreparedGroupedLinear:
+        return prepare_one_by_one(self, weights, biases)
 
 
 @dataclass(frozen=True)
@@ -68,6 +91,24 @@ class CpuBackend:
         if unsupported(weight.scheme):
             return ReferenceLinear(weight, bias)
         return CpuLinear(weight, bias, activations=self.activations)
+
+    def prepare_grouped(
+        self, weights: Sequence[QuantizedWeight], biases: Sequence[Tensor] | None
+    ) -> PreparedGroupedLinear:
+        return prepare_one_by_one(self, weights, biases)
+
+
+def prepare_one_by_one(
+    backend: Backend, weights: Sequence[QuantizedWeight], biases: Sequence[Tensor] | None
+) -> PreparedGroupedLinear:
+    """A layer of several experts that runs the backend's layer of one expert after another."""
+    from aphroquant.kernels.reference.grouped import LoopedGroupedLinear, check_experts
+
+    check_experts(weights, biases)
+    layers = [
+        backend.prepare(weight, None if biases is None else biases[expert]) for expert, weight in enumerate(weights)
+    ]
+    return LoopedGroupedLinear(layers, *weights[0].shape)
 
 
 def select_backend(name: str = "auto", *, activations: str = "int8") -> Backend:

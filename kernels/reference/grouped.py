@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from aphroquant.errors import UsageError
+from aphroquant.schemes import QuantizedWeight
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,21 @@ def check_ids(expert_ids: Tensor, num_experts: int) -> None:
         raise UsageError(f"expert_ids is {found}, but must be int32 or int64 [tokens, experts of a token]")
     if num_experts < 1:
         raise UsageError(f"num_experts = {num_experts} must be positive")
+
+
+def check_experts(weights: Sequence[QuantizedWeight], biases: Sequence[Tensor] | None) -> None:
+    """UsageError unless all experts have one scheme and one shape, and all biases fit."""
+    if not weights:
+        raise UsageError("a grouped layer needs at least one expert")
+    first = weights[0]
+    for expert, weight in enumerate(weights):
+        if weight.shape != first.shape or weight.scheme != first.scheme:
+            raise UsageError(
+                f"expert {expert} is {weight.scheme} {list(weight.shape)}, but expert 0 is {first.scheme} "
+                f"{list(first.shape)}; the experts of a layer must be alike"
+            )
+    if biases is not None and [tuple(bias.shape) for bias in biases] != [(first.shape[0],)] * len(weights):
+        raise UsageError(f"biases must be {len(weights)} of shape [{first.shape[0]}]")
 
 
 def check_inputs(x: Tensor, groups: TokenGroups, in_features: int, in_order: bool) -> None:

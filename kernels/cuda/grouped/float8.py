@@ -16,9 +16,9 @@ from aphroquant.kernels.cuda.grouped.inputs import quantize_inputs
 from aphroquant.kernels.cuda.grouped.integer import GroupedIntegerProduct
 from aphroquant.kernels.cuda.grouped.multiply import float8_multiply
 from aphroquant.kernels.cuda.grouped.plans import Load, float8_tile
-from aphroquant.kernels.cuda.grouped.routing import CudaTokenGroups
-from aphroquant.kernels.cuda.grouped.stacking import check_experts, stack_biases, stack_packed
-from aphroquant.kernels.reference.grouped import check_inputs
+from aphroquant.kernels.cuda.grouped.routing import CudaTokenGroups, sorted_on_gpu
+from aphroquant.kernels.cuda.grouped.stacking import stack_biases, stack_packed
+from aphroquant.kernels.reference.grouped import TokenGroups, check_experts, check_inputs
 from aphroquant.schemes import FloatScheme, QuantizedWeight
 
 _ALIGNMENT = 16  # bytes at which a row begins
@@ -71,14 +71,12 @@ class CudaGroupedFloat8Linear:
             return self._product.packed.num_bytes
         return self._codes.numel() + 4 * self._scales.numel()
 
-    def __call__(self, x: Tensor, groups: CudaTokenGroups, *, in_order: bool = False) -> Tensor:
+    def __call__(self, x: Tensor, groups: TokenGroups, *, in_order: bool = False) -> Tensor:
         """x [T, K], or with `in_order` [T * k, K] in the order of places -> [T * k, N] in that order."""
         check_inputs(x, groups, self.in_features, in_order)
-        if x.dtype not in _DTYPES or groups.num_experts != self.num_experts:
-            raise UsageError(
-                f"input is {x.dtype} for {groups.num_experts} experts, but must be bfloat16 or float16 for "
-                f"{self.num_experts}"
-            )
+        if x.dtype not in _DTYPES:
+            raise UsageError(f"input is {x.dtype}, but must be bfloat16 or float16")
+        groups = sorted_on_gpu(groups, self.num_experts)
         out = x.new_empty(groups.num_pairs, self.out_features)
         if out.numel():
             multiply = self._product.batch if self._inputs is None else self._multiply

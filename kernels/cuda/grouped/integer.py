@@ -12,13 +12,13 @@ from aphroquant.kernels.cuda.device import gpu
 from aphroquant.kernels.cuda.grouped.inputs import gather_inputs
 from aphroquant.kernels.cuda.grouped.multiply import decode_multiply, mma_multiply, wgmma_multiply
 from aphroquant.kernels.cuda.grouped.plans import DECODE_SIZES, Load, decode_plan, mma_tile, wgmma_tile
-from aphroquant.kernels.cuda.grouped.routing import CudaTokenGroups
-from aphroquant.kernels.cuda.grouped.stacking import check_experts, stack_biases, stack_integers
+from aphroquant.kernels.cuda.grouped.routing import CudaTokenGroups, sorted_on_gpu
+from aphroquant.kernels.cuda.grouped.stacking import stack_biases, stack_integers
 from aphroquant.kernels.cuda.integer.decode_plan import DecodePlan, DecodeShape
 from aphroquant.kernels.cuda.integer.linear import DTYPES
 from aphroquant.kernels.cuda.integer.packing import PackedInteger
 from aphroquant.kernels.cuda.integer.problem import scale_exponent
-from aphroquant.kernels.reference.grouped import check_inputs
+from aphroquant.kernels.reference.grouped import TokenGroups, check_experts, check_inputs
 from aphroquant.schemes import QuantizedWeight
 
 _SHARED_BYTES = {(8, 0): 164 << 10, (8, 7): 164 << 10, (9, 0): 228 << 10, (10, 0): 228 << 10}  # of a multiprocessor
@@ -51,13 +51,12 @@ class CudaGroupedIntegerLinear:
         """Of the packed weights on the GPU."""
         return self.product.packed.num_bytes
 
-    def __call__(self, x: Tensor, groups: CudaTokenGroups, *, in_order: bool = False) -> Tensor:
+    def __call__(self, x: Tensor, groups: TokenGroups, *, in_order: bool = False) -> Tensor:
         """x [T, K], or with `in_order` [T * k, K] in the order of places -> [T * k, N] in that order."""
         check_inputs(x, groups, self.in_features, in_order)
-        if x.dtype != self.dtype or groups.num_experts != self.num_experts:
-            raise UsageError(
-                f"input is {x.dtype} for {groups.num_experts} experts, but must be {self.dtype} for {self.num_experts}"
-            )
+        if x.dtype != self.dtype:
+            raise UsageError(f"input is {x.dtype}, but must be {self.dtype}")
+        groups = sorted_on_gpu(groups, self.num_experts)
         out = x.new_empty(groups.num_pairs, self.out_features)
         if out.numel():
             self.product(x.contiguous(), groups, out, in_order)

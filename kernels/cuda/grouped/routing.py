@@ -74,6 +74,15 @@ class CudaTokenGroups(TokenGroups):
         return line_length(self.num_pairs, self.num_experts)
 
 
+def sorted_on_gpu(groups: TokenGroups, num_experts: int) -> CudaTokenGroups:
+    """`groups` as the kernels need them. UsageError if they were made elsewhere, or for other experts."""
+    if not isinstance(groups, CudaTokenGroups):
+        raise UsageError("the groups of tokens were not sorted by group_tokens on a GPU")
+    if groups.num_experts != num_experts:
+        raise UsageError(f"the tokens are grouped for {groups.num_experts} experts, but the layer has {num_experts}")
+    return groups
+
+
 def most_tiles(num_pairs: int, num_experts: int, size: int) -> int:
     """The largest number of tiles that so many pairs can make."""
     return min(num_pairs, (num_pairs + min(num_experts, num_pairs) * (size - 1)) // size)

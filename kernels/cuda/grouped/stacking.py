@@ -13,21 +13,6 @@ from aphroquant.kernels.cuda.integer.packing import PackedInteger, pack, pack_gr
 from aphroquant.schemes import IntegerScheme, QuantizedWeight
 
 
-def check_experts(weights: Sequence[QuantizedWeight], biases: Sequence[Tensor] | None) -> None:
-    """UsageError unless all experts have one scheme and one shape, and all biases fit."""
-    if not weights:
-        raise UsageError("a grouped layer needs at least one expert")
-    first = weights[0]
-    for expert, weight in enumerate(weights):
-        if weight.shape != first.shape or weight.scheme != first.scheme:
-            raise UsageError(
-                f"expert {expert} is {weight.scheme} {list(weight.shape)}, but expert 0 is {first.scheme} "
-                f"{list(first.shape)}; the experts of a layer must be alike"
-            )
-    if biases is not None and [tuple(bias.shape) for bias in biases] != [(first.shape[0],)] * len(weights):
-        raise UsageError(f"biases must be {len(weights)} of shape [{first.shape[0]}]")
-
-
 def stack_biases(biases: Sequence[Tensor] | None, device: torch.device | str) -> Tensor | None:
     """float32 [E, N]."""
     return None if biases is None else torch.stack([bias.detach().to(device, torch.float32) for bias in biases])
