@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from aphroquant.kernels.dispatch import PreparedLinear
+from aphroquant.kernels.dispatch import PreparedGroupedLinear, PreparedLinear, prepare_one_by_one
 from aphroquant.schemes import (
     DenseScheme,
     FloatScheme,
@@ -31,6 +32,39 @@ class CudaBackend:
         from aphroquant.kernels.cuda.operator import RegisteredLinear
 
         return RegisteredLinear(prepare(weight, bias, self.dtype))
+
+    def prepare_grouped(
+        self, weights: Sequence[QuantizedWeight], biases: Sequence[Tensor] | None
+    ) -> PreparedGroupedLinear:
+        if grouped_fallback_reason(weights, self.dtype):
+            return prepare_one_by_one(self, weights, biases)
+        return prepare_grouped(weights, biases, self.dtype)
+
+
+def prepare_grouped(
+    weights: Sequence[QuantizedWeight], biases: Sequence[Tensor] | None, dtype: torch.dtype
+) -> PreparedGroupedLinear:
+    """The experts' layers in one layout, on torch's current GPU, where there is a kernel for them."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    if isinstance(weights[0].scheme, IntegerScheme):
+        from aphroquant.kernels.cuda.grouped.integer import CudaGroupedIntegerLinear
+
+        return CudaGroupedIntegerLinear(weights, biases, dtype, device)
+    from aphroquant.kernels.cuda.grouped.float8 import CudaGroupedFloat8Linear
+
+    return CudaGroupedFloat8Linear(weights, biases, dtype, device)
+
+
+def grouped_fallback_reason(weights: Sequence[QuantizedWeight], dtype: torch.dtype) -> str | None:
+    """Why such experts run one after another, their numbers of tokens read on the host; None if they do not."""
+    from aphroquant.kernels.cuda.grouped.routing import MAX_EXPERTS
+
+    scheme = weights[0].scheme
+    if not isinstance(scheme, IntegerScheme | FloatScheme):
+        return f"there is no grouped CUDA kernel for {scheme}"
+    if len(weights) > MAX_EXPERTS:
+        return f"{len(weights)} experts are more than the {MAX_EXPERTS} that the grouped CUDA kernels take"
+    return fallback_reason(scheme, dtype)
 
 
 def prepare(weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype) -> PreparedLinear:
