@@ -20,6 +20,9 @@ EMULATION = Path(__file__).parent / "emulation"
 WRAPPERS = [
     f"aphroquant.kernels.cuda.{name}"
     for name in (
+        "aqlm.dequantize",
+        "aqlm.gather",
+        "aqlm.lookup",
         "attention.decode",
         "attention.prefill",
         "attention.prefill_wgmma",

@@ -1,0 +1,1 @@
+"""AQLM weights: sums of codebook vectors, multiplied by tables, by gathered entries, or dequantized."""

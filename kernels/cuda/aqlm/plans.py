@@ -1,0 +1,109 @@
+"""Which kernel multiplies how many tokens, and with which settings: from measured tables, or by estimate."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+from aphroquant.kernels.cuda.aqlm.dequantize import DequantizePlan, copies_within
+from aphroquant.kernels.cuda.aqlm.gather import TOKENS_OF_TILE, GatherPlan
+from aphroquant.kernels.cuda.aqlm.lookup import LookupPlan, has_tables
+from aphroquant.kernels.cuda.device import gpu
+from aphroquant.kernels.cuda.tuning import Problem, tuned, tuned_entry
+from aphroquant.schemes import AdditiveScheme
+
+LOOKUP, GATHER, DEQUANTIZE = "aqlm_lookup", "aqlm_gather", "aqlm_dequantize"  # tables
+TOKEN_TILES = (1, 2, 4, 8)  # a gather kernel is made for each, and serves fewer
+MAX_GATHERED = TOKEN_TILES[-1] * TOKENS_OF_TILE
+_ESTIMATED_CROSSOVER = 32  # tokens, where nothing was measured
+_SHARED_BYTES = {(8, 0): 163 << 10, (8, 7): 163 << 10, (9, 0): 227 << 10, (10, 0): 227 << 10, (10, 3): 227 << 10}
+_LEAST_SHARED = 99 << 10  # of a block, on every GPU that the kernels run on
+_MAX_CLUSTER = 8
+
+
+class Layer(NamedTuple):
+    """What of a layer a plan depends on."""
+
+    scheme: AdditiveScheme
+    out_features: int
+    in_features: int
+    device: int
+
+    def problem(self, tokens: int) -> Problem:
+        return Problem(kind_of(self.scheme), self.out_features, self.in_features, tokens)
+
+
+def kind_of(scheme: AdditiveScheme) -> str:
+    """ "2x8 g8"."""
+    return f"{scheme.num_codebooks}x{scheme.code_bits} g{scheme.in_group}"
+
+
+def shared_limit(capability: tuple[int, int]) -> int:
+    """Bytes of shared memory that a block can have."""
+    return _SHARED_BYTES.get(capability, _LEAST_SHARED)
+
+
+@lru_cache(maxsize=8192)  # asked for at every call
+def lookup_plan(layer: Layer, slices: int, row_tiles: int) -> LookupPlan | None:
+    """None where the tables do not fit into shared memory, or one block's sums could not meet another's."""
+    found = gpu(layer.device)
+    limit = shared_limit(found.capability)
+    if not has_tables(layer.scheme) or found.capability < (9, 0):
+        return None
+    plan = tuned(LOOKUP, LookupPlan, layer.problem(1), layer.device)
+    if plan is not None and plan.cluster <= slices and plan.shared_bytes(row_tiles) <= limit:
+        return plan
+    return estimate_lookup(slices, row_tiles, found.multiprocessors, limit)
+
+
+def estimate_lookup(slices: int, row_tiles: int, multiprocessors: int, shared_bytes: int) -> LookupPlan | None:
+    """The largest cluster that divides the slices evenly, as far as may be; more clusters where rows would not fit."""
+    cluster = min(range(1, _MAX_CLUSTER + 1), key=lambda size: (-(-slices // size) * size - slices, -size))
+    clusters = max(1, min(multiprocessors // cluster, row_tiles))
+    while clusters <= row_tiles:
+        plan = LookupPlan(cluster, clusters)
+        if plan.shared_bytes(row_tiles) <= shared_bytes:
+            return plan
+        clusters *= 2
+    return None
+
+
+@lru_cache(maxsize=8192)
+def gather_plan(layer: Layer, token_tiles: int) -> GatherPlan:
+    """As measured, where the codebooks fit as the plan wants them."""
+    limit = shared_limit(gpu(layer.device).capability)
+    plan = tuned(GATHER, GatherPlan, layer.problem(token_tiles * TOKENS_OF_TILE), layer.device)
+    if plan is not None and plan.shared_bytes(layer.scheme) <= limit // plan.blocks - 1024:
+        return plan
+    return estimate_gather(layer.scheme, token_tiles, limit)
+
+
+def estimate_gather(scheme: AdditiveScheme, token_tiles: int, shared_bytes: int) -> GatherPlan:
+    """Copies of small codebooks in shared memory, large ones in L2."""
+    warps = 8 if token_tiles >= 4 else 16
+    room = shared_bytes - 1024 - GatherPlan(warps, copies=0).shared_bytes(scheme)
+    copies = copies_within(scheme, min(room, 128 << 10))
+    blocks = 1 if copies or token_tiles > 4 or scheme.in_group > 8 else 2
+    return GatherPlan(warps, blocks, copies)
+
+
+@lru_cache(maxsize=8192)
+def dequantize_plan(layer: Layer, tokens: int) -> DequantizePlan:
+    return tuned(DEQUANTIZE, DequantizePlan, layer.problem(tokens), layer.device) or DequantizePlan()
+
+
+@lru_cache(maxsize=8192)
+def gathers(layer: Layer, tokens: int) -> bool:
+    """Whether gathering is faster than dequantizing, judged by the nearest products that were measured with both."""
+    if tokens > MAX_GATHERED:
+        return False
+    tiles = tiles_for(tokens)
+    gathered = tuned_entry(GATHER, layer.problem(tiles * TOKENS_OF_TILE), layer.device)
+    dense = tuned_entry(DEQUANTIZE, layer.problem(tiles * TOKENS_OF_TILE), layer.device)
+    if gathered is None or dense is None or gathered.problem != dense.problem:
+        return tokens <= _ESTIMATED_CROSSOVER
+    return gathered.microseconds < dense.microseconds
+
+
+def tiles_for(tokens: int) -> int:
+    return next(tiles for tiles in TOKEN_TILES if tokens <= tiles * TOKENS_OF_TILE)
