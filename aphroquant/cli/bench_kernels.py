@@ -54,13 +54,13 @@ def command(
     measured rate, whichever is more. The error is that of the result against float64. The last line is JSON.
     """
     from aphroquant.cli.json_report import check_json_target, write_json
-    from aphroquant.kernels.benchmark.layer_shapes import layer_shapes
+    from aphroquant.kernels.benchmark.layer_shapes import find_shapes
     from aphroquant.kernels.benchmark.scheme_names import scheme_of
     from aphroquant.kernels.cuda.device import obstacle
 
     check_json_target(json_file)
     counts, scheme = _counts(rows), scheme_of(scheme_name)
-    models = {name: layer_shapes(name) for name in dict.fromkeys(shapes.split(","))}
+    models = {name: find_shapes(name) for name in dict.fromkeys(shapes.split(","))}
     kind = backend if backend != "auto" else "cpu" if obstacle() else "cuda"
     if peers is not None and kind == "cpu":
         raise UsageError("--peers is for a GPU")
@@ -97,7 +97,11 @@ class _Gpu:
 
     def measure(self, layer: Any, scheme: Any, rows: list[int]) -> Iterator[Measurement | str]:
         from aphroquant.kernels.benchmark.cuda_run import measure_cuda
+        from aphroquant.kernels.benchmark.expert_run import measure_experts
+        from aphroquant.kernels.benchmark.expert_shapes import ExpertShape
 
+        if isinstance(layer, ExpertShape):
+            return measure_experts(layer, scheme, rows, self._dtype, self._ceilings, self._peers)
         return measure_cuda(layer, scheme, rows, self._dtype, self._ceilings, self._peers)
 
     def describe(self) -> str:
@@ -124,8 +128,11 @@ class _Cpu:
         self._ceilings: Ceilings = cpu_ceilings()
 
     def measure(self, layer: Any, scheme: Any, rows: list[int]) -> Iterator[Measurement | str]:
-        from aphroquant.kernels.benchmark.cpu_run import measure_cpu
+        from aphroquant.kernels.benchmark.cpu_run import measure_cpu, measure_experts_cpu
+        from aphroquant.kernels.benchmark.expert_shapes import ExpertShape
 
+        if isinstance(layer, ExpertShape):
+            return measure_experts_cpu(layer, scheme, rows, self._backend, self._ceilings)
         return measure_cpu(layer, scheme, rows, self._backend, self._ceilings)
 
     def describe(self) -> str:

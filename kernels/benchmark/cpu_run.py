@@ -13,15 +13,19 @@ import torch
 from torch import Tensor
 
 from aphroquant.errors import AphroquantError
+from aphroquant.kernels.benchmark.expert_routing import draw_experts, num_active
+from aphroquant.kernels.benchmark.expert_shapes import ExpertShape
 from aphroquant.kernels.benchmark.layer_shapes import LayerShape
 from aphroquant.kernels.benchmark.measure import (
     Ceilings,
     Measurement,
     error_of,
+    experts_error,
     floor_microseconds,
     weight_bytes,
 )
 from aphroquant.kernels.dispatch import Backend
+from aphroquant.kernels.grouped import group_tokens
 from aphroquant.kernels.random_weights import random_weight
 from aphroquant.kernels.reference.matmul import linear
 from aphroquant.schemes import QuantizedWeight, Scheme
@@ -61,6 +65,34 @@ def measure_cpu(
     copies = [dense["weight"].clone() for _ in range(_num_copies(weight_bytes(dense)))]
     torch_runs = [partial(_torch_float32, matrix) for matrix in copies]
     yield from _measure("torch float32", shape, dense, torch_runs, rows, ceilings)
+
+
+def measure_experts_cpu(
+    shape: ExpertShape, scheme: Scheme, rows: Sequence[int], backend: Backend, ceilings: Ceilings
+) -> Iterator[Measurement | str]:
+    """The backend's layers, one expert after another, at each number of tokens."""
+    torch.manual_seed(0)
+    weights = [random_weight(scheme, shape.out_features, shape.in_features) for _ in range(shape.experts)]
+    try:
+        layer = backend.prepare_grouped(weights, None)
+    except AphroquantError as error:
+        yield f"aphroquant {shape.name}: {error.message}"
+        return
+    one = weight_bytes(weights[0])
+    for tokens in rows:
+        pairs = tokens * shape.top_k
+        count = _num_copies(one * min(pairs, shape.experts))
+        drawn = draw_experts(shape, tokens, count)
+        active = sum(num_active(ids) for ids in drawn) / count
+        x = torch.randn(tokens if shape.by_token else pairs, shape.in_features)
+        groups = [group_tokens(ids, shape.experts) for ids in drawn]
+        calls = [partial(layer, x, part, in_order=not shape.by_token) for part in groups]
+        moved = int(active * one) + 4 * (x.numel() + pairs * shape.out_features)
+        wrong = experts_error(calls[0](), weights, x, groups[0], shape.by_token)
+        microseconds = statistics.median(_times(calls, 5))
+        size = (shape.out_features, shape.in_features)
+        floor = floor_microseconds(moved, 0, "float32", ceilings)
+        yield Measurement("aphroquant", shape.name, *size, tokens, microseconds, moved, floor, wrong, pairs)
 
 
 def _torch_float32(matrix: Tensor, x: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import re
 from typing import NamedTuple
 
 from aphroquant.errors import UsageError
+from aphroquant.kernels.benchmark.expert_shapes import EXPERT_MODELS, ExpertShape, expert_shapes
 
 
 class LayerShape(NamedTuple):
@@ -37,6 +38,11 @@ _BLOCKS = {
 }
 
 
+def find_shapes(name: str) -> list[LayerShape] | list[ExpertShape]:
+    """The expert layers of a mixture of experts, else as layer_shapes."""
+    return expert_shapes(name) if name in EXPERT_MODELS else layer_shapes(name)
+
+
 def layer_shapes(name: str) -> list[LayerShape]:
     """Of a named model, or of one layer written as 4096x14336 (outputs x inputs). UsageError lists the names."""
     if match := re.fullmatch(r"(\d+)x(\d+)", name):
@@ -46,7 +52,7 @@ def layer_shapes(name: str) -> list[LayerShape]:
         return [LayerShape(name, out_features, in_features)]
     if name not in _BLOCKS:
         raise UsageError(
-            f"shapes {name!r} must be one of {', '.join(_BLOCKS)}, or a layer as OUTPUTSxINPUTS",
+            f"shapes {name!r} must be one of {', '.join((*_BLOCKS, *EXPERT_MODELS))}, or a layer as OUTPUTSxINPUTS",
             hint="for example --shapes llama-3-8b or --shapes 4096x14336",
         )
     block = _BLOCKS[name]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from aphroquant.kernels.reference.grouped import TokenGroups
 from aphroquant.kernels.reference.linear import input_scheme, quantize_dequantize
 from aphroquant.schemes import DenseScheme, QuantizedWeight
 from aphroquant.schemes.rows import split_rows
@@ -37,6 +38,7 @@ class Measurement:
     num_bytes: int
     floor_microseconds: float
     error: float | None
+    pairs: int | None = None  # of a token and an expert; None: each row is multiplied once
 
     @property
     def gigabytes_per_second(self) -> float:
@@ -44,7 +46,8 @@ class Measurement:
 
     @property
     def teraflops(self) -> float:
-        return 2 * self.rows * self.out_features * self.in_features / self.microseconds / 1e6
+        rows = self.rows if self.pairs is None else self.pairs
+        return 2 * rows * self.out_features * self.in_features / self.microseconds / 1e6
 
     @property
     def share(self) -> float:
@@ -97,6 +100,24 @@ def error_of(run: Callable[[Tensor], Tensor], weight: QuantizedWeight, x: Tensor
         missed += float((found[:, start:stop] - expected).square().sum())
         total += float(expected.square().sum())
         start = stop
+    return float((missed / total) ** 0.5) if total else 0.0
+
+
+def experts_error(
+    found: Tensor, weights: Sequence[QuantizedWeight], x: Tensor, groups: TokenGroups, by_token: bool
+) -> float:
+    """As error_of, for the sorted results of several experts; x is that of tokens, or in the order of places."""
+    given = x[groups.rows.long()] if by_token else x
+    ends, missed, total = groups.offsets.tolist(), 0.0, 0.0
+    for expert, weight in enumerate(weights):
+        rows = given[ends[expert] : ends[expert + 1]]
+        if not rows.shape[0]:
+            continue
+        inputs = input_scheme(weight.scheme)
+        exact = rows if inputs is None else quantize_dequantize(rows.float(), inputs, weight.tensors.get("input_scale"))
+        expected = exact.double() @ _float64(weight).T
+        missed += float((found[ends[expert] : ends[expert + 1]].double() - expected).square().sum())
+        total += float(expected.square().sum())
     return float((missed / total) ** 0.5) if total else 0.0
 
 

@@ -45,7 +45,7 @@ def find_peers(scheme: Scheme, dtype: torch.dtype, folder: Path | None) -> Itera
     yield Peer(f"cuBLAS {str(dtype).removeprefix('torch.')}", _cublas, dense_weight)
     if isinstance(scheme, FloatScheme) and scheme.granularity == "channel" and scheme.activations is not None:
         yield Peer("torch._scaled_mm (inputs quantized before)", _scaled_mm)
-        if folder is not None and _vllm(folder):
+        if folder is not None and load_vllm(folder):
             yield Peer("vLLM CUTLASS (inputs quantized before)", partial(_cutlass, dtype=dtype))
     if not _plain_int4(scheme):
         return
@@ -53,7 +53,7 @@ def find_peers(scheme: Scheme, dtype: torch.dtype, folder: Path | None) -> Itera
         yield Peer("tinygemm", _tinygemm)
     if folder is None:
         return
-    if version := _vllm(folder):
+    if version := load_vllm(folder):
         yield Peer("Marlin", partial(_marlin, version=version))
         if torch.cuda.get_device_capability() == (9, 0):
             yield Peer("Machete", _machete)
@@ -90,7 +90,7 @@ def _files(folder: Path, pattern: str) -> list[Path]:
 
 
 @cache
-def _vllm(folder: Path) -> str | None:
+def load_vllm(folder: Path) -> str | None:
     """Load vLLM's operators; its release ("026") if they are there."""
     for release in ("026", "033"):  # one a process: all register the same names
         if _load(folder, f"vllm{release}*_C*"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from aphroquant.errors import UsageError
-from aphroquant.kernels.benchmark.layer_shapes import layer_shapes
+from aphroquant.kernels.benchmark.layer_shapes import find_shapes, layer_shapes
 from aphroquant.kernels.benchmark.scheme_names import scheme_of
 from aphroquant.schemes import IntegerScheme
 
@@ -40,3 +40,12 @@ def test_integer_schemes_are_written_by_their_parts() -> None:
 def test_an_unknown_scheme_lists_the_known_ones(name: str) -> None:
     with pytest.raises(UsageError, match=r"must be wBITS\[gGROUP\].*fp8-block.*q4_k"):
         scheme_of(name)
+
+
+def test_mixtures_of_experts_have_theirs() -> None:
+    gate_up, down = find_shapes("qwen3-30b-a3b")
+    assert gate_up == ("gate_up", 1536, 2048, 128, 8, True)
+    assert down == ("down", 2048, 768, 128, 8, False)
+    assert find_shapes("4096x14336") == layer_shapes("4096x14336")
+    with pytest.raises(UsageError, match="mixtral-8x7b"):
+        find_shapes("mixtral")
