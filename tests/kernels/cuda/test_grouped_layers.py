@@ -115,7 +115,7 @@ def test_many_pairs_are_sorted_by_expert(tokens: int, top_k: int, experts: int) 
 
 
 def test_one_graph_serves_every_routing() -> None:
-    weights, layer = prepared(IntegerScheme(4, 128, True), 16, torch.bfloat16, (128, 256))
+    _, layer = prepared(IntegerScheme(4, 128, True), 16, torch.bfloat16, (128, 256))
     for tokens in (4, 150):
         ids, x = draw(tokens, 16, 2, "random"), torch.randn(tokens, 256, device="cuda").bfloat16()
         shares = torch.rand(tokens, 2, device="cuda")
