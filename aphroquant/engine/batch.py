@@ -55,7 +55,9 @@ def pack(step: Collection[tuple[Sequence, int]], block_size: int) -> ForwardBatc
     Sequences that have all their tokens computed then need the logits of their last row.
     """
     if all(count == 1 for _, count in step):
-        return _pack_single([sequence for sequence, _ in step], block_size)
+        sequences = [sequence for sequence, _ in step]
+        tokens = [sequence.token_ids[sequence.num_computed] for sequence in sequences]
+        return _pack_single(sequences, [sequence.num_computed for sequence in sequences], tokens, block_size)
     num_tokens = sum(count for _, count in step)
     token_ids = np.empty(num_tokens, np.int32)
     positions = np.empty(num_tokens, np.int32)
@@ -87,18 +89,23 @@ def pack(step: Collection[tuple[Sequence, int]], block_size: int) -> ForwardBatc
     )
 
 
-def _pack_single(sequences: list[Sequence], block_size: int) -> ForwardBatch:
+def pack_ahead(sequences: Collection[Sequence], block_size: int) -> ForwardBatch:
+    """One token behind the last known one of each sequence. What it is nobody knows yet: token_ids are 0."""
+    return _pack_single(sequences, [len(s.token_ids) for s in sequences], [0] * len(sequences), block_size)
+
+
+def _pack_single(
+    sequences: Collection[Sequence], positions: list[int], tokens: list[int], block_size: int
+) -> ForwardBatch:
     """The same for one token of each sequence: the step that is taken most often, in a fifth of the time."""
-    positions = [sequence.num_computed for sequence in sequences]
     pairs = list(zip(sequences, positions, strict=True))
-    token_ids = np.array([sequence.token_ids[position] for sequence, position in pairs], np.int32)
     slots = [
         sequence.blocks[position // block_size] * block_size + position % block_size for sequence, position in pairs
     ]
     own = np.array(positions, np.int32)
-    complete = [row for row, (sequence, position) in enumerate(pairs) if position + 1 == len(sequence.token_ids)]
+    complete = [row for row, (sequence, position) in enumerate(pairs) if position + 1 >= len(sequence.token_ids)]
     return ForwardBatch(
-        token_ids=torch.from_numpy(token_ids),
+        token_ids=torch.from_numpy(np.array(tokens, np.int32)),
         positions=torch.from_numpy(own),
         slot_mapping=torch.from_numpy(np.array(slots, np.int64)),
         query_start=torch.from_numpy(np.arange(len(sequences) + 1, dtype=np.int32)),
@@ -108,7 +115,7 @@ def _pack_single(sequences: list[Sequence], block_size: int) -> ForwardBatch:
     )
 
 
-def _tables(sequences: list[Sequence]) -> npt.NDArray[np.int32]:
+def _tables(sequences: Collection[Sequence]) -> npt.NDArray[np.int32]:
     tables = np.zeros((len(sequences), max(len(sequence.blocks) for sequence in sequences)), np.int32)
     for row, sequence in zip(tables, sequences, strict=True):
         row[: len(sequence.blocks)] = sequence.block_table[: len(sequence.blocks)]

@@ -45,6 +45,11 @@ class Choice(Sequence):
             params, prompt=request.prompt_token_ids, ending=self._ending, index=index
         )  # fmt: skip
 
+    @property
+    def ends_with_next(self) -> bool:
+        """Whether the next token is the last one whatever it is."""
+        return len(self.token_ids) + 1 >= self._max_len
+
     def accept(self, token: int) -> Progress:
         """Append a sampled token. A token that ends the output has no text."""
         self.token_ids.append(token)

@@ -9,17 +9,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from aphroquant.engine.batch import pack
+from aphroquant.engine.ahead import AheadRunner, BegunStep, KnownTokens
+from aphroquant.engine.batch import pack, pack_ahead
 from aphroquant.engine.block_manager import BlockManager
 from aphroquant.engine.choice import Choice
-from aphroquant.engine.cuda.sampling import sample_on_device
 from aphroquant.engine.detokenizer import DetokenizerFactory
 from aphroquant.engine.loading import LoadedModel, load_model
-from aphroquant.engine.sampling import RankedLogprobs, Sampled, sample
+from aphroquant.engine.sampling import RankedLogprobs, Sampled
 from aphroquant.engine.scheduler import Scheduled, Scheduler
+from aphroquant.engine.sequence import State
 from aphroquant.engine.types import Delta, EngineConfig, EngineStats, FinishReason, GenerationRequest, TokenLogprobs
 from aphroquant.errors import RequestError
 
@@ -45,6 +45,7 @@ class Engine:
         self.vocab_size = model.vocab_size
         self.kv_capacity_tokens = model.num_kv_blocks * config.block_size
         self._model = model
+        self._ahead = model.runner if isinstance(model.runner, AheadRunner) else None
         self._detokenizers = DetokenizerFactory(model.tokenizer)
         self._blocks = BlockManager(
             model.num_kv_blocks, config.block_size, enable_prefix_caching=config.enable_prefix_caching
@@ -56,6 +57,7 @@ class Engine:
         )
         self._requests: dict[str, list[Choice]] = {}  # unfinished choices
         self._news: list[Delta] = []  # for the next step
+        self._begun: list[BegunStep] = []  # ahead of the step whose news were given last
         self._num_prompt_tokens = 0
         self._num_generated_tokens = 0
 
@@ -93,12 +95,10 @@ class Engine:
     def step(self) -> list[Delta]:
         """Compute one batch and give the news of every choice that got a token or ended."""
         news, self._news = self._news, []
-        step = self._scheduler.schedule()
-        for part, result in self._forward(step) if step else ():
-            if isinstance(result, str):
-                news += [self._fail(choice, f"the forward failed: {result}") for choice, _ in part]
-            else:
-                news += self._advance(part, result)
+        begun = [step for step in self._begun if step.is_wanted] or self._begin()
+        self._begun = self._begin_ahead(begun)
+        for step in begun:
+            news += self._complete(step)
         return news
 
     def stats(self) -> EngineStats:
@@ -122,27 +122,58 @@ class Engine:
         unfinished = {choice for choices in self._requests.values() for choice in choices}
         assert unfinished == set(self._scheduler), "requests and scheduler disagree"
 
-    def _forward(self, step: list[Scheduled[Choice]]) -> Iterator[tuple[list[Scheduled[Choice]], Tensor | str]]:
-        """The logits of the step; if it fails, of each sequence alone, or the error of those that fail alone."""
-        result: Tensor | str
+    def _begin(self) -> list[BegunStep]:
+        """The next step."""
+        step = self._scheduler.schedule()
+        return list(self._forward(step)) if step else []
+
+    def _forward(self, part: list[Scheduled[Choice]]) -> Iterator[BegunStep]:
+        """One forward for all; if it fails, one for each, and the error of those that fail alone."""
+        complete = [scheduled.sequence for scheduled in part if scheduled.is_complete]
         try:
-            result = self._model.runner.forward(pack(step, self.config.block_size))
+            logits = self._model.runner.forward(pack(part, self.config.block_size))
         except (RuntimeError, MemoryError) as error:
-            logger.exception("a forward of %d sequences failed", len(step))
-            if len(step) > 1:
-                for scheduled in step:
+            logger.exception("a forward of %d sequences failed", len(part))
+            if len(part) > 1:
+                for scheduled in part:
                     yield from self._forward([scheduled])
                 return
-            result = str(error) or type(error).__name__
-        yield step, result
+            yield BegunStep(part, complete, str(error) or type(error).__name__)
+            return
+        begin_sampling = self._ahead.begin_sampling if self._ahead else KnownTokens
+        yield BegunStep(part, complete, begin_sampling(logits, [choice.sampler for choice in complete]))
 
-    def _advance(self, part: list[Scheduled[Choice]], logits: Tensor) -> list[Delta]:
-        """Account for computed tokens, and sample for the sequences that are complete."""
-        complete = [scheduled.sequence for scheduled in part if scheduled.is_complete]
-        self._scheduler.computed(part)
-        choose = sample if logits.device.type == "cpu" else sample_on_device
-        sampled = choose(logits, [choice.sampler for choice in complete])
-        return [self._accept(choice, result) for choice, result in zip(complete, sampled, strict=True)]
+    def _begin_ahead(self, begun: list[BegunStep]) -> list[BegunStep]:
+        """The decode step after the one that has begun, if all that it lacks are the tokens of that one."""
+        if self._ahead is None or len(begun) != 1:
+            return []
+        step = begun[0]
+        tokens = None if isinstance(step.outcome, str) else step.outcome.on_device
+        rows = [
+            row
+            for row, choice in enumerate(step.complete)
+            if choice.state is State.RUNNING and not choice.ends_with_next
+        ]
+        choices = [step.complete[row] for row in rows]
+        if tokens is None or not self._scheduler.make_room_ahead(step.part, choices):
+            return []
+        try:
+            logits = self._ahead.forward_ahead(pack_ahead(choices, self.config.block_size), tokens, rows)
+        except (RuntimeError, MemoryError):
+            logger.exception("a forward of %d sequences failed; they are tried again", len(choices))
+            return []
+        outcome = self._ahead.begin_sampling(logits, [choice.sampler for choice in choices])
+        return [BegunStep([Scheduled(choice, 1) for choice in choices], choices, outcome)]
+
+    def _complete(self, step: BegunStep) -> list[Delta]:
+        """Account for computed tokens, and take the sampled ones of sequences that have not ended meanwhile."""
+        running = [scheduled for scheduled in step.part if scheduled.sequence.state is State.RUNNING]
+        if isinstance(step.outcome, str):
+            reason = f"the forward failed: {step.outcome}"
+            return [self._fail(scheduled.sequence, reason) for scheduled in running]
+        self._scheduler.computed(running)
+        results = zip(step.complete, step.outcome.result(), strict=True)
+        return [self._accept(choice, sampled) for choice, sampled in results if choice.state is State.RUNNING]
 
     def _accept(self, choice: Choice, sampled: Sampled | None) -> Delta:
         if sampled is None:

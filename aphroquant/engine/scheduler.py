@@ -54,6 +54,7 @@ class Scheduler(Generic[S]):
         self.max_num_seqs, self.max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
         self.waiting: deque[S] = deque()
         self.running: list[S] = []  # in order of admission
+        self._is_full = False  # nobody who waits can be admitted until somebody ends
         self.num_preemptions = 0
         self.num_prefix_queries = 0  # tokens looked up and
         self.num_prefix_hits = 0  # found in the prefix cache at first admission
@@ -69,6 +70,7 @@ class Scheduler(Generic[S]):
     def add(self, sequence: S) -> None:
         """Queue a sequence. Its prompt and all its output must fit into the cache when it is alone there."""
         self.waiting.append(sequence)
+        self._is_full = False
 
     def finish(self, sequence: S, *, reusable: bool = True) -> None:
         """Take a sequence out, whatever its state, and its blocks back; their content stays known if `reusable`."""
@@ -79,6 +81,7 @@ class Scheduler(Generic[S]):
             self.blocks.release(sequence.drop_blocks())
         elif sequence.state is State.WAITING:
             self.waiting.remove(sequence)
+        self._is_full = False
         sequence.state = State.FINISHED
 
     def schedule(self) -> list[Scheduled[S]]:
@@ -92,6 +95,25 @@ class Scheduler(Generic[S]):
         if self.num_preemptions == num_preemptions:
             self._admit(step)
         return [Scheduled(sequence, num_tokens) for sequence, num_tokens in step.counts.items()]
+
+    def make_room_ahead(self, step: list[Scheduled[S]], sequences: list[S]) -> bool:
+        """Make room for one token more of `sequences`, all out of `step`, before the tokens that it gives are known.
+
+        False if the step after it must not be the decoding of these sequences alone: some are still being read, others
+        may be admitted, or somebody would have to give up blocks.
+        """
+        may_admit = self.waiting and not self._is_full and len(self.running) < self.max_num_seqs
+        if may_admit or not sequences or not all(scheduled.is_complete for scheduled in step):
+            return False
+        if not {scheduled.sequence for scheduled in step}.issuperset(self.running):
+            return False
+        needed = [self.blocks.blocks_for(len(sequence.token_ids) + 1) - len(sequence.blocks) for sequence in sequences]
+        if sum(needed) > self.blocks.num_free:
+            return False
+        for sequence, count in zip(sequences, needed, strict=True):
+            if count > 0:
+                sequence.add_blocks(self.blocks.allocate(count))
+        return True
 
     def computed(self, step: list[Scheduled[S]]) -> None:
         """Account for a step that has been computed; call it before tokens are appended."""
@@ -126,6 +148,7 @@ class Scheduler(Generic[S]):
 
     def _admit(self, step: _Step[S]) -> None:
         skipped: list[S] = []
+        self._is_full = False
         while self.waiting and step.budget and len(self.running) < self.max_num_seqs:
             sequence = self.waiting.popleft()
             if not sequence.is_ready:
@@ -133,6 +156,7 @@ class Scheduler(Generic[S]):
                 continue
             if not self._take_blocks(sequence):
                 self.waiting.appendleft(sequence)
+                self._is_full = True
                 break
             sequence.state = State.RUNNING
             self.running.append(sequence)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from aphroquant.engine.batch import ForwardBatch
+from aphroquant.kernels.cuda.host_copies import to_device
 
 MakeTiles = Callable[[Sequence[int], Sequence[int]], Tensor]
 
@@ -75,18 +76,15 @@ def mixed_inputs(
 
 
 class DecodeBuffers:
-    """Fixed memory on the device for decode steps, which captured graphs read, and its pinned mirror on the host.
+    """Fixed memory on the device for decode steps, which captured graphs read.
 
-    A step's numbers travel in one copy; block tables only when one has changed since the last step.
+    A step's numbers travel in one copy; block tables only when one has changed since the last step. The host waits for
+    neither, nor for the step before.
     """
 
     def __init__(self, max_sequences: int, table_width: int, device: torch.device) -> None:
-        self._max, self._pinned = max_sequences, device.type == "cuda"
-        self._host = torch.zeros(5 * max_sequences, dtype=torch.int32, pin_memory=self._pinned)
-        self._device = self._host.to(device)
-        numbers: npt.NDArray[np.int32] = self._host.numpy()
-        self._slots = numbers[: 2 * max_sequences].view(np.int64)
-        self._rows = numbers[2 * max_sequences :].reshape(3, max_sequences)  # token ids, positions, context lengths
+        self._max = max_sequences
+        self._device = torch.zeros(5 * max_sequences, dtype=torch.int32, device=device)
         self._tables = torch.zeros(max_sequences, table_width, dtype=torch.int32, device=device)
         self._known: npt.NDArray[np.int32] = np.zeros((max_sequences, table_width), np.int32)
 
@@ -104,18 +102,22 @@ class DecodeBuffers:
             splits=splits,
         )
 
-    def fill(self, batch: ForwardBatch, bucket: int) -> None:
+    def fill(self, batch: ForwardBatch, bucket: int, tokens: Tensor | None = None) -> None:
         """Take over a decode-only batch, padded to the bucket with sequences that store nothing and see nothing.
 
-        The step before must be complete: its numbers are overwritten.
+        `tokens`, int32 [S] on the device, instead of those of the batch.
         """
         count = batch.num_sequences
-        self._slots[:count] = batch.slot_mapping.numpy()
-        self._slots[count:bucket] = -1
-        for row, source in zip(self._rows, (batch.token_ids, batch.positions, batch.context_lens), strict=True):
+        numbers = np.zeros(5 * self._max, np.int32)
+        slots = numbers[: 2 * self._max].view(np.int64)
+        slots[:count] = batch.slot_mapping.numpy()
+        slots[count:bucket] = -1
+        rows = numbers[2 * self._max :].reshape(3, self._max)
+        for row, source in zip(rows, (batch.token_ids, batch.positions, batch.context_lens), strict=True):
             row[:count] = source.numpy()
-            row[count:bucket] = 0
-        self._device.copy_(self._host, non_blocking=True)
+        self._device.copy_(to_device(torch.from_numpy(numbers), self._device.device))
+        if tokens is not None:
+            self._device[2 * self._max :][:count] = tokens
         tables = batch.block_tables.numpy()
         width = tables.shape[1]
         known = self._known[:count, :width]
@@ -123,4 +125,4 @@ class DecodeBuffers:
         if len(changed):
             known[changed] = tables[changed]
             first, end = int(changed[0]), int(changed[-1]) + 1
-            self._tables[first:end, :width] = torch.from_numpy(tables[first:end]).to(self._tables.device)
+            self._tables[first:end, :width] = to_device(torch.from_numpy(tables[first:end]), self._tables.device)

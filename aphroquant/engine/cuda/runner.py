@@ -5,8 +5,9 @@ from __future__ import annotations
 import gc
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,8 +17,11 @@ from aphroquant.engine.batch import ForwardBatch
 from aphroquant.engine.cuda.buckets import batch_buckets, bucket_for
 from aphroquant.engine.cuda.decoder import CudaDecoder
 from aphroquant.engine.cuda.metadata import DecodeBuffers, StepInputs, is_decode_only, mixed_inputs
+from aphroquant.engine.cuda.sampling import DeviceSampling
 from aphroquant.engine.kv_cache import KVCache
+from aphroquant.engine.sampling import RequestSampler
 from aphroquant.kernels.cuda.attention.decode import DecodeWorkspace, num_splits
+from aphroquant.kernels.cuda.host_copies import to_device
 
 logger = logging.getLogger(__name__)
 
@@ -48,12 +52,28 @@ class CudaRunner:
         if bucket is None:
             make_tiles = self._decoder.prefill_attention.tiles
             return self._run(mixed_inputs(batch, make_tiles, self._splits, self._decoder.device))
-        step = self._steps[bucket]
         self._buffers.fill(batch, bucket)
-        logits = step.run()[: batch.num_sequences]
+        logits = self._steps[bucket].run()[: batch.num_sequences]
         if batch.logits_rows.shape[0] == batch.num_sequences:
             return logits
         return logits[batch.logits_rows.to(logits.device)]
+
+    @torch.inference_mode()
+    def forward_ahead(self, batch: ForwardBatch, tokens: Tensor, rows: list[int]) -> Tensor:
+        """As `forward` for one token a sequence, which is on the device only: sequence i has tokens[rows[i]]."""
+        if len(rows) < tokens.shape[0]:
+            tokens = tokens[to_device(torch.tensor(rows), tokens.device)]
+        bucket = bucket_for(batch.num_sequences, self._buckets)
+        if bucket is None:
+            make_tiles = self._decoder.prefill_attention.tiles
+            inputs = mixed_inputs(batch, make_tiles, self._splits, self._decoder.device)
+            return self._run(replace(inputs, token_ids=tokens))
+        self._buffers.fill(batch, bucket, tokens)
+        return self._steps[bucket].run()[: batch.num_sequences]
+
+    def begin_sampling(self, logits: Tensor, samplers: Sequence[RequestSampler]) -> DeviceSampling:
+        """Tokens for logits that `forward` gave."""
+        return DeviceSampling(logits, samplers)
 
     @torch.inference_mode()
     def _prepare_all(self) -> None:

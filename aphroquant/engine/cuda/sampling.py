@@ -13,20 +13,32 @@ import torch
 from torch import Tensor
 
 from aphroquant.engine.sampling import RequestSampler, Sampled
+from aphroquant.kernels.cuda.host_copies import HostCopy, to_device
 from aphroquant.kernels.cuda.sampling.tokens import sample_tokens
 
 
-def sample_on_device(logits: Tensor, samplers: Sequence[RequestSampler]) -> list[Sampled | None]:
-    """One token for each row of logits [R, V]; None where they are not numbers."""
-    draws = [sampler.device_draw() for sampler in samplers]
-    others = [row for row, draw in enumerate(draws) if draw is None]
-    rows = [row for row, draw in enumerate(draws) if draw is not None] if others else None
-    tokens = sample_tokens(logits, [draw for draw in draws if draw is not None], rows)
-    results: list[Sampled | None] = [None] * len(samplers)
-    if others:
-        copied = logits[torch.tensor(others, device=logits.device)].cpu().numpy()
-        for row, values in zip(others, copied, strict=True):
-            results[row] = samplers[row].sample(values)
-    for row, token in zip(range(len(samplers)) if rows is None else rows, tokens.tolist(), strict=True):
-        results[row] = None if token < 0 else Sampled(token)
-    return results
+class DeviceSampling:
+    """One token for each row of logits [R, V], begun at once. Later launches may overwrite the logits."""
+
+    def __init__(self, logits: Tensor, samplers: Sequence[RequestSampler]) -> None:
+        self._samplers = samplers
+        draws = [sampler.device_draw() for sampler in samplers]
+        self._others = [row for row, draw in enumerate(draws) if draw is None]
+        self._rows = [row for row, draw in enumerate(draws) if draw is not None]
+        rows = self._rows if self._others else None
+        sampled = sample_tokens(logits, [draw for draw in draws if draw is not None], rows)
+        self._tokens = HostCopy(sampled.tokens)
+        self._logits: HostCopy | None = None
+        if self._others:
+            self._logits = HostCopy(logits[to_device(torch.tensor(self._others), logits.device)])
+        self.on_device = None if self._others else sampled.next
+
+    def result(self) -> list[Sampled | None]:
+        """The tokens, when they are known; None for rows that are not numbers."""
+        results: list[Sampled | None] = [None] * len(self._samplers)
+        if self._logits is not None:
+            for row, values in zip(self._others, self._logits.wait().numpy(), strict=True):
+                results[row] = self._samplers[row].sample(values)
+        for row, token in zip(self._rows, self._tokens.wait().tolist(), strict=True):
+            results[row] = None if token < 0 else Sampled(token)
+        return results

@@ -15,7 +15,7 @@ def _share_error() -> float:
     """Draws at even positions have the probabilities as their shares."""
     logits = torch.randn(1, 50, device="cuda")
     draws = [TokenDraw((index + 0.5) / _COUNT, temperature=0.8) for index in range(_COUNT)]
-    tokens = sample_tokens(logits.expand(_COUNT, 50).contiguous(), draws)
+    tokens = sample_tokens(logits.expand(_COUNT, 50).contiguous(), draws).tokens
     shares = torch.bincount(tokens, minlength=50).double() / _COUNT
     expected = (logits[0].double() / 0.8).softmax(0)
     return float((shares - expected).norm() / expected.norm())
@@ -24,7 +24,7 @@ def _share_error() -> float:
 def _greedy_error() -> float:
     """The share of rows whose token is not the likeliest."""
     logits = torch.randn(20, 3001, device="cuda")
-    tokens = sample_tokens(logits, [TokenDraw()] * 20)
+    tokens = sample_tokens(logits, [TokenDraw()] * 20).tokens
     return float((tokens != logits.argmax(-1)).double().mean())
 
 

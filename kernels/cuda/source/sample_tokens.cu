@@ -2,7 +2,7 @@
 //
 // What top-k and top-p keep is "all keys from some edge on" (sample_cut.cuh): of equal logits the lower ids. Weights
 // exp((logit - peak) / temperature) are integers in units of 2^-40, so the draw is exact. It goes through the kept tokens
-// in ascending order of ids.
+// in ascending order of ids. A row that is no numbers has the token -1, and 0 as the one that a decoder may go on with.
 //
 // Macros: THREADS.
 #include "sample_cut.cuh"
@@ -52,7 +52,7 @@ __device__ __forceinline__ int find_token(const Row& row, Key edge, double posit
 
 extern "C" __global__ void __launch_bounds__(THREADS)
     sample_tokens(const float* __restrict__ logits, const int* __restrict__ rows, const Draw* __restrict__ draws,
-                  long long* __restrict__ tokens, int vocab_size) {
+                  long long* __restrict__ tokens, int* __restrict__ next_tokens, int vocab_size) {
   __shared__ Shared shared;
   const float* own = logits + static_cast<long long>(rows ? rows[blockIdx.x] : blockIdx.x) * vocab_size;
   Key best = 0, lowest_inverse = 0;
@@ -72,7 +72,10 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   const bool valid = !any_bad && fabsf(peak) <= 3.402823466e38f;
   const Draw draw = draws ? draws[blockIdx.x] : Draw{0.0, 0.0f, 1.0f, 0.0f, 0};
   if (!valid || draw.temperature == 0.0f) {
-    if (threadIdx.x == 0) tokens[blockIdx.x] = valid ? likeliest : -1;
+    if (threadIdx.x == 0) {
+      tokens[blockIdx.x] = valid ? likeliest : -1;
+      next_tokens[blockIdx.x] = valid ? likeliest : 0;
+    }
     return;
   }
 
@@ -92,5 +95,5 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     edge = cut(row, edge, [&](float logit) { return row.weight(logit); }, wanted, weighted, shared);
   }
   const int token = find_token(row, edge, draws[blockIdx.x].position, shared);
-  if (token >= 0) tokens[blockIdx.x] = token;
+  if (token >= 0) tokens[blockIdx.x] = next_tokens[blockIdx.x] = token;
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from aphroquant.engine.cuda.sampling import sample_on_device
+from aphroquant.engine.cuda.sampling import DeviceSampling
 from aphroquant.engine.sampling import RequestSampler, sample
 from aphroquant.engine.types import SamplingParams
 from aphroquant.kernels.cuda.sampling.draws import TokenDraw
@@ -33,14 +33,14 @@ def test_batched_sampling_gives_the_tokens_of_the_host_samplers(device: torch.de
     ours, theirs = samplers(PARAMS), samplers(PARAMS)
     for step in range(2 if device.type == "cpu" else 40):
         logits = torch.randn(len(PARAMS), vocab_size, generator=torch.Generator().manual_seed(step)) * 3
-        assert sample_on_device(logits.to(device), ours) == sample(logits, theirs)
+        assert DeviceSampling(logits.to(device), ours).result() == sample(logits, theirs)
 
 
 def test_draws_follow_the_distribution(device: torch.device) -> None:
     count = 4000 if device.type == "cuda" else 50
     logits = torch.tensor([[0.0, 1.0, 2.0, -1.0]], device=device).expand(count, 4).contiguous()
     positions = [(index + 0.5) / count for index in range(count)]  # even: the shares are then the probabilities
-    tokens = sample_tokens(logits, [TokenDraw(position, temperature=0.5) for position in positions])
+    tokens = sample_tokens(logits, [TokenDraw(position, temperature=0.5) for position in positions]).tokens
     shares = torch.bincount(tokens.cpu(), minlength=4) / count
     assert torch.allclose(shares, (logits[0] / 0.5).softmax(0).cpu(), atol=1.5 / count)
 
@@ -49,14 +49,17 @@ def test_rows_that_are_no_numbers_fail_alone(device: torch.device) -> None:
     logits = torch.randn(4, 50).to(device)
     logits[1, 3] = torch.nan
     logits[2] = -torch.inf
-    results = sample_on_device(logits, samplers([PARAMS[0], PARAMS[0], PARAMS[1], PARAMS[1]]))
+    sampling = DeviceSampling(logits, samplers([PARAMS[0], PARAMS[0], PARAMS[1], PARAMS[1]]))
+    results = sampling.result()
     assert [result is None for result in results] == [False, True, True, False]
+    assert sampling.on_device is not None
+    assert sampling.on_device.tolist() == [0 if result is None else result.token for result in results]
 
 
 def test_of_equal_logits_the_first_is_greedy_and_top_k_keeps_the_lower_ids(device: torch.device) -> None:
     logits = torch.zeros(9, 10, device=device)
     draws = [TokenDraw()] + [TokenDraw(position / 8, temperature=1, top_k=3) for position in range(8)]
-    tokens = sample_tokens(logits, draws).tolist()
+    tokens = sample_tokens(logits, draws).tokens.tolist()
     assert tokens[0] == 0
     assert set(tokens[1:]) == {0, 1, 2}
 
@@ -65,13 +68,13 @@ def test_forbidden_tokens_are_never_drawn(device: torch.device) -> None:
     logits = torch.full((3, 40), -torch.inf, device=device)
     logits[:, 7], logits[:, 31] = 1.0, 0.5
     draws = [TokenDraw(position, temperature=2.0) for position in (0.0, 0.5, 0.999999)]
-    assert sample_tokens(logits, draws).tolist() == [7, 7, 31]
+    assert sample_tokens(logits, draws).tokens.tolist() == [7, 7, 31]
 
 
 def drawn(logits: torch.Tensor, draw: TokenDraw, count: int, device: torch.device) -> set[int]:
     """Tokens at even positions of the distribution over one row."""
     draws = [draw._replace(position=(index + 0.5) / count) for index in range(count)]
-    return set(sample_tokens(logits.to(device).expand(count, -1).contiguous(), draws).tolist())
+    return set(sample_tokens(logits.to(device).expand(count, -1).contiguous(), draws).tokens.tolist())
 
 
 @pytest.mark.parametrize("spread", [0.02, 1.0, 6.0])
@@ -96,7 +99,7 @@ def test_more_equal_logits_than_are_listed_at_once_are_cut_by_their_ids(device: 
     flat = drawn(logits, TokenDraw(temperature=100.0, top_k=3000), count, device)
     assert max(flat) < 3000
     ends = [TokenDraw(position, temperature=100.0, top_p=0.5) for position in (0.0, 1 - 1e-9)]
-    first, last = sample_tokens(logits.to(device).expand(2, -1).contiguous(), ends).tolist()
+    first, last = sample_tokens(logits.to(device).expand(2, -1).contiguous(), ends).tokens.tolist()
     assert first == 0
     assert abs(last - 2499) <= 2
 
@@ -108,4 +111,9 @@ def test_large_and_infinite_logits_are_ordered_like_all_others(device: torch.dev
         TokenDraw(0.99, temperature=1.0, top_p=0.9),
         TokenDraw(0.99, temperature=1.0, top_k=3, top_p=0.3),
     ]
-    assert sample_tokens(logits, draws).tolist() == [0, 4, 0]
+    assert sample_tokens(logits, draws).tokens.tolist() == [0, 4, 0]
+
+
+def test_rows_for_the_samplers_of_the_host_leave_nothing_to_go_on_with(device: torch.device) -> None:
+    logits = torch.randn(2, 40, device=device)
+    assert DeviceSampling(logits, samplers([PARAMS[0], PARAMS[6]])).on_device is None
