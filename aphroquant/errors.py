@@ -14,6 +14,8 @@ An interrupted command ends with 130, and a terminated convert with 143; both re
 
 from __future__ import annotations
 
+import errno
+
 EXIT_OK = 0
 EXIT_INTERRUPTED = 130
 MAX_MESSAGE = 1000  # characters: messages quote files, which may hold anything
@@ -69,3 +71,23 @@ def one_line(text: str) -> str:
     words = " ".join(text.split())
     plain = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in words)
     return plain if len(plain) <= MAX_MESSAGE else f"{plain[: MAX_MESSAGE - 300]} ... {plain[-290:]}"
+
+
+# torch, its libraries and the system have no common error for it. In lower case.
+_OUT_OF_MEMORY = ("allocate memory", "not enough memory", "out of memory", "bad_alloc", "can't start new thread")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory was refused: by Python, by torch's allocators, or by the system."""
+    if isinstance(error, MemoryError):
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in _OUT_OF_MEMORY)
+
+
+def out_of_memory() -> ResourceError:
+    """The error for it where nothing better is known."""
+    return ResourceError(
+        "out of memory", hint="free some memory, or raise the limit that was set on it (ulimit -v, a container's)"
+    )

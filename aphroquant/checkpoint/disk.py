@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from aphroquant.errors import ResourceError, UsageError
+from aphroquant.errors import ResourceError, UsageError, is_out_of_memory
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -27,6 +27,8 @@ def telling_disk_errors(target: Path, written: Callable[[], int]) -> Iterator[No
                 f"{target}: the disk is full after {size_text(written())} of tensors",
                 hint="free some space or give another --out; nothing was left behind",
             ) from error
+        if is_out_of_memory(error):
+            raise
         raise UsageError(f"{target}: cannot be written: {error.strerror or error}") from error
 
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
 
-from aphroquant.errors import InputError
+from aphroquant.errors import InputError, is_out_of_memory
 
 MAX_JSON_BYTES = 2**26  # of a config or an index, which is parsed in memory
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -27,6 +27,8 @@ def opened(path: Path) -> Iterator[tuple[FileIO, int]]:
                 raise InputError(f"{path}: is {_kind(found.st_mode)}, not a file")
             yield file, found.st_size
     except OSError as error:
+        if is_out_of_memory(error):  # while the file is mapped
+            raise
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
     except ValueError as error:  # a name with a NUL
         raise InputError(f"{path}: cannot be read: {error}") from error

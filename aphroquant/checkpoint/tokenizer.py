@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from aphroquant.checkpoint.files import check_ordinary
-from aphroquant.errors import InputError
+from aphroquant.errors import InputError, is_out_of_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,9 +39,11 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
                 directory, trust_remote_code=False, local_files_only=True
             )
             tokenizer.decode(tokenizer(_SAMPLE)["input_ids"])  # some settings fail only when they are used
-    except (MemoryError, KeyboardInterrupt, SystemExit):
+    except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # panics of the tokenizers library are no Exceptions
+        if is_out_of_memory(error):
+            raise
         raise InputError(f"{directory}: the tokenizer cannot be loaded: {type(error).__name__}: {error}") from error
     return tokenizer
 

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from aphroquant.cli.lazy import LazyGroup
-from aphroquant.errors import EXIT_INTERRUPTED, AphroquantError
+from aphroquant.errors import EXIT_INTERRUPTED, AphroquantError, is_out_of_memory, out_of_memory
 
 COMMANDS = {
     "convert": "Quantize a checkpoint.",
@@ -54,14 +54,20 @@ def run(args: Sequence[str] | None = None) -> int:
         error.show()
         return error.exit_code
     except AphroquantError as error:
-        click.echo(f"error: {error.message}", err=True)
-        if error.hint:
-            click.echo(f"hint: {error.hint}", err=True)
-        return error.exit_code
-    except MemoryError:
-        click.echo("error: out of memory", err=True)
-        return 5
+        return _told(error)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left: nothing more to say
         return 0
+    except (MemoryError, RuntimeError, OSError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return _told(out_of_memory())
     return result if isinstance(result, int) else 0
+
+
+def _told(error: AphroquantError) -> int:
+    """The exit code of an error that is now on stderr."""
+    click.echo(f"error: {error.message}", err=True)
+    if error.hint:
+        click.echo(f"hint: {error.hint}", err=True)
+    return error.exit_code

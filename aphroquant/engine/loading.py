@@ -17,7 +17,7 @@ from aphroquant.engine.kv_scales import checkpoint_kv_scales
 from aphroquant.engine.memory import plan_kv_blocks
 from aphroquant.engine.runner import Runner, RunnerChoice, choose_runner, make_runner
 from aphroquant.engine.types import EngineConfig
-from aphroquant.errors import InputError, ResourceError
+from aphroquant.errors import InputError, ResourceError, is_out_of_memory
 
 if TYPE_CHECKING:
     from aphroquant.models.spec import DecoderSpec
@@ -62,7 +62,9 @@ def load_model(config: EngineConfig, tokenizer: PreTrainedTokenizerBase | None =
             activations=config.activations,
             num_threads=config.num_threads,
         )
-    except MemoryError as error:
+    except (MemoryError, RuntimeError, OSError) as error:
+        if not is_out_of_memory(error):
+            raise
         raise ResourceError(
             f"{config.model}: the memory is too small for the weights and {num_blocks} KV blocks",
             hint="lower kv_cache_memory or max_model_len, or choose a smaller kv_cache_dtype",

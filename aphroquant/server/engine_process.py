@@ -19,7 +19,7 @@ import msgspec
 import zmq
 
 from aphroquant.engine.types import Delta, EngineConfig, EngineStats, GenerationRequest
-from aphroquant.errors import AphroquantError, RequestError
+from aphroquant.errors import AphroquantError, RequestError, is_out_of_memory
 from aphroquant.server.logs import set_up_logging
 from aphroquant.server.messages import (
     EVENTS_SOCKET,
@@ -72,7 +72,7 @@ def run(load: Loader) -> None:
             except AphroquantError as error:
                 _send(events, Fatal(error.message, error.hint, error.exit_code))
             except Exception as error:
-                if _is_out_of_memory(error):
+                if is_out_of_memory(error):
                     _send(events, Fatal("out of memory", "try a smaller --kv-cache-memory or --max-model-len", 5))
                     return
                 logger.exception("the engine failed")
@@ -97,14 +97,6 @@ def _connect(context: zmq.Context[zmq.Socket[bytes]], kind: int, path: Path) -> 
 
 def _send(socket: zmq.Socket[bytes], message: FromEngine) -> None:
     socket.send(msgspec.msgpack.encode(message))
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    if isinstance(error, MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(
-        sign in str(error).lower() for sign in ("can't allocate memory", "not enough memory", "out of memory")
-    )
 
 
 class _Loop:
