@@ -53,8 +53,9 @@ __device__ __forceinline__ void fetch_inputs(const BlockPart& block, const Tenso
 }
 
 // The product of one stage, issued and committed.
+template <int COUNT>
 __device__ __forceinline__ void multiply_stage(const BlockPart& block, int stage, int warpgroup,
-                                               float (&sums)[TILES][kAccumulators], int& accumulate) {
+                                               float (&sums)[TILES][COUNT], int& accumulate) {
     const uint64_t inputs = wgmma_descriptor(block.shared + stage * kInputBytes);
     const uint64_t weights =
         wgmma_descriptor(block.shared + kWeightStart + stage * kWeightBytes + warpgroup * TILES * 64 * 128);
@@ -70,21 +71,22 @@ __device__ __forceinline__ void multiply_stage(const BlockPart& block, int stage
     wgmma_commit();
 }
 
-__device__ __forceinline__ void pin(float (&sums)[TILES][kAccumulators]) {
+template <int COUNT>
+__device__ __forceinline__ void pin(float (&sums)[TILES][COUNT]) {
 #pragma unroll
     for (int tile = 0; tile < TILES; ++tile) {
 #pragma unroll
-        for (int i = 0; i < kAccumulators; ++i) wgmma_pin(sums[tile][i]);
+        for (int i = 0; i < COUNT; ++i) wgmma_pin(sums[tile][i]);
     }
 }
 
 // sums += part, scaled by one number a tile and one a token.
-__device__ __forceinline__ void add_scaled(float (&sums)[TILES][kAccumulators],
-                                           const float (&part)[TILES][kAccumulators], const float (&row_scales)[TILES],
-                                           const float* token_scales) {
+template <int COUNT>
+__device__ __forceinline__ void add_scaled(float (&sums)[TILES][COUNT], const float (&part)[TILES][COUNT],
+                                           const float (&row_scales)[TILES], const float* token_scales) {
     const float2* pairs = reinterpret_cast<const float2*>(token_scales) + threadIdx.x % 4;
 #pragma unroll
-    for (int j = 0; j < TOKENS / 8; ++j) {
+    for (int j = 0; j < COUNT / 4; ++j) {
         const float2 tokens = pairs[j * 4];
 #pragma unroll
         for (int tile = 0; tile < TILES; ++tile) {
@@ -97,15 +99,15 @@ __device__ __forceinline__ void add_scaled(float (&sums)[TILES][kAccumulators],
     }
 }
 
+template <int COUNT>
 __device__ __forceinline__ void accumulate_blocks(const BlockPart& block, Ring& ring, const Problem& problem,
-                                                  const Place& place, int warpgroup,
-                                                  float (&sums)[TILES][kAccumulators]) {
-    float part[TILES][kAccumulators];
+                                                  const Place& place, int warpgroup, float (&sums)[TILES][COUNT]) {
+    float part[TILES][COUNT];
     const float* lines[TILES];
 #pragma unroll
     for (int tile = 0; tile < TILES; ++tile) {
 #pragma unroll
-        for (int i = 0; i < kAccumulators; ++i) sums[tile][i] = 0.0f;
+        for (int i = 0; i < COUNT; ++i) sums[tile][i] = 0.0f;
         const int row = place.row() + (warpgroup * TILES + tile) * 64;
         const int line = (row < problem.extent.rows ? row : problem.extent.rows - 1) / SCALE_ROWS;
         const int64_t lines_before = place.expert() * ((problem.extent.rows + SCALE_ROWS - 1) / SCALE_ROWS);
@@ -127,8 +129,9 @@ __device__ __forceinline__ void accumulate_blocks(const BlockPart& block, Ring& 
     }
 }
 
+template <int COUNT>
 __device__ __forceinline__ void accumulate_all(const BlockPart& block, Ring& ring, int warpgroup,
-                                               float (&sums)[TILES][kAccumulators]) {
+                                               float (&sums)[TILES][COUNT]) {
     int accumulate = 0, used = -1;
     for (int step = block.first_step; step < block.end_step; ++step, ring.advance()) {
         mbarrier_wait(block.full(ring.stage), ring.phase);
@@ -141,6 +144,23 @@ __device__ __forceinline__ void accumulate_all(const BlockPart& block, Ring& rin
     pin(sums);
     block.release(used);
 }
+
+struct Accumulate {
+    const BlockPart& block;
+    Ring& ring;
+    const Problem& problem;
+    const Place& place;
+    int warpgroup;
+
+    template <int COUNT>
+    __device__ __forceinline__ void operator()(float (&sums)[TILES][COUNT]) const {
+        if constexpr (SCALES == 1) {
+            accumulate_blocks(block, ring, problem, place, warpgroup, sums);
+        } else {
+            accumulate_all(block, ring, warpgroup, sums);
+        }
+    }
+};
 
 // The scales of a warpgroup's tile: fetched before its products, so that they are there when those are done.
 struct TileScales {
@@ -194,12 +214,14 @@ __device__ __forceinline__ void consume(const BlockPart& block, const Problem& p
     if (SCALES == 0) grid_dependency_wait();  // the tokens' scales are of the kernel in front
     for (Tiles tiles(problem.extent); tiles.more(); tiles.next()) {
         const Place place = tiles.place(block.sharer);
+        const int tokens = place.end_token(problem.extent) - place.token();
+        const Accumulate accumulate{block, ring, problem, place, warpgroup};
         if constexpr (SCALES == 1) {
-            accumulate_blocks(block, ring, problem, place, warpgroup, sums);
+            for_tokens<TOKENS>(tokens, sums, accumulate);
         } else {
             TileScales scales;
             scales.fetch(problem, place, warpgroup);
-            accumulate_all(block, ring, warpgroup, sums);
+            for_tokens<TOKENS>(tokens, sums, accumulate);
             float* shared = reinterpret_cast<float*>(block.memory + kExtraStart) + warpgroup * TOKENS;
             scales.apply(sums, shared, warpgroup);
         }

@@ -86,7 +86,8 @@ __device__ __forceinline__ void fetch_tiles(const BlockPart& block, const Tensor
     }
 }
 
-__device__ __forceinline__ void multiply(float (&sums)[kAccumulators], const uint32_t (&fragment)[4],
+template <int COUNT>
+__device__ __forceinline__ void multiply(float (&sums)[COUNT], const uint32_t (&fragment)[4],
                                          uint64_t descriptor, int accumulate) {
     if (kIsBf16) {
         wgmma_bf16(sums, fragment, descriptor, accumulate);
@@ -96,8 +97,8 @@ __device__ __forceinline__ void multiply(float (&sums)[kAccumulators], const uin
 }
 
 // One chunk of 64 columns: four steps, STEPS at a time; while some are converted, those before are multiplied.
-template <int FIRST, typename AfterFirst>
-__device__ __forceinline__ void multiply_steps(float (&sums)[TILES][kAccumulators], const LaneCodes<CODE_BITS> (&codes)[TILES],
+template <int FIRST, int COUNT, typename AfterFirst>
+__device__ __forceinline__ void multiply_steps(float (&sums)[TILES][COUNT], const LaneCodes<CODE_BITS> (&codes)[TILES],
                                                GroupValues (&values)[TILES], uint32_t (&fragments)[2][STEPS][TILES][4],
                                                const uint8_t* weights, int first_group, int place, float factor,
                                                uint64_t inputs, int& accumulate, const AfterFirst& after_first) {
@@ -142,9 +143,10 @@ __device__ __forceinline__ void multiply_steps(float (&sums)[TILES][kAccumulator
     }
 }
 
-// A warpgroup's tiles over the block's columns.
+// A warpgroup's tiles over the block's columns, for the first 2 * COUNT tokens.
+template <int COUNT>
 __device__ __forceinline__ void accumulate_tile(const BlockPart& block, const Problem& problem, Ring& ring, int warpgroup,
-                                                float (&sums)[TILES][kAccumulators]) {
+                                                float (&sums)[TILES][COUNT]) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
     const int place = lane / 4 * 8 + warp * 2;
     uint32_t fragments[2][STEPS][TILES][4];
@@ -176,10 +178,22 @@ __device__ __forceinline__ void accumulate_tile(const BlockPart& block, const Pr
 #pragma unroll
     for (int tile = 0; tile < TILES; ++tile) {
 #pragma unroll
-        for (int i = 0; i < kAccumulators; ++i) wgmma_pin(sums[tile][i]);
+        for (int i = 0; i < COUNT; ++i) wgmma_pin(sums[tile][i]);
     }
     block.release(used);
 }
+
+struct Accumulate {
+    const BlockPart& block;
+    const Problem& problem;
+    Ring& ring;
+    int warpgroup;
+
+    template <int COUNT>
+    __device__ __forceinline__ void operator()(float (&sums)[TILES][COUNT]) const {
+        accumulate_tile(block, problem, ring, warpgroup, sums);
+    }
+};
 
 __device__ __forceinline__ void scale_sums(const Problem& problem, const Place& place, int warpgroup,
                                            float (&sums)[TILES][kAccumulators]) {
@@ -200,7 +214,7 @@ __device__ __forceinline__ void consume(const BlockPart& block, const Problem& p
     float sums[TILES][kAccumulators];
     for (Tiles tiles(problem.extent); tiles.more(); tiles.next()) {
         const Place place = tiles.place(block.sharer);
-        accumulate_tile(block, problem, ring, warpgroup, sums);
+        for_tokens<TOKENS>(place.end_token(problem.extent) - place.token(), sums, Accumulate{block, problem, ring, warpgroup});
         if (kScalesSums) scale_sums(problem, place, warpgroup, sums);
         put_out(problem.output, problem.extent, block, sums, warpgroup, place);
     }

@@ -127,6 +127,33 @@ struct Tiles {
     }
 };
 
+// Of the widths of a product that there are instructions for, the next below; 0 if that is not worth its code.
+__device__ constexpr int narrower(int width) {
+    if (!GROUPED || TOKENS < 64 || width <= TOKENS / 4) return 0;
+    return TOKENS >= 128 && width > TOKENS / 2 ? width - TOKENS / 4 : width / 2;
+}
+
+// `accumulate` makes the sums of as many of a tile's first tokens as cover `tokens`. An expert's tile may hold far fewer
+// tokens than it has room for; all others take the whole width.
+template <int WIDTH, typename Accumulate>
+__device__ __forceinline__ void for_tokens(int tokens, float (&sums)[TILES][kAccumulators], const Accumulate& accumulate) {
+    constexpr int kCount = WIDTH / 2, kNarrower = narrower(WIDTH);
+    if constexpr (kNarrower > 0) {
+        if (tokens <= kNarrower) return for_tokens<kNarrower>(tokens, sums, accumulate);
+    }
+    if constexpr (WIDTH == TOKENS) {
+        accumulate(sums);
+    } else {
+        float some[TILES][kCount];
+        accumulate(some);
+#pragma unroll
+        for (int tile = 0; tile < TILES; ++tile) {
+#pragma unroll
+            for (int i = 0; i < kAccumulators; ++i) sums[tile][i] = i < kCount ? some[tile][i] : 0.0f;
+        }
+    }
+}
+
 // Sets up a block: its barriers, and its part of the work.
 __device__ __forceinline__ BlockPart enter_block(uint8_t* memory, const Extent& extent) {
     memory += (1024 - shared_address(memory) % 1024) % 1024;

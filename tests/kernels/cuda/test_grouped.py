@@ -168,6 +168,17 @@ def test_wgmma_multiplies_each_token_by_its_experts(name: str, persistent: bool,
     assert relative_error(in_pairs(out, groups), expected_product(x, groups, weights, biases)) < TOLERANCE
 
 
+def test_wide_tiles_multiply_no_more_tokens_than_they_hold(device: torch.device) -> None:
+    needs_hopper(device)
+    weights, _ = experts_of(IntegerScheme(4, 64, True), (64, 128), 3)
+    packed = stack_integers(weights, device)
+    groups = group_tokens(torch.tensor([0] * 9 + [1] * 20 + [2] * 40, device=device)[:, None], 3)
+    x, out = torch.randn(69, 128, device=device).bfloat16(), torch.empty(69, 64, device=device).bfloat16()
+    inputs = gather_inputs(x, groups, None, in_order=False)
+    wgmma_multiply(packed, inputs, groups, None, WgmmaTile(64, warpgroups=1, chunks=1, stages=2), 0, out)
+    assert relative_error(in_pairs(out, groups), expected_product(x, groups, weights, None)) < TOLERANCE
+
+
 @pytest.mark.parametrize("has_blocks", [False, True])
 def test_float8_multiplies_each_token_by_its_experts(has_blocks: bool, device: torch.device) -> None:
     needs_hopper(device)
