@@ -31,7 +31,7 @@ class IntegerGrid(NamedTuple):
 
 def min_max_grid(weight: Tensor, scheme: IntegerScheme, scale_dtype: torch.dtype = torch.float16) -> IntegerGrid:
     """The grid that just covers each group's values; a symmetric one reaches as far below zero as above it."""
-    groups = _split(weight, scheme)
+    groups = split_groups(weight, scheme)
     low, high = _range(groups)
     if scheme.symmetric:
         half = 2 ** (scheme.bits - 1)
@@ -50,8 +50,8 @@ def search_grid(
     importance [K] (or [N, K]) is what an error in a column costs, such as E[x**2]. Symmetric schemes are searched over
     both signs of the scale, because the grid -2**(bits-1) .. 2**(bits-1) - 1 reaches further to one side.
     """
-    groups = _split(weight, scheme)  # [N, G, g]
-    weights = _split(importance.expand_as(weight) if importance.dim() == 2 else importance[None], scheme)
+    groups = split_groups(weight, scheme)  # [N, G, g]
+    weights = split_groups(importance.expand_as(weight) if importance.dim() == 2 else importance[None], scheme)
     scales, zeros = torch.empty(groups.shape[:2]), torch.empty(groups.shape[:2])
     scales, zeros = scales.to(weight.device), zeros.to(weight.device)
     elements = _CHUNK_ELEMENTS if weight.device.type == "cpu" else _GPU_CHUNK_ELEMENTS
@@ -65,14 +65,14 @@ def search_grid(
 
 def quantize(weight: Tensor, grid: IntegerGrid, scheme: IntegerScheme) -> Tensor:
     """The nearest codes, uint8 [N, K]."""
-    codes = (_split(weight, scheme) / grid.scales[..., None]).add_(grid.zeros[..., None])  # [N, G, g]
-    return _join(codes.round_().clamp_(0, 2**scheme.bits - 1).to(torch.uint8), weight.shape[1])
+    codes = (split_groups(weight, scheme) / grid.scales[..., None]).add_(grid.zeros[..., None])  # [N, G, g]
+    return join_groups(codes.round_().clamp_(0, 2**scheme.bits - 1).to(torch.uint8), weight.shape[1])
 
 
 def dequantize(codes: Tensor, grid: IntegerGrid, scheme: IntegerScheme) -> Tensor:
     """The weight [N, K] in float32 that codes stand for."""
-    values = (_split(codes, scheme) - grid.zeros[..., None]).mul_(grid.scales[..., None])
-    return _join(values, codes.shape[1])
+    values = (split_groups(codes, scheme) - grid.zeros[..., None]).mul_(grid.scales[..., None])
+    return join_groups(values, codes.shape[1])
 
 
 def expand(grid: IntegerGrid, scheme: IntegerScheme, in_features: int) -> IntegerGrid:
@@ -91,7 +91,7 @@ def to_quantized_weight(
     return QuantizedWeight(scheme, tensors, (codes.shape[0], codes.shape[1]))
 
 
-def _split(matrix: Tensor, scheme: IntegerScheme) -> Tensor:
+def split_groups(matrix: Tensor, scheme: IntegerScheme) -> Tensor:
     """[N, K] -> [N, G, g], the last group filled up with zeros, which every grid holds exactly."""
     size = scheme.group_size or matrix.shape[1]
     padding = -matrix.shape[1] % size
@@ -99,8 +99,8 @@ def _split(matrix: Tensor, scheme: IntegerScheme) -> Tensor:
     return padded.reshape(matrix.shape[0], -1, size)
 
 
-def _join(groups: Tensor, width: int) -> Tensor:
-    """[N, G, g] -> [N, K]; inverse of _split."""
+def join_groups(groups: Tensor, width: int) -> Tensor:
+    """[N, G, g] -> [N, K]; inverse of split_groups."""
     return groups.reshape(groups.shape[0], -1)[:, :width]
 
 
@@ -113,8 +113,13 @@ def _stored_scales(scales: Tensor, dtype: torch.dtype) -> Tensor:
     """Scales as the dtype holds them; 1 where a group is all zeros (or too small for the dtype)."""
     rounded = scales.to(dtype).float()
     if not torch.isfinite(rounded).all():
-        raise InputError(f"a weight is too large, or not finite: its scale does not fit into {dtype}")
+        raise too_large(dtype)
     return torch.where(rounded == 0, torch.ones_like(rounded), rounded)
+
+
+def too_large(dtype: torch.dtype) -> InputError:
+    """The error of a scale that its dtype cannot hold."""
+    return InputError(f"a weight is too large, or not finite: its scale does not fit into {dtype}")
 
 
 def _search_rows(

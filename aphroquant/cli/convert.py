@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
+from aphroquant.calibration.effort import DEFAULT_EFFORT, EFFORTS
 from aphroquant.cli.json_report import STANDARD_OUTPUT, check_json_target, write_json
 from aphroquant.conversion.progress import Progress
 
@@ -62,6 +63,15 @@ TARGETS = (
     metavar="NAME",
     help="w4a16, w8a16, w8a8-int8, fp8-dynamic, fp8-static, fp8-block; gguf: q4_k_m, q5_k_m or a type: q4_0, q6_k ...",
 )
+@click.option(
+    "--effort",
+    default=DEFAULT_EFFORT,
+    show_default=True,
+    metavar="|".join(EFFORTS),
+    help="How much work, for a 135M model: "
+    + "; ".join(f"{effort.name} {effort.cost}" for effort in EFFORTS.values())
+    + ".",
+)
 @click.option("--solver", metavar="rtn|gptq|awq|awq-gptq", help="How to choose the numbers. Default: awq-gptq.")
 @click.option(
     "--calibration",
@@ -70,7 +80,7 @@ TARGETS = (
     metavar="FILE",
     help="Text, or JSONL with messages, text, or prompt and response; repeatable. Default: bundled texts.",
 )
-@click.option("--samples", default=128, show_default=True, help="Windows of calibration text; 0: none (rtn only).")
+@click.option("--samples", type=int, help="Windows of calibration text; 0: none (rtn only). Default: by --effort.")
 @click.option("--seq-len", default=512, show_default=True, help="Tokens in a window.")
 @click.option("--seed", default=0, show_default=True, help="Chooses the windows.")
 @click.option("--ignore", multiple=True, metavar="PATTERN", help="Modules that stay as they are; repeatable.")
@@ -81,6 +91,8 @@ TARGETS = (
     type=click.Choice(["auto", "cpu", "cuda"]),
     help="What calibrates and solves; auto is a GPU if there is one.",
 )
+@click.option("--refine-steps", type=int, metavar="N", help="Steps of training each block. Default: by --effort.")
+@click.option("--distill-steps", type=int, metavar="N", help="Steps of training the model. Default: by --effort.")
 @click.option("--threads", type=click.IntRange(min=1), help="Processor threads to use. Default: all.")
 @click.option(
     "--requantize", is_flag=True, help="Allow a loss: quantize anew what is quantized already and cannot stay as it is."
@@ -96,13 +108,16 @@ def command(
     group_size: int | None,
     symmetric: bool | None,
     scheme: str | None,
+    effort: str,
     solver: str | None,
     calibration: tuple[Path, ...],
-    samples: int,
+    samples: int | None,
     seq_len: int,
     seed: int,
     ignore: tuple[str, ...],
     device: str,
+    refine_steps: int | None,
+    distill_steps: int | None,
     threads: int | None,
     requantize: bool,
     dry_run: bool,
@@ -140,6 +155,9 @@ def command(
             overwrite=overwrite,
             device=device,
             requantize=requantize,
+            effort=effort,
+            refine_steps=refine_steps,
+            distill_steps=distill_steps,
             dry_run=dry_run,
             progress=progress,
         )

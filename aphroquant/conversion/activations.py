@@ -14,12 +14,12 @@ from torch import Tensor
 from aphroquant.errors import ResourceError
 
 CHUNK_TOKENS = 4096  # at once through a block; larger temporaries are returned to the kernel and cost page faults
-MEMORY_SHARE = 0.25  # of the machine's memory, that one store may take; there are two at a time
+MEMORY_SHARE = 0.5  # of the machine's memory, that all stores together may take
 
 
-def default_memory_limit() -> int:
-    """Bytes that one store keeps in memory at most."""
-    return int(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * MEMORY_SHARE)
+def default_memory_limit(num_stores: int = 2) -> int:
+    """Bytes that each of so many stores keeps in memory at most."""
+    return int(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * MEMORY_SHARE / num_stores)
 
 
 class Activations:

@@ -19,6 +19,7 @@ from aphroquant.conversion.ahead import in_order
 from aphroquant.conversion.calibration_block import CalibrationBlock, load_calibration_block
 from aphroquant.conversion.dataless import naming_modules, solve_in_pieces
 from aphroquant.conversion.plan import ConversionPlan
+from aphroquant.conversion.refinement import BlockRefiner, Unrounded
 from aphroquant.conversion.scaling import SAMPLE_TOKENS, BlockScaler
 from aphroquant.errors import InputError
 from aphroquant.models.loader import load_embedding
@@ -30,12 +31,13 @@ CPU = torch.device("cpu")
 
 @dataclass
 class SolvedBlock:
-    """The solutions of one block by module name, the tensors that scaling changed, and the report on scaling."""
+    """The solutions of one block by module name, the other tensors that were changed, and what the report says."""
 
     layer: int
     solutions: dict[str, Solution]
     changed: dict[str, Tensor] = field(default_factory=dict)
     scaling: dict[str, Any] = field(default_factory=dict)
+    refinement: dict[str, Any] = field(default_factory=dict)
 
 
 def solve_without_data(plan: ConversionPlan) -> Iterator[SolvedBlock]:
@@ -54,22 +56,33 @@ def solve_without_data(plan: ConversionPlan) -> Iterator[SolvedBlock]:
 class CalibratedSolver:
     """Solves blocks in order. Between them it holds the hidden states of all windows, as the quantized model has them.
 
-    Within a block: q, k, v; then o; then gate, up; then down, each on inputs that those before it made.
+    Within a block: q, k, v; then o; then gate, up; then down, each on inputs that those before it made. Then the whole
+    block is refined, if the plan says so; the states of the source model are then carried along as well.
     """
 
     def __init__(self, plan: ConversionPlan, windows: Tensor, device: torch.device = CPU) -> None:
         """Blocks are solved on `device`; the hidden states of all windows stay on the CPU."""
         self._plan, self._device = plan, device
         self._window_len = windows.shape[1]
-        self._memory_limit = default_memory_limit()
+        keeps_source = plan.refine_steps > 0 or plan.distill_steps > 0
+        self._memory_limit = default_memory_limit(4 if keeps_source else 2)
         self._rounding = FP8_ROUNDING() if not isinstance(plan.scheme, IntegerScheme) else plan.solver.load()
         self._scaler = self._make_scaler()
+        self._refiner = BlockRefiner(plan, self._window_len, device) if plan.refine_steps else None
+        self._unrounded = Unrounded()
         self._hidden = self._embed(windows)
+        self._source = self._copy(self._hidden) if keeps_source else None
 
     @property
     def spilled(self) -> bool:
         """Whether hidden states went to a temporary file."""
         return self._hidden.spilled
+
+    @property
+    def source_states(self) -> Tensor:
+        """The source's hidden states [T, H] behind the blocks solved so far."""
+        assert self._source is not None
+        return self._source.rows
 
     def solve(self) -> Iterator[SolvedBlock]:
         """All blocks, one at a time."""
@@ -83,8 +96,13 @@ class CalibratedSolver:
     def _solve_block(self, block: CalibrationBlock) -> SolvedBlock:
         solved = SolvedBlock(block.block.layer, {})
         self._check_weights(block)
+        if self._source is not None:
+            self._pass_through(block, self._source)
+        start = self._copy(self._hidden) if self._refiner is not None else None
         self._half(block, solved, INPUT_NORM, (Q, K, V), O)
         self._half(block, solved, POST_ATTENTION_NORM, (GATE, UP), DOWN)
+        if start is not None and solved.solutions:
+            self._refine(block, solved, start)
         solved.changed = {name: tensor.cpu() for name, tensor in block.changed.items()}
         return solved
 
@@ -102,6 +120,25 @@ class CalibratedSolver:
         self._round(block, solved, (last,), statistics)
         for rows in self._chunks():
             self._hidden.rows[rows] += block.linears[last](inner.rows[rows].to(self._device)).cpu()
+
+    def _refine(self, block: CalibrationBlock, solved: SolvedBlock, start: Activations) -> None:
+        """Better numbers for a block with these states before it; the states behind it are made anew with them."""
+        assert self._refiner is not None
+        unrounded, self._unrounded = self._unrounded, Unrounded()
+        solved.solutions, solved.refinement = self._refiner.refine(
+            block, solved.solutions, unrounded, start.rows, self.source_states
+        )
+        self._pass_through(block, start)
+        self._hidden = start
+
+    def _pass_through(self, block: CalibrationBlock, states: Activations) -> None:
+        for rows in self._chunks():
+            states.rows[rows] = block.forward(states.rows[rows].to(self._device)).cpu()
+
+    def _copy(self, states: Activations) -> Activations:
+        copy = Activations(len(states), states.rows.shape[1], memory_limit=self._memory_limit)
+        copy.rows.copy_(states.rows)
+        return copy
 
     def _states(self, rows: slice) -> Tensor:
         """Hidden states of some windows, on the device."""
@@ -150,6 +187,9 @@ class CalibratedSolver:
         ):
             solutions = self._rounding(weights, statistics, self._plan.scheme, self._plan.scale_dtype)
         for name, solution in zip(chosen, solutions, strict=True):
+            if self._refiner is not None:
+                self._unrounded.weights[name] = block.linears[name].weight
+                self._unrounded.statistics[name] = statistics
             block.linears[name].weight = solution.weight.dequantize()
             solved.solutions[f"{block.prefix}.{name}"] = replace(solution, weight=solution.weight.to(CPU))
 

@@ -47,6 +47,10 @@ class CalibrationBlock:
     def prefix(self) -> str:
         return self.block.spec.block_prefix(self.block.layer)
 
+    def forward(self, hidden: Tensor) -> Tensor:
+        """The block's output [T, H] for hidden states [T, H]."""
+        return self.block.forward(hidden, self._rope(hidden), causal_attention(self.block.spec, self.window_len))
+
     def attention_mix(self, x: Tensor) -> Tensor:
         """The input of o_proj [T, heads * d] for the normed input x [T, H] of the block."""
         return self._without(O).attention(x, self._rope(x), causal_attention(self.block.spec, self.window_len))

@@ -34,6 +34,8 @@ def contradiction(request: ConversionRequest, scheme: Scheme) -> str | None:
         f"--solver {request.solver}": request.solver is not None,
         "--ignore": bool(request.ignore),
         "--calibration": bool(request.calibration),
+        "--refine-steps": bool(request.refine_steps),
+        "--distill-steps": bool(request.distill_steps),
     }
     option = next((option for option, contradicts in given.items() if contradicts), None)
     return None if option is None else f"{option} asks for others than the {scheme} that it has"

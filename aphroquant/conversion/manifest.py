@@ -51,6 +51,9 @@ def _arguments(request: ConversionRequest) -> dict[str, Any]:
         "seed": request.seed,
         "ignore": list(request.ignore),
         "requantize": request.requantize,
+        "effort": request.effort,
+        "refine_steps": request.refine_steps,
+        "distill_steps": request.distill_steps,
     }
 
 

@@ -22,7 +22,13 @@ from aphroquant.conversion.kv_cache import written_names
 from aphroquant.conversion.request import ConversionRequest
 from aphroquant.conversion.sizes import module_bytes
 from aphroquant.conversion.soundness import finite_pieces
-from aphroquant.conversion.targets import check_target, needs_calibration, resolve_scheme, resolve_solver
+from aphroquant.conversion.targets import (
+    check_target,
+    needs_calibration,
+    resolve_scheme,
+    resolve_solver,
+    training_steps,
+)
 from aphroquant.errors import ResourceError, UsageError
 from aphroquant.formats import format_class
 from aphroquant.formats.base import Format
@@ -37,7 +43,10 @@ _SPOOL_SHARE = 1.05  # free disk beyond the output: headers and rounding up
 
 @dataclass(frozen=True)
 class ConversionPlan:
-    """What will be done. `modules` maps those to be quantized to (out_features, in_features), in order of execution."""
+    """What will be done. `modules` maps those to be quantized to (out_features, in_features), in order of execution.
+
+    Steps of training are of each block (refinement) and of the whole model (distillation); 0: none.
+    """
 
     request: ConversionRequest
     checkpoint: Checkpoint
@@ -47,6 +56,8 @@ class ConversionPlan:
     modules: dict[str, tuple[int, int]]
     scale_dtype: torch.dtype
     calibrates: bool
+    refine_steps: int = 0
+    distill_steps: int = 0
 
     @cached_property
     def module_bytes(self) -> dict[str, int]:
@@ -98,7 +109,8 @@ def make_plan(checkpoint: Checkpoint, request: ConversionRequest) -> ConversionP
     target = format_type.for_schemes(dict.fromkeys(chosen, scheme), dense)
     target = target.for_model(model_dtype(checkpoint), checkpoint.format)
     dtype = _scale_dtype(checkpoint, request.to)
-    plan = ConversionPlan(request, checkpoint, scheme, solver, target, shapes, dtype, calibrates)
+    steps = training_steps(request, scheme, calibrates=calibrates)
+    plan = ConversionPlan(request, checkpoint, scheme, solver, target, shapes, dtype, calibrates, *steps)
     check_disk(request.out, plan.num_bytes)
     return plan
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from aphroquant.calibration.effort import DEFAULT_EFFORT, find_effort
 from aphroquant.devices import torch_device
 from aphroquant.errors import UsageError
 
@@ -19,6 +20,7 @@ class ConversionRequest:
     dense: whole names, or patterns with * and ?, matched from any dot on ("o_proj", "model.layers.0.*").
     `device` calibrates and solves: "auto" (a GPU if there is one), "cpu" or "cuda".
     `requantize` allows what is quantized already to be changed, with a loss.
+    `effort` ("fast", "normal" or "best") decides what `solver`, `refine_steps` and `distill_steps` leave open.
     """
 
     source: str
@@ -37,6 +39,9 @@ class ConversionRequest:
     overwrite: bool = False
     device: str = "auto"
     requantize: bool = False
+    effort: str = DEFAULT_EFFORT
+    refine_steps: int | None = None
+    distill_steps: int | None = None
 
     def __post_init__(self) -> None:
         if self.bits is not None and not 1 <= self.bits <= 8:
@@ -47,6 +52,10 @@ class ConversionRequest:
             raise UsageError(f"samples = {self.samples} must not be negative")
         if self.seq_len < 2:
             raise UsageError(f"seq_len = {self.seq_len} must be at least 2")
+        for name, steps in (("refine_steps", self.refine_steps), ("distill_steps", self.distill_steps)):
+            if steps is not None and steps < 0:
+                raise UsageError(f"{name} = {steps} must not be negative")
+        find_effort(self.effort)
         torch_device(self.device)  # found before the work
         if not 0 <= self.seed < 2**63:
             raise UsageError(f"seed = {self.seed} must be between 0 and 2**63 - 1")

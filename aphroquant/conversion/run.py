@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -15,12 +15,14 @@ from typing import Any
 from torch import Tensor
 
 from aphroquant.calibration.data import CalibrationData, calibration_windows
+from aphroquant.calibration.effort import DEFAULT_EFFORT, find_effort
 from aphroquant.checkpoint import Checkpoint, CheckpointWriter, open_checkpoint
 from aphroquant.checkpoint.base import naming
 from aphroquant.checkpoint.carried import carried_name
 from aphroquant.conversion.ahead import in_order
 from aphroquant.conversion.blocks import CalibratedSolver, SolvedBlock, solve_without_data
 from aphroquant.conversion.conversion import Conversion, peak_memory
+from aphroquant.conversion.distillation import Distiller
 from aphroquant.conversion.gguf_run import GgufConversion
 from aphroquant.conversion.kv_cache import in_targets_shape, with_cache_scheme, written_names
 from aphroquant.conversion.loss import (
@@ -45,6 +47,7 @@ from aphroquant.conversion.soundness import (
     rebuilds_tokenizer,
 )
 from aphroquant.conversion.targets import can_be_quantized_for, check_known
+from aphroquant.conversion.training_memory import refusal
 from aphroquant.devices import torch_device
 from aphroquant.errors import UsageError
 from aphroquant.schemes import FloatScheme
@@ -63,13 +66,16 @@ def convert(
     symmetric: bool | None = None,
     solver: str | None = None,
     calibration: Sequence[str | Path] | str | Path | None = None,
-    samples: int = 128,
+    samples: int | None = None,
     seq_len: int = 512,
     seed: int = 0,
     ignore: Sequence[str] | str = (),
     overwrite: bool = False,
     device: str = "auto",
     requantize: bool = False,
+    effort: str = DEFAULT_EFFORT,
+    refine_steps: int | None = None,
+    distill_steps: int | None = None,
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> ConversionResult:
@@ -82,6 +88,8 @@ def convert(
     numbers are asked for, it is an error without `requantize`, which allows a loss. The directory appears only when it
     is complete. `samples` = 0 does without calibration (rtn, FP8); GGUF's encoders use `calibration` if it is given.
     `device` calibrates and solves: "auto" (a GPU if there is one), "cpu" or "cuda".
+    `effort` is "fast", "normal" or "best": it decides what is left out of `solver`, `samples`, `refine_steps` (steps of
+    training a block against the source's) and `distill_steps` (of the whole model against the source's logits).
     """
     check_known(to)
     if not str(out).strip():
@@ -97,13 +105,16 @@ def convert(
         symmetric=symmetric,
         solver=solver,
         calibration=tuple(Path(path) for path in paths),
-        samples=samples,
+        samples=find_effort(effort).samples if samples is None else samples,
         seq_len=seq_len,
         seed=seed,
         ignore=(ignore,) if isinstance(ignore, str) else tuple(ignore),
         overwrite=overwrite,
         device=device,
         requantize=requantize,
+        effort=effort,
+        refine_steps=refine_steps,
+        distill_steps=distill_steps,
     )
     checkpoint, say = open_checkpoint(source), progress or Progress()
     try:
@@ -132,6 +143,8 @@ class _Conversion(Conversion):
         super().__init__(request, checkpoint, progress, reason=reason)
         self.modules: dict[str, dict[str, Any]] = {}
         self.scaling: dict[str, dict[str, Any]] = {}
+        self.refinement: dict[str, dict[str, Any]] = {}
+        self.distillation: dict[str, Any] = {}
         self._num_rescaled = 0
         with self.timed("plan"):
             check_output_place(checkpoint, request.out)
@@ -221,11 +234,15 @@ class _Conversion(Conversion):
         if data is None:
             solved_blocks = solve_without_data(plan)
         else:
+            device = torch_device(self.request.device)
+            if plan.distill_steps and (reason := refusal(plan, data.windows.shape[1], device)):
+                self.warn(reason)
+                plan = replace(plan, distill_steps=0)
             with naming(self.checkpoint.path):
-                solver = CalibratedSolver(plan, data.windows, torch_device(self.request.device))
+                solver = CalibratedSolver(plan, data.windows, device)
             if solver.spilled:
                 self.note("the hidden states are kept in a temporary file")
-            solved_blocks = solver.solve()
+            solved_blocks = self._distilled(plan, data, solver) if plan.distill_steps else solver.solve()
         changed: dict[str, Tensor] = {}
         with naming(self.checkpoint.path):
             for solved in solved_blocks:
@@ -234,9 +251,27 @@ class _Conversion(Conversion):
                 self.progress.block(solved.layer + 1, total)
         self._carry_tensors(writer, changed)
 
+    def _distilled(
+        self, plan: ConversionPlan, data: CalibrationData, solver: CalibratedSolver
+    ) -> Iterator[SolvedBlock]:
+        """The blocks of a model that is distilled once all of them are solved."""
+        blocks = []
+        for solved in solver.solve():
+            blocks.append(solved)
+            self.progress.block(len(blocks), plan.spec.num_layers)
+        self.progress.stage("distilling")
+        with self.timed("distillation"):
+            distiller = Distiller(plan, data.windows, blocks, solver.source_states, torch_device(self.request.device))
+            distilled = distiller.run(blocks, self.progress.block)
+        self.distillation = distilled.report
+        self.progress.stage("packing")
+        yield from distilled.blocks
+
     def _write_block(self, plan: ConversionPlan, solved: SolvedBlock, writer: CheckpointWriter) -> None:
         if solved.scaling:
             self.scaling[plan.spec.block_prefix(solved.layer)] = solved.scaling
+        if solved.refinement:
+            self.refinement[plan.spec.block_prefix(solved.layer)] = solved.refinement
         stack = Stack(0)
         for module, solution in solved.solutions.items():
             self._add_module(writer, module, plan.format.write(module, solution.weight), stack)
@@ -300,6 +335,8 @@ class _Conversion(Conversion):
             mean_relative_error=sum(errors) / len(errors) if errors else None,
             modules=self.modules,
             scaling=self.scaling,
+            refinement=self.refinement,
+            distillation=self.distillation,
         )
 
     def _mode(self) -> str:

@@ -6,6 +6,7 @@ import difflib
 import math
 from collections.abc import Callable, Mapping
 
+from aphroquant.calibration.effort import find_effort
 from aphroquant.calibration.solvers import SOLVERS, Solver, find_solver
 from aphroquant.conversion.request import PER_ROW, ConversionRequest
 from aphroquant.errors import UsageError
@@ -15,9 +16,7 @@ from aphroquant.schemes import ActivationScheme, FloatScheme, IntegerScheme
 DEFAULT_BITS = 4
 # Marlin, the kernel that engines use for 4 and 8 bits, knows 32, 64 and 128 (and whole rows); the largest that fits.
 AUTOMATIC_GROUP_SIZES = (128, 64, 32)
-# The chain has the lowest divergence at about the time of its parts: see the table in calibration/solvers.py.
-DEFAULT_SOLVER = "awq-gptq"
-DEFAULT_SOLVER_8_BITS = "rtn"
+NEARLY_EXACT_BITS = 8  # where rounding to nearest leaves nothing to gain
 DEFAULT_SCHEMES = {"fp8": "fp8-dynamic", "modelopt": "fp8-static", "bitsandbytes": "int8"}
 # transformers 5.23 with compressed-tensors 0.20 runs packed weights with zero points only dequantized.
 SYMMETRIC_BY_DEFAULT = ("compressed-tensors",)
@@ -119,7 +118,7 @@ def resolve_solver(request: ConversionRequest, scheme: IntegerScheme | FloatSche
             find_solver(request.solver or "")
             raise UsageError(f"solver {request.solver} makes integer codes, not FP8", hint="leave --solver out")
         return SOLVERS["rtn"]
-    default = DEFAULT_SOLVER_8_BITS if scheme.bits == 8 else DEFAULT_SOLVER
+    default = "rtn" if scheme.bits == NEARLY_EXACT_BITS else find_effort(request.effort).solver
     if request.samples == 0 and request.solver is None:
         default = "rtn"
     solver = find_solver(request.solver or default)
@@ -134,7 +133,24 @@ def needs_calibration(scheme: IntegerScheme | FloatScheme, solver: Solver, sampl
     """Whether activations have to be seen. At 8 bits rtn takes each range as it is."""
     if isinstance(scheme, FloatScheme):
         return scheme.activations is not None and not scheme.activations.dynamic
-    return samples > 0 and not (solver.name == "rtn" and scheme.bits == 8)
+    return samples > 0 and not (solver.name == "rtn" and scheme.bits == NEARLY_EXACT_BITS)
+
+
+def training_steps(
+    request: ConversionRequest, scheme: IntegerScheme | FloatScheme, *, calibrates: bool
+) -> tuple[int, int]:
+    """Steps of (refinement, distillation): those asked for, or what the effort gives where training can help."""
+    asked = (request.refine_steps, request.distill_steps)
+    trains = calibrates and isinstance(scheme, IntegerScheme)
+    if not trains and any(asked):
+        option = "--refine-steps" if request.refine_steps else "--distill-steps"
+        why = "--samples 0 gives none" if isinstance(scheme, IntegerScheme) else f"{scheme} has none"
+        raise UsageError(f"{option} moves integer codes and scales by calibration text, but {why}")
+    effort = find_effort(request.effort)
+    wanted = isinstance(scheme, IntegerScheme) and scheme.bits < NEARLY_EXACT_BITS and trains
+    by_effort = (effort.refine_steps, effort.distill_steps) if wanted else (0, 0)
+    refine, distill = (given if own is None else own for own, given in zip(asked, by_effort, strict=True))
+    return refine, distill
 
 
 def _bits(request: ConversionRequest, name: str | None) -> int:

@@ -1,0 +1,196 @@
+"""Distilling a solved model: all blocks at once, run forward and, block by block, back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from aphroquant.calibration.differentiable import linear, repeatable_training
+from aphroquant.calibration.distill import (
+    CHECKS,
+    GAIN_STEP,
+    SCALE_STEP,
+    divergence,
+    logit_rows,
+    output_gradient,
+    step_share,
+)
+from aphroquant.calibration.refine import BATCH_WINDOWS, Numbers, batches, split_windows
+from aphroquant.calibration.training import TrainedGain, TrainedWeight
+from aphroquant.conversion.blocks import SolvedBlock
+from aphroquant.conversion.calibration_block import CalibrationBlock, load_calibration_block
+from aphroquant.conversion.plan import ConversionPlan
+from aphroquant.conversion.training import WindowForward, trained_norms
+from aphroquant.errors import InputError
+from aphroquant.models.decoder import rms_norm
+from aphroquant.models.loader import load_embedding, load_final_norm, load_head
+from aphroquant.models.spec import FINAL_NORM
+
+CPU = torch.device("cpu")
+
+
+class Distilled(NamedTuple):
+    """The blocks with the best numbers seen, and what the report says of it."""
+
+    blocks: list[SolvedBlock]
+    report: dict[str, Any]
+
+
+@dataclass
+class _Layer:
+    """`frame` is the block without the weights that are trained."""
+
+    frame: CalibrationBlock
+    weights: dict[str, TrainedWeight]
+    gains: dict[str, TrainedGain]
+
+
+class Distiller:
+    """A whole model with trained scales and gains. Holds codes, not dense weights: those exist a block at a time."""
+
+    def __init__(
+        self,
+        plan: ConversionPlan,
+        windows: Tensor,
+        solved: Sequence[SolvedBlock],
+        source_states: Tensor,
+        device: torch.device = CPU,
+    ) -> None:
+        """`source_states` [T, H] are the source's hidden states of all windows [B, S] before the final norm."""
+        self._plan, self._windows, self._device = plan, windows, device
+        self._source_states = source_states
+        self._forward = WindowForward(plan.spec, windows.shape[1], device)
+        checkpoint = plan.checkpoint
+        self._embedding, self._head = load_embedding(checkpoint), load_head(checkpoint).to(device)
+        self._source_gain = load_final_norm(checkpoint).to(device)
+        dtype = checkpoint.tensors[f"{FINAL_NORM}.weight"].dtype
+        self._final = TrainedGain(self._source_gain, dtype)
+        self._layers = [self._layer(block) for block in solved]
+
+    def run(self, solved: Sequence[SolvedBlock], on_step: Callable[[int, int], None]) -> Distilled:
+        """Train, and return `solved` with the best numbers seen on windows that no step was taken on."""
+        steps = self._plan.distill_steps
+        trained, held_out = split_windows(len(self._windows))
+        checks = {steps * (check + 1) // CHECKS for check in range(CHECKS)}
+        with repeatable_training(self._device):
+            before = best = self._divergence(held_out)
+            kept: list[Numbers] | None = None
+            for step, batch in enumerate(batches(trained, steps, BATCH_WINDOWS, self._plan.request.seed)):
+                self._step(batch, step_share(step, steps))
+                on_step(step + 1, steps)
+                if step + 1 in checks:
+                    now = self._divergence(held_out)
+                    if now < best:
+                        best, kept = now, self._numbers()
+        report = {"steps": steps, "held_out_kld_before": before, "held_out_kld_after": best}
+        return Distilled(list(solved) if kept is None else self._taken_over(solved, kept), report)
+
+    def _layer(self, solved: SolvedBlock) -> _Layer:
+        frame = load_calibration_block(self._plan.checkpoint, solved.layer, self._windows.shape[1], self._device)
+        weights = {}
+        for name, own in frame.linears.items():
+            module = f"{frame.prefix}.{name}"
+            bias = solved.changed.get(f"{module}.bias")
+            own.bias = own.bias if bias is None else bias.float().to(self._device)
+            if module in solved.solutions:
+                weights[name] = TrainedWeight(solved.solutions[module].weight.to(self._device))
+                own.weight = torch.empty(0)
+        gains = {}
+        for norm, gain in frame.norms.items():
+            name = f"{frame.prefix}.{norm}.weight"
+            frame.norms[norm] = solved.changed.get(name, gain).float().to(self._device)
+        for norm in trained_norms(frame, self._plan.modules.__contains__):
+            dtype = self._plan.checkpoint.tensors[f"{frame.prefix}.{norm}.weight"].dtype
+            gains[norm] = TrainedGain(frame.norms[norm], dtype)
+        return _Layer(frame, weights, gains)
+
+    def _step(self, batch: Sequence[int], share: float) -> None:
+        states = [self._embedded(batch)]
+        with torch.no_grad():
+            for layer in self._layers:
+                values = {name: weight.value() for name, weight in layer.weights.items()}
+                gains = {name: gain.value() for name, gain in layer.gains.items()}
+                states.append(self._forward.block(layer.frame, values, gains, states[-1]))
+        output = output_gradient(
+            states.pop(), self._final.value(), self._source(batch), self._source_gain, self._logits, len(self._head)
+        )
+        if not torch.isfinite(torch.tensor(output.divergence)):
+            raise InputError("the quantized model's logits on the calibration text are not finite")
+        self._final.step(output.by_gain, GAIN_STEP * share)
+        gradient = output.by_hidden
+        for layer in reversed(self._layers):
+            gradient = self._back(layer, states.pop(), gradient, share)
+
+    def _back(self, layer: _Layer, hidden: Tensor, gradient: Tensor, share: float) -> Tensor:
+        """Run one block again, take its step, and return the gradient by its input."""
+        values = {name: weight.value() for name, weight in layer.weights.items()}
+        gains = {name: gain.value() for name, gain in layer.gains.items()}
+        hidden.requires_grad_()
+        with torch.enable_grad():
+            self._forward.block(layer.frame, values, gains, hidden).backward(gradient)  # type: ignore[no-untyped-call]
+        for name, weight in layer.weights.items():
+            by_weight = values.pop(name).grad
+            assert by_weight is not None
+            weight.step(by_weight, SCALE_STEP * share)
+        for norm, gain in layer.gains.items():
+            by_gain = gains[norm].grad
+            assert by_gain is not None
+            gain.step(by_gain, GAIN_STEP * share)
+        assert hidden.grad is not None
+        return hidden.grad
+
+    @torch.no_grad()
+    def _divergence(self, windows: Sequence[int]) -> float:
+        """Mean over all positions of these windows, with the numbers that would be stored."""
+        total = 0.0
+        for start in range(0, len(windows), BATCH_WINDOWS):
+            batch = windows[start : start + BATCH_WINDOWS]
+            hidden = self._embedded(batch)
+            for layer in self._layers:
+                weights = {name: weight.rounded().dequantize() for name, weight in layer.weights.items()}
+                gains = {name: gain.rounded().float() for name, gain in layer.gains.items()}
+                hidden = self._forward.block(layer.frame, weights, gains, hidden)
+            source, gain = self._source(batch), self._final.rounded().float()
+            for rows in logit_rows(hidden.shape[0], len(self._head)):
+                expected = self._logits(source[rows], self._source_gain)
+                total += float(divergence(expected, self._logits(hidden[rows], gain)).sum())
+        return total / (len(windows) * self._windows.shape[1])
+
+    def _numbers(self) -> list[Numbers]:
+        """Copies, on the CPU, of what would be stored: of each block, and last the final gain."""
+        numbers = [
+            Numbers(
+                {name: weight.rounded().to(CPU) for name, weight in layer.weights.items()},
+                {name: gain.rounded().cpu() for name, gain in layer.gains.items()},
+            )
+            for layer in self._layers
+        ]
+        return [*numbers, Numbers({}, {FINAL_NORM: self._final.rounded().cpu()})]
+
+    def _taken_over(self, solved: Sequence[SolvedBlock], numbers: Sequence[Numbers]) -> list[SolvedBlock]:
+        blocks = []
+        for block, layer, found in zip(solved, self._layers, numbers[:-1], strict=True):
+            prefix = layer.frame.prefix
+            solutions = {
+                module: replace(solution, weight=found.weights[module.removeprefix(f"{prefix}.")])
+                for module, solution in block.solutions.items()
+            }
+            gains = {f"{prefix}.{norm}.weight": gain for norm, gain in found.gains.items()}
+            blocks.append(replace(block, solutions=solutions, changed=block.changed | gains))
+        blocks[-1].changed[f"{FINAL_NORM}.weight"] = numbers[-1].gains[FINAL_NORM]
+        return blocks
+
+    def _embedded(self, batch: Sequence[int]) -> Tensor:
+        ids = self._windows[torch.tensor(batch)].reshape(-1)
+        return self._embedding[ids].to(self._device)
+
+    def _source(self, batch: Sequence[int]) -> Tensor:
+        states = self._source_states.view(len(self._windows), self._windows.shape[1], -1)
+        return states[torch.tensor(batch)].flatten(0, 1).to(self._device)
+
+    def _logits(self, hidden: Tensor, gain: Tensor) -> Tensor:
+        return linear(rms_norm(hidden, gain, self._plan.spec.norm_eps), self._head)

@@ -1,0 +1,42 @@
+"""How much work a conversion is worth: each level names a solver, how much text, and how many steps of training."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from aphroquant.errors import UsageError
+
+DEFAULT_EFFORT = "normal"
+
+
+@dataclass(frozen=True)
+class Effort:
+    """`samples` windows of text, `refine_steps` a block, `distill_steps` of the whole model. `cost` is for the user."""
+
+    name: str
+    solver: str
+    samples: int
+    refine_steps: int
+    distill_steps: int
+    cost: str
+
+
+EFFORTS: Mapping[str, Effort] = {
+    effort.name: effort
+    for effort in (
+        Effort("fast", "awq-gptq", 32, 0, 0, "half a minute"),
+        Effort("normal", "awq-gptq", 128, 0, 0, "two minutes"),
+        Effort("best", "awq-gptq", 128, 200, 200, "three minutes on a GPU"),
+    )
+}
+
+
+def find_effort(name: str) -> Effort:
+    """The effort of that name. UsageError listing the known ones."""
+    if name not in EFFORTS:
+        near = difflib.get_close_matches(name, EFFORTS, n=1)
+        known = f"efforts are {', '.join(EFFORTS)}"
+        raise UsageError(f"unknown effort {name!r}", hint=f"Did you mean {near[0]!r}? {known}" if near else known)
+    return EFFORTS[name]
