@@ -40,7 +40,10 @@ def _tensor(scheme: Scheme, name: str, shape: tuple[int, ...], device: str) -> T
     if name == "codebooks":
         return torch.randn(shape, device=device).half()
     if dtype is not None and dtype.itemsize == 1 and dtype.is_floating_point:
-        return torch.ones(shape, device=device).to(dtype)  # block scales under a global one
+        # Block scales: powers of two, or numbers under a global one.
+        if dtype == torch.float8_e8m0fnu:
+            return torch.randint(118, 122, shape, dtype=torch.uint8, device=device).view(dtype)
+        return torch.rand(shape, device=device).add_(0.5).to(dtype)
     if dtype == torch.int32 and name != "codes":  # words, of which every bit counts
         return torch.randint(-(2**31), 2**31, shape, dtype=torch.int64, device=device).to(torch.int32)
     if dtype is not None and not dtype.is_floating_point:

@@ -35,10 +35,11 @@ class CudaLookupLinear(PackedLinear):
     def __init__(
         self, weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype, device: torch.device | str = "cuda"
     ) -> None:
-        super().__init__(_pack(weight, device), bias, dtype)
+        super().__init__(pack_any(weight, device), bias, dtype)
 
 
-def _pack(weight: QuantizedWeight, device: torch.device | str) -> PackedInteger:
+def pack_any(weight: QuantizedWeight, device: torch.device | str) -> PackedInteger:
+    """The weight of any scheme that these kernels run, on `device`."""
     if isinstance(weight.scheme, KQuantScheme):
         return pack_super_blocks(weight, device)
     return pack_lookup(weight, device)

@@ -14,8 +14,8 @@ from aphroquant.schemes import LookupScheme, QuantizedWeight
 
 _STEP = 16  # columns that share a scale at least
 _SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-# What stored_scales.cuh cannot tell from other numbers: e8m0's smallest number and NaN; e4m3's NaNs.
-_SPECIAL = {torch.float8_e8m0fnu: (0, 255), torch.float8_e4m3fn: (127, 255)}
+# The bytes that stored_scales.cuh knows, from .. to: not e8m0's smallest number and NaN, no NaN and negative e4m3.
+_KNOWN = {torch.float8_e8m0fnu: (1, 254), torch.float8_e4m3fn: (0, 126)}
 
 
 def group_columns(scheme: LookupScheme, in_features: int) -> int | None:
@@ -78,11 +78,10 @@ def _row_scales(weight: QuantizedWeight, scheme: LookupScheme, size: int) -> Ten
         scales = scheme.block_scales(weight.tensors)
     else:
         scales = weight["scales"]
-        special = _SPECIAL.get(scales.dtype)
-        if special is None:
-            scales = scales if scales.dtype in _SCALE_DTYPES else scales.float()
-        elif any(bool((scales.view(torch.uint8) == value).any()) for value in special):
+        if scales.dtype in _KNOWN and not _known(scales):
             scales = scales.float().bfloat16()  # exact
+        elif scales.dtype not in (*_KNOWN, *_SCALE_DTYPES):
+            scales = scales.float()
     if not scheme.flattened:
         return scales
     rows, columns = weight.shape
@@ -91,9 +90,15 @@ def _row_scales(weight: QuantizedWeight, scheme: LookupScheme, size: int) -> Ten
     return scales[: rows * columns // size].view(rows, columns // size)
 
 
+def _known(scales: Tensor) -> bool:
+    low, high = _KNOWN[scales.dtype]
+    scale_bytes = scales.view(torch.uint8)
+    return not bool(((scale_bytes < low) | (scale_bytes > high)).any())
+
+
 def _spread(order: ColumnOrder, scales: Tensor) -> Tensor:
-    """In the order of the kernels' lanes. Padding gets the smallest scale."""
-    if scales.dtype not in _SPECIAL:
+    """In the order of the kernels' lanes. Padding has bytes of 0: its products are not used."""
+    if scales.dtype not in _KNOWN:
         return group_lines(order.spread(scales))
     lines = group_lines(order.spread(scales.view(torch.uint8)))
     return lines.view(scales.dtype)

@@ -299,6 +299,9 @@ __device__ __forceinline__ void load_input(uint8_t* input, const Inputs& x, cons
     }
 }
 
+// Whether codes become numbers around zero, which offsets then have to undo; minima of super-blocks take codes as they are.
+constexpr bool kCentered = ZERO_KIND == 0 || (ZERO_KIND == 2 && !kSupers);
+
 using Sums = float[PART_TILES][TOKEN_TILES][4];
 
 // Scales and zero points of one group for a lane's rows: row half `i % 2` of tile `i / 2`.
@@ -312,12 +315,11 @@ struct Group {
 template <int KIND>
 __device__ __forceinline__ void load_scales(const uint8_t* slot, const uint8_t* lines, int group, int first,
                                             float (&values)[PART_TILES * 2]) {
-    load_stored<SCALE_TYPE>(lines + (group * 64 + first) * kScaleSize, values);
+    const uint8_t* const line = lines + (group * 64 + first) * kScaleSize;
     if constexpr (kSupers) {
-        float supers[PART_TILES * 2];
-        load_stored<kScaleHalf>(slot + kStageBytes - kSuperBytes + (KIND * 64 + first) * 2, supers);
-#pragma unroll
-        for (int i = 0; i < PART_TILES * 2; ++i) values[i] *= supers[i];  // exact
+        load_supers(line, slot + kStageBytes - kSuperBytes + (KIND * 64 + first) * 2, values);
+    } else {
+        load_stored<SCALE_TYPE>(line, values);
     }
 }
 
@@ -336,8 +338,9 @@ __device__ __forceinline__ void load_group(const uint8_t* slot, int group, int f
         load_scales<1>(slot, zeros, group, first, values.offsets);
 #pragma unroll
         for (int i = 0; i < PART_TILES * 2; ++i) {
-            const float middle = values.scales[i] * static_cast<float>(1 << (CODE_BITS - 1));
-            values.offsets[i] = kSupers ? middle - values.offsets[i] : middle + values.offsets[i];
+            if (kCentered) values.offsets[i] += values.scales[i] * static_cast<float>(1 << (CODE_BITS - 1));
+            if (kSupers) values.offsets[i] = -values.offsets[i];
+            if (!kCentered) values.zeros[i / 2].set(i % 2, 0);
         }
     }
 }
@@ -405,7 +408,7 @@ __device__ __forceinline__ void multiply_steps(const uint8_t* slot, const uint8_
 #if HAS_CODE_TABLE
         look_up<STEP % 4>(at.codes[tile], fragment);
 #else
-        dequantize<CODE_BITS, kBf16, ZERO_KIND != 1, STEP % 4>(at.codes[tile], at.group.zeros[tile], fragment);
+        dequantize<CODE_BITS, kBf16, kCentered, STEP % 4>(at.codes[tile], at.group.zeros[tile], fragment);
 #endif
 #pragma unroll
         for (int token_tile = 0; token_tile < TOKEN_TILES; ++token_tile) {

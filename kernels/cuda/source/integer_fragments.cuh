@@ -19,19 +19,23 @@ __device__ __forceinline__ float number_of(uint32_t bits16) {
     return SCALE_TYPE == 1 ? __bfloat162float(__ushort_as_bfloat16(bits)) : __half2float(__ushort_as_half(bits));
 }
 
-// `value` rounded to the type of the inputs, twice, and what the rounding took away.
-__device__ __forceinline__ uint32_t round_pair(float value, float& rest) {
-    uint32_t bits;
+// Two numbers rounded to the type of the inputs.
+__device__ __forceinline__ uint32_t round_both(float low, float high) {
     if (kIsBfloat) {
-        const __nv_bfloat16 rounded = __float2bfloat16_rn(value);
-        rest = value - __bfloat162float(rounded);
-        bits = __bfloat16_as_ushort(rounded);
-    } else {
-        const __half rounded = __float2half_rn(value);
-        rest = value - __half2float(rounded);
-        bits = __half_as_ushort(rounded);
+        const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+        return *reinterpret_cast<const uint32_t*>(&pair);
     }
-    return bits | bits << 16;
+    const __half2 pair = __floats2half2_rn(low, high);
+    return *reinterpret_cast<const uint32_t*>(&pair);
+}
+
+// What rounding took from them.
+__device__ __forceinline__ uint32_t round_rests(float low, float high, uint32_t rounded) {
+    if (kIsBfloat) {
+        return round_both(low - __uint_as_float(rounded << 16), high - __uint_as_float(rounded & 0xFFFF0000u));
+    }
+    const __half2 pair = *reinterpret_cast<const __half2*>(&rounded);
+    return round_both(low - __low2float(pair), high - __high2float(pair));
 }
 
 __device__ __forceinline__ uint32_t multiply_pair(uint32_t a, uint32_t b) {
@@ -45,9 +49,20 @@ struct PairValue {
     uint32_t rounded[2];
     uint32_t rest[2];
 
-    // `values`: the group's line in shared memory; `place`: of this lane's first row in it; `supers`: what they are
-    // multiplied by, if anything.
-    __device__ __forceinline__ void load(const uint8_t* values, int place, float factor, const uint8_t* supers) {
+    __device__ __forceinline__ void set_rounded(uint32_t both) {
+        rounded[0] = __byte_perm(both, 0, 0x1010);
+        rounded[1] = __byte_perm(both, 0, 0x3232);
+    }
+
+    __device__ __forceinline__ void set(float first, float second) {
+        const uint32_t both = round_both(first, second), rests = round_rests(first, second, both);
+        set_rounded(both);
+        rest[0] = __byte_perm(rests, 0, 0x1010);
+        rest[1] = __byte_perm(rests, 0, 0x3232);
+    }
+
+    // `values`: the group's line in shared memory; `place`: of this lane's first row in it.
+    __device__ __forceinline__ void load(const uint8_t* values, int place, float factor) {
         if (SCALE_TYPE == kScaleE8M0 && kScalesFit) {
             const uint32_t both = *reinterpret_cast<const uint16_t*>(values + place);
             rounded[0] = __byte_perm(both, 0, 0x4040) << 7;
@@ -56,15 +71,11 @@ struct PairValue {
         }
         if (SCALE_TYPE == kScaleE4M3) {
             const uint32_t both = *reinterpret_cast<const uint16_t*>(values + place);
-            const uint32_t pair = multiply_pair(widen_e4m3_pair<kIsBfloat>(both), kIsBfloat ? 0x7B807B80u : 0x5C005C00u);
-            rounded[0] = __byte_perm(pair, 0, 0x1010);
-            rounded[1] = __byte_perm(pair, 0, 0x3232);
+            set_rounded(multiply_pair(widen_e4m3_pair<kIsBfloat>(both), kIsBfloat ? 0x7B807B80u : 0x5C005C00u));
             return;
         }
         if (kScalesFit) {
-            const uint32_t both = *reinterpret_cast<const uint32_t*>(values + place * 2);
-            rounded[0] = __byte_perm(both, 0, 0x1010);
-            rounded[1] = __byte_perm(both, 0, 0x3232);
+            set_rounded(*reinterpret_cast<const uint32_t*>(values + place * 2));
             return;
         }
         float exact[2];
@@ -74,20 +85,11 @@ struct PairValue {
         } else if (kScaleBytes == 1) {
             const uint32_t both = *reinterpret_cast<const uint16_t*>(values + place);
             exact[0] = stored_number<SCALE_TYPE>(both, 0), exact[1] = stored_number<SCALE_TYPE>(both, 1);
-            if (kSupers) {
-                const __half2 super = *reinterpret_cast<const __half2*>(supers + place * 2);
-                exact[0] *= __low2float(super), exact[1] *= __high2float(super);
-            }
         } else {
             const uint32_t both = *reinterpret_cast<const uint32_t*>(values + place * 2);
             exact[0] = number_of(both & 0xFFFF), exact[1] = number_of(both >> 16);
         }
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            float left, nothing;
-            rounded[half] = round_pair(exact[half] * factor, left);
-            rest[half] = round_pair(left, nothing);
-        }
+        set(exact[0] * factor, exact[1] * factor);
     }
 };
 
@@ -98,8 +100,8 @@ struct GroupValues {
     ZeroPair<CODE_BITS, kIsBfloat> zeros;
 
     __device__ __forceinline__ void load(const uint8_t* weights, int group, int place, float factor) {
-        const uint8_t* const supers = weights + kSuperStart;
-        if (GROUP != 0) scale.load(weights + kCodeBytes + group * 64 * kScaleBytes, place, factor, supers);
+        if (kSupers) return load_super(weights, group, place, factor);
+        if (GROUP != 0) scale.load(weights + kCodeBytes + group * 64 * kScaleBytes, place, factor);
         if (ZEROS == 1) {
             const uint8_t* line = weights + kCodeBytes + kScaleStage + group * 64;
             const uint32_t both = *reinterpret_cast<const uint16_t*>(line + place);
@@ -109,9 +111,28 @@ struct GroupValues {
         if (ZEROS == 2) {
             zeros.set(0, 0);
             zeros.set(1, 0);
-            offset.load(weights + kCodeBytes + kScaleStage + kZeroStage + group * 64 * kScaleBytes, place,
-                        kSupers ? -factor : factor, supers + 128);
+            offset.load(weights + kCodeBytes + kScaleStage + kZeroStage + group * 64 * kScaleBytes, place, factor);
         }
+    }
+
+    // Of super-blocks: codes become numbers around zero, so that what is left of the minimum is small, and its rounding too.
+    __device__ __forceinline__ void load_super(const uint8_t* weights, int group, int place, float factor) {
+        float scales[2], minima[2];
+        load_pair(weights + kCodeBytes + group * 64, weights + kSuperStart, place, scales);
+        scales[0] *= factor, scales[1] *= factor;
+        scale.set(scales[0], scales[1]);
+        if (ZEROS != 2) return;
+        load_pair(weights + kCodeBytes + kScaleStage + group * 64, weights + kSuperStart + 128, place, minima);
+        constexpr float kMiddle = 1 << (CODE_BITS - 1);
+        offset.set_rounded(round_both(fmaf(minima[0], -factor, scales[0] * kMiddle),
+                                      fmaf(minima[1], -factor, scales[1] * kMiddle)));
+    }
+
+    __device__ __forceinline__ static void load_pair(const uint8_t* line, const uint8_t* supers, int place,
+                                                     float (&values)[2]) {
+        const uint32_t both = *reinterpret_cast<const uint16_t*>(line + place);
+        const __half2 super = *reinterpret_cast<const __half2*>(supers + place * 2);
+        values[0] = super_number(both, 0, __low2float(super)), values[1] = super_number(both, 1, __high2float(super));
     }
 
     __device__ __forceinline__ void apply(uint32_t (&fragment)[4]) const {
@@ -121,6 +142,11 @@ struct GroupValues {
             const uint32_t code = fragment[r];
             if (kScalesFit && ZEROS != 2) {
                 fragment[r] = multiply_pair(code, scale.rounded[half]);
+                continue;
+            }
+            if (kSupers && ZEROS == 2) {
+                const uint32_t sum = fused_multiply_add_pair<kIsBfloat>(code, scale.rest[half], offset.rounded[half]);
+                fragment[r] = fused_multiply_add_pair<kIsBfloat>(code, scale.rounded[half], sum);
                 continue;
             }
             // Smallest terms first, so that only the last rounding counts.
@@ -147,7 +173,7 @@ __device__ __forceinline__ void make_fragment(const LaneCodes<CODE_BITS>& codes,
 #elif CODE_FLOAT8
     dequantize_float8<kIsBfloat, STEP>(codes, fragment);
 #else
-    dequantize<CODE_BITS, kIsBfloat, ZEROS == 0, STEP>(codes, values.zeros, fragment);
+    dequantize<CODE_BITS, kIsBfloat, ZEROS == 0 || kSupers, STEP>(codes, values.zeros, fragment);
 #endif
     values.apply(fragment);
 }

@@ -8,7 +8,7 @@
 // The values of SCALE_TYPE.
 constexpr int kScaleHalf = 0, kScaleBfloat = 1, kScaleFloat = 2;
 constexpr int kScaleE8M0 = 3;   // powers of two; neither 0 (2^-127) nor 255 (NaN) occurs
-constexpr int kScaleE4M3 = 4;   // FP8 without NaN
+constexpr int kScaleE4M3 = 4;   // FP8 without NaN and without negative numbers
 constexpr int kScaleSuper = 5;  // int8, to be multiplied by the fp16 number of 256 columns
 
 __device__ constexpr int stored_bytes(int type) { return type == kScaleFloat ? 4 : type == kScaleHalf || type == kScaleBfloat ? 2 : 1; }
@@ -17,8 +17,15 @@ __device__ constexpr int stored_bytes(int type) { return type == kScaleFloat ? 4
 // mantissa's bits are those of the wider type, subnormals included.
 template <bool IS_BF16>
 __device__ __forceinline__ uint32_t widen_e4m3_pair(uint32_t both) {
-    const uint32_t high = __byte_perm(both, 0, 0x1404), sign = high & 0x80008000u;
-    return IS_BF16 ? (high >> 4 & 0x07F007F0u) | sign : (high >> 1 & 0x3F803F80u) | sign;
+    const uint32_t high = __byte_perm(both, 0, 0x1404);
+    return IS_BF16 ? high >> 4 & 0x07F007F0u : high >> 1 & 0x3F803F80u;
+}
+
+// Byte `index` of a word of int8 numbers, times `super`, which has 11 bits: exact. 2^15 + 128 + number stands in the bits
+// of a float, and the product of the first two, which has 20 bits, is taken off again.
+__device__ __forceinline__ float super_number(uint32_t word, int index, float super) {
+    const float number = __uint_as_float(__byte_perm(word ^ 0x80808080u, 0x47000000u, 0x7404 + index * 16));
+    return fmaf(number, super, super * -32896.0f);
 }
 
 // Byte `index` of a word of stored scales of one byte.
@@ -29,11 +36,10 @@ __device__ __forceinline__ float stored_number(uint32_t word, int index) {
         return __uint_as_float(moved & 0x7F800000u);
     }
     if (TYPE == kScaleE4M3) {
-        const uint32_t high = index == 3 ? word : word << (24 - 8 * index);
-        return __uint_as_float((high & 0x80000000u) | (high >> 4 & 0x07F00000u)) * 0x1p120f;
+        const uint32_t moved = index == 3 ? word >> 4 : word << (20 - 8 * index);
+        return __uint_as_float(moved & 0x07F00000u) * 0x1p120f;
     }
-    // 2^23 + 128 + number, of which the first two are taken off.
-    return __uint_as_float(__byte_perm(word ^ 0x80808080u, 0x4B000000u, 0x7440 + index)) - 8388736.0f;
+    return super_number(word, index, 1.0f);
 }
 
 // COUNT (4 or 8) stored values of one or two bytes in a row.
@@ -75,4 +81,16 @@ __device__ __forceinline__ void load_stored(const uint8_t* line, float (&values)
     } else {
         load_small<TYPE>(line, values);
     }
+}
+
+// COUNT (4 or 8) int8 numbers in a row, each times its fp16 super.
+template <int COUNT>
+__device__ __forceinline__ void load_supers(const uint8_t* line, const uint8_t* supers, float (&values)[COUNT]) {
+    float factors[COUNT];
+    load_stored<kScaleHalf>(supers, factors);
+    uint32_t words[COUNT / 4];
+#pragma unroll
+    for (int i = 0; i < COUNT / 4; ++i) words[i] = reinterpret_cast<const uint32_t*>(line)[i];
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) values[i] = super_number(words[i / 4], i % 4, factors[i]);
 }
