@@ -13,9 +13,12 @@ from torch import Tensor
 from aphroquant.calibration.solution import Solution, relative_error
 from aphroquant.calibration.statistics import InputStatistics
 from aphroquant.errors import InputError
+from aphroquant.kernels.cpu import rounding
+from aphroquant.numbers import is_finite, largest_magnitude
 from aphroquant.schemes import FloatScheme, QuantizedWeight, Scheme
 
 E4M3_MAX = 448.0
+_DETAILS = {"rounding": "nearest"}
 
 
 def solve(
@@ -29,12 +32,34 @@ def solve(
         extra["input_scale"] = _scale_of(statistics.max_abs.max())
     solutions = []
     for weight in weights:
-        quantized = quantize_fp8(weight, scheme)
+        rounded = round_fp8(weight, scheme)
+        quantized, error = rounded.weight, rounded.relative_error
+        if statistics is not None:
+            error = relative_error(weight.float(), quantized.dequantize(), statistics)
         solution = QuantizedWeight(scheme, {**quantized.tensors, **extra}, quantized.shape)
-        error = relative_error(weight.float(), solution.dequantize(), statistics)
-        details = {"rounding": "nearest"} | {name: float(value) for name, value in extra.items()}
+        details = rounded.details | {name: float(value) for name, value in extra.items()}
         solutions.append(Solution(solution, error, details))
     return solutions
+
+
+def round_fp8(weight: Tensor, scheme: FloatScheme, magnitude: Tensor | None = None) -> Solution:
+    """`quantize_fp8` and the squared error relative to the weight's."""
+    if not rounding.usable(weight) or scheme.dtype != torch.float8_e4m3fn:
+        quantized = quantize_fp8(weight, scheme, magnitude)
+        return Solution(quantized, relative_error(weight.float(), quantized.dequantize(), None), _DETAILS)
+    if not is_finite(weight):
+        raise _not_finite()
+    rows, columns = weight.shape
+    scale = None
+    if scheme.granularity == "tensor":
+        scale = _scale_of(largest_magnitude(weight) if magnitude is None else magnitude)
+    block = scheme.block_shape or (1, columns)
+    found = rounding.round_float8(weight, block, scale)
+    rounded = QuantizedWeight(
+        scheme, {"codes": found.codes.view(scheme.dtype), "scales": found.scales}, (rows, columns)
+    )
+    error = found.error / found.total if found.total > 0 else 0.0
+    return Solution(rounded, error, _DETAILS, square_sum=found.total)
 
 
 def quantize_fp8(weight: Tensor, scheme: FloatScheme, magnitude: Tensor | None = None) -> QuantizedWeight:
@@ -44,7 +69,7 @@ def quantize_fp8(weight: Tensor, scheme: FloatScheme, magnitude: Tensor | None =
     """
     weight = weight.float()
     if not torch.isfinite(weight).all():
-        raise InputError("a weight is not finite and cannot be quantized")
+        raise _not_finite()
     num_rows, width = weight.shape
     if scheme.block_shape is not None:
         rows, columns = scheme.block_shape
@@ -60,6 +85,10 @@ def quantize_fp8(weight: Tensor, scheme: FloatScheme, magnitude: Tensor | None =
         scales = per_weight = _scale_of(magnitude)
     codes = (weight / per_weight).clamp_(-E4M3_MAX, E4M3_MAX).to(scheme.dtype)
     return QuantizedWeight(scheme, {"codes": codes, "scales": scales}, (num_rows, width))
+
+
+def _not_finite() -> InputError:
+    return InputError("a weight is not finite and cannot be quantized")
 
 
 def _scale_of(magnitude: Tensor) -> Tensor:

@@ -17,12 +17,14 @@ from aphroquant.schemes import QuantizedWeight, Scheme
 @dataclass(frozen=True)
 class Solution:
     """`relative_error` is the squared error of the layer's output over calibration, relative to the output's square
-    (of the weight, where nothing is known of the input). `details` go into the report; `warnings` to the user."""
+    (of the weight, where nothing is known of the input). `details` go into the report; `warnings` to the user.
+    `square_sum` is that of the weight before rounding, if it was found on the way."""
 
     weight: QuantizedWeight
     relative_error: float
     details: dict[str, Any] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    square_sum: float | None = None
 
 
 # Weights [N, K] of layers that share an input, its statistics, the scheme, and the dtype that scales are stored in.

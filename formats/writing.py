@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from aphroquant.errors import UsageError
+from aphroquant.numbers import largest_byte
 from aphroquant.schemes import DenseScheme, IntegerScheme, QuantizedWeight, Scheme
 
 LM_HEAD = "lm_head"
@@ -69,7 +70,10 @@ def checked(module: str, weight: QuantizedWeight, expected: Scheme) -> None:
         bits = weight.scheme.storage_bits(name)
         if bits is None or tensor.is_floating_point() or not tensor.numel():
             continue
-        lowest, highest = int(tensor.min()), int(tensor.max())
+        if tensor.dtype == torch.uint8:
+            lowest, highest = 0, largest_byte(tensor)
+        else:
+            lowest, highest = int(tensor.min()), int(tensor.max())
         if lowest < 0 or highest >= 2**bits:
             value = lowest if lowest < 0 else highest
             raise UsageError(f"{module}: {name} has the value {value}, the limit is {2**bits - 1}")

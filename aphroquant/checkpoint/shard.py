@@ -1,4 +1,4 @@
-"""One safetensors file in the making, each byte written once.
+"""One safetensors file in the making, each byte written once, and read again before the next comes.
 
 The header stands in front of the tensors and is known last. So room is left for it, tensors go to their final place as
 they come, and the header is filled up with spaces, as the format allows. A tensor whose length is no multiple of eight
@@ -19,11 +19,14 @@ import torch
 from torch import Tensor
 
 from aphroquant.checkpoint.safetensors_header import StoredTensor, encode_header
+from aphroquant.errors import ResourceError
+from aphroquant.numbers import same_bytes
 
 HEADER_ROOM = 2 * 2**20  # some 15 000 tensors
 SMALL_BYTES = 64 * HEADER_ROOM  # below it, a shard is copied together
 _METADATA = {"format": "pt"}  # transformers refuses files without it
 _ALIGNMENT = 8  # of the widest dtype
+_STEP = 2**20  # bytes written and read again at a time: what is compared is then in the processor's cache
 
 
 class Shard:
@@ -112,7 +115,17 @@ def _widest_first(item: tuple[str, StoredTensor]) -> tuple[int, str]:
 
 
 def _write(file: BinaryIO, chunk: Tensor) -> None:
-    _write_all(file, chunk.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    """Append the tensor's bytes. ResourceError unless they can be read back."""
+    content = chunk.detach().cpu().contiguous().flatten().view(torch.uint8)
+    stored = torch.empty(min(_STEP, content.numel()), dtype=torch.uint8)
+    for part in content.split(_STEP):  # type: ignore[no-untyped-call]
+        begin, again = file.tell(), stored[: part.numel()]
+        _write_all(file, part.numpy().data)
+        if os.preadv(file.fileno(), [again.numpy().data], begin) != part.numel() or not same_bytes(again, part):
+            raise ResourceError(
+                f"{file.name}: what was written is not what can be read back",
+                hint="the disk, or the memory, is faulty; give another --out",
+            )
 
 
 def _write_all(file: BinaryIO, content: memoryview) -> None:

@@ -8,13 +8,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from aphroquant import buffers
 from aphroquant.checkpoint.files import opened
 from aphroquant.errors import InputError
 
 
 def read_bytes(path: Path, name: str, begin: int, nbytes: int) -> Tensor:
     """uint8 [nbytes] from offset `begin`. `name` is the tensor, for the message."""
-    buffer = torch.empty(nbytes, dtype=torch.uint8)
+    buffer = buffers.empty((nbytes,), torch.uint8)
     with opened(path) as (file, _):
         file.seek(begin)
         view = buffer.numpy().data

@@ -8,12 +8,14 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
+from aphroquant import buffers
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 MAX_WORKERS = 4
-# Weights in work at once; a module that has more is alone. Each takes some four bytes until it is written.
-WEIGHTS_AT_ONCE = 2**27
+# Weights in work at once; a module that has more is alone. Codes take up to three bytes each while they are compared.
+WEIGHTS_AT_ONCE = 2**29
 
 
 def in_order(
@@ -24,7 +26,7 @@ def in_order(
     An error comes up where its item would; what was begun after it is finished and dropped.
     """
     waiting: deque[tuple[Item, int, Future[Result]]] = deque()
-    with ThreadPoolExecutor(max_workers=min(MAX_WORKERS, os.cpu_count() or 1)) as pool:
+    with buffers.reused(), ThreadPoolExecutor(max_workers=min(MAX_WORKERS, os.cpu_count() or 1)) as pool:
         try:
             for item, size in items:
                 while waiting and (len(waiting) > MAX_WORKERS or sum(each[1] for each in waiting) + size > at_once):

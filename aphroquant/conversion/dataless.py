@@ -8,12 +8,14 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from aphroquant.calibration.fp8 import quantize_fp8
-from aphroquant.calibration.solution import Solution, relative_error
+from aphroquant import buffers
+from aphroquant.calibration.fp8 import round_fp8
+from aphroquant.calibration.solution import Solution
 from aphroquant.calibration.solvers import FP8_ROUNDING
 from aphroquant.conversion.plan import ConversionPlan
 from aphroquant.errors import InputError
-from aphroquant.schemes import FloatScheme, QuantizedWeight
+from aphroquant.numbers import is_finite, largest_magnitude
+from aphroquant.schemes import DenseScheme, FloatScheme, QuantizedWeight
 
 PIECE_ELEMENTS = 2**22  # few enough for the processor's caches, enough for its threads
 
@@ -30,7 +32,7 @@ def _rounded(plan: ConversionPlan, module: str) -> Iterator[tuple[Solution, floa
     for weight in _pieces(plan, module):
         with naming_modules(module):
             solution = rounding([weight], None, plan.scheme, plan.scale_dtype)[0]
-        yield solution, _square_sum(weight)
+        yield solution, _square_sum(solution, weight)
 
 
 @contextmanager
@@ -44,22 +46,21 @@ def naming_modules(modules: str) -> Iterator[None]:
 
 def _per_tensor(plan: ConversionPlan, scheme: FloatScheme, module: str) -> Iterator[tuple[Solution, float]]:
     """One scale for all pieces, so that they are gone through twice."""
-    magnitude = torch.stack([weight.abs().amax() for weight in _pieces(plan, module)]).amax()
+    magnitude = torch.stack([largest_magnitude(weight) for weight in _pieces(plan, module)]).amax()
     for weight in _pieces(plan, module):
-        rounded = quantize_fp8(weight, scheme, magnitude)
-        error = relative_error(weight, rounded.dequantize(), None)
-        yield Solution(rounded, error, {"rounding": "nearest"}), _square_sum(weight)
+        solution = round_fp8(weight, scheme, magnitude)
+        yield solution, _square_sum(solution, weight)
 
 
 def _pieces(plan: ConversionPlan, module: str) -> Iterator[Tensor]:
-    """Rows of the dense weight, float32: whole rows of blocks at a time."""
+    """Rows of the dense weight, in its own dtype (float32 of a quantized one): whole rows of blocks at a time."""
     columns = plan.modules[module][1]
     step = plan.scheme.block_shape[0] if isinstance(plan.scheme, FloatScheme) and plan.scheme.block_shape else 1
     rows = max(1, PIECE_ELEMENTS // max(columns, 1) // step) * step
     left = torch.empty(0, columns)
     for piece in plan.checkpoint.weight_pieces(module, rows * columns):
-        weight = piece.dequantize()
-        if not torch.isfinite(weight).all():
+        weight = piece["weight"] if isinstance(piece.scheme, DenseScheme) else piece.dequantize()
+        if not is_finite(weight):
             raise InputError(f"{module}.weight holds NaN or infinite values and cannot be quantized")
         left = torch.cat([left, weight]) if left.numel() else weight
         whole = left.shape[0] // step * step  # a quantized source may be cut elsewhere
@@ -86,7 +87,7 @@ def _joined(solved: Iterator[tuple[Solution, float]], shape: tuple[int, int]) ->
                 tensors[name] = part  # the whole, or the same for all
                 continue
             if name not in tensors:
-                tensors[name], done[name] = torch.empty(wanted[name], dtype=part.dtype), 0
+                tensors[name], done[name] = buffers.empty(wanted[name], part.dtype), 0
             tensors[name][done[name] : done[name] + part.shape[0]] = part
             done[name] += part.shape[0]
         error += solution.relative_error * size
@@ -95,5 +96,7 @@ def _joined(solved: Iterator[tuple[Solution, float]], shape: tuple[int, int]) ->
     return Solution(weight, error / total if total else 0.0, solution.details, solution.warnings)
 
 
-def _square_sum(weight: Tensor) -> float:
-    return float(weight.square().sum(dtype=torch.float64))
+def _square_sum(solution: Solution, weight: Tensor) -> float:
+    if solution.square_sum is not None:
+        return solution.square_sum
+    return float(weight.float().square().sum(dtype=torch.float64))

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from functools import cache
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
+from aphroquant import buffers
 from aphroquant.checkpoint import Checkpoint
 from aphroquant.checkpoint.directory import is_one_of_several
 from aphroquant.checkpoint.expected import expected_modules, expected_vectors
 from aphroquant.errors import InputError, UsageError
+from aphroquant.numbers import is_finite
 from aphroquant.schemes import DenseScheme
 
-_CHUNK = 2**20  # numbers looked at at once, so that the comparison stays in the processor's cache
 _DAMAGED = "the file is damaged, or the model was trained badly; aphroquant inspect lists what is wrong with it"
 
 
@@ -80,40 +79,14 @@ def check_carried(checkpoint: Checkpoint, names: Iterable[str]) -> None:
 
 def finite_pieces(checkpoint: Checkpoint, name: str, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
     """The pieces of a tensor as they are. InputError at the first with something else than numbers."""
-    for piece in pieces:
-        if not is_finite(piece):
-            raise InputError(f"{checkpoint.source}: {name} holds NaN or infinite values", hint=_DAMAGED)
-        yield piece
+    with buffers.reused():
+        for piece in pieces:
+            if not is_finite(piece):
+                raise InputError(f"{checkpoint.source}: {name} holds NaN or infinite values", hint=_DAMAGED)
+            yield piece
 
 
 def check_codes(checkpoint: Checkpoint, module: str, tensors: Iterable[Tensor]) -> None:
     """InputError if the scales (or anything else) of a quantized module are not finite."""
     if not all(map(is_finite, tensors)):
         raise InputError(f"{checkpoint.source}: {module} holds NaN or infinite values", hint=_DAMAGED)
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """Whether all numbers are; integers always are."""
-    if not tensor.dtype.is_floating_point:
-        return True
-    if tensor.dtype.itemsize == 1:
-        codes = tensor.contiguous().view(torch.uint8).flatten()
-        return not any(_has_no_number(part, tensor.dtype) for part in torch.split(codes, _CHUNK))
-    return bool(torch.isfinite(tensor).all())
-
-
-def _has_no_number(codes: Tensor, dtype: torch.dtype) -> bool:
-    """Whether one of these bytes is NaN or infinite as an 8-bit float, for which torch has no isfinite."""
-    if not codes.numel():
-        return False
-    bad = _codes_of_no_number(dtype)
-    if bad == [*range(bad[0], 128), *range(bad[0] + 128, 256)]:  # the highest codes of either sign: one comparison
-        return int((codes & 127).max()) >= bad[0]
-    return any(bool((codes == code).any()) for code in bad)
-
-
-@cache
-def _codes_of_no_number(dtype: torch.dtype) -> list[int]:
-    """The bytes that mean NaN or infinity in an 8-bit float."""
-    values = torch.arange(256, dtype=torch.uint8).view(dtype).float()
-    return (~values.isfinite()).nonzero().flatten().tolist()

@@ -36,6 +36,22 @@ def split_rows(weight: QuantizedWeight, max_elements: int) -> Iterator[Quantized
         yield _cut(weight, start, min(rows, start + size), step)
 
 
+def split_rows_alike(
+    first: QuantizedWeight, second: QuantizedWeight, max_elements: int
+) -> Iterator[tuple[QuantizedWeight, QuantizedWeight]]:
+    """Two weights of one shape in the same pieces, whatever their schemes are."""
+    rows, columns = first.shape
+    steps = [row_step(weight.scheme, columns) for weight in (first, second)]
+    if None in steps or rows * columns <= max_elements:
+        yield first, second
+        return
+    step = math.lcm(*(each for each in steps if each is not None))
+    size = rows_per_piece(columns, max_elements, step)
+    for start in range(0, rows, size):
+        stop = min(rows, start + size)
+        yield _cut(first, start, stop, step), _cut(second, start, stop, step)
+
+
 def row_step(scheme: Scheme, columns: int) -> int | None:
     """A piece can begin at any multiple of this row; None if there can be no pieces."""
     if isinstance(scheme, IntegerScheme):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from aphroquant.errors import InputError
+from aphroquant.numbers import same_bytes
 from aphroquant.schemes.additive import AdditiveScheme
 from aphroquant.schemes.affine import AffineScheme
 from aphroquant.schemes.dense import DenseScheme
@@ -29,6 +30,7 @@ Scheme = (
     | DenseScheme
 )
 
+_PIECE_ELEMENTS = 2**20  # of a matrix that is dequantized to be compared
 _GLOBAL_SCALE_TOLERANCE = 2**-24 * (1 + 2**-20)  # one rounding to float32, seen from either side
 
 
@@ -68,8 +70,10 @@ class QuantizedWeight:
             return True  # nothing to compute: the usual case of a repacked weight
         if "global_scale" in self.tensors and self.scheme == other.scheme:
             return all(_same_tensor(name, self[name], other[name]) for name in self.tensors)
-        ours, theirs = self.dequantize(), other.dequantize()
-        return torch.equal(ours.view(torch.int32), theirs.view(torch.int32))
+        from aphroquant.schemes.rows import split_rows_alike
+
+        pairs = split_rows_alike(self, other, _PIECE_ELEMENTS)
+        return all(_same_bits(ours.dequantize(), theirs.dequantize()) for ours, theirs in pairs)
 
     def group_index(self) -> Tensor:
         """The group of every input column, int64 [K]."""
@@ -107,9 +111,4 @@ def _same_tensor(name: str, ours: Tensor, theirs: Tensor) -> bool:
 def _same_bits(ours: Tensor, theirs: Tensor) -> bool:
     if ours is theirs:
         return True
-    if ours.dtype != theirs.dtype or ours.shape != theirs.shape:
-        return False
-    flat = [tensor.contiguous().flatten().view(torch.uint8) for tensor in (ours, theirs)]
-    if flat[0].numel() % 8 == 0:
-        flat = [tensor.view(torch.int64) for tensor in flat]  # compares eight times as many bytes at once
-    return torch.equal(*flat)
+    return ours.dtype == theirs.dtype and ours.shape == theirs.shape and same_bytes(ours, theirs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p, sizeof
+from ctypes import POINTER, Structure, c_double, c_float, c_int32, c_int64, c_uint32, c_void_p, sizeof
 from typing import Any
 
 import torch
@@ -113,8 +113,47 @@ class BatchStruct(Structure):
     )
 
 
+class RoundingStruct(Structure):
+    """AqRounding."""
+
+    _fields_ = (
+        ("weight", c_void_p),
+        ("rows", c_int64),
+        ("columns", c_int64),
+        ("group_size", c_int64),
+        ("weight_type", c_int32),
+        ("scale_type", c_int32),
+        ("bits", c_int32),
+        ("symmetric", c_int32),
+        ("codes", c_void_p),
+        ("scales", c_void_p),
+        ("zeros", c_void_p),
+        ("error", c_double),
+        ("total", c_double),
+    )
+
+
+class Float8RoundingStruct(Structure):
+    """AqFloat8Rounding."""
+
+    _fields_ = (
+        ("weight", c_void_p),
+        ("rows", c_int64),
+        ("columns", c_int64),
+        ("block_rows", c_int64),
+        ("block_columns", c_int64),
+        ("weight_type", c_int32),
+        ("scales_given", c_int32),
+        ("codes", c_void_p),
+        ("scales", c_void_p),
+        ("error", c_double),
+        ("total", c_double),
+    )
+
+
+_STRUCTS = (LinearStruct, LayerStruct, DecoderStruct, BatchStruct, RoundingStruct, Float8RoundingStruct)
 # What aq_abi_version() gives: AQ_ABI_VERSION and the sizes of the structs.
-ABI_VERSION = 65536 + sum(sizeof(struct) for struct in (LinearStruct, LayerStruct, DecoderStruct, BatchStruct))
+ABI_VERSION = 2 * 65536 + sum(sizeof(struct) for struct in _STRUCTS)
 
 
 def address(tensor: Tensor | None) -> int | None:
@@ -144,4 +183,13 @@ def signatures() -> dict[str, tuple[Any, list[Any]]]:
         "aq_decoder_forward": (None, [decoder, batch, pointer, pointer, c_int32]),
         "aq_attention": (None, [decoder, batch, pointer, pointer, pointer, c_int32]),
         "aq_store": (None, [decoder, batch, pointer, pointer]),
+        "aq_unpack": (None, [pointer, c_int64, c_int64, c_int64, c_int32, pointer]),
+        "aq_unpack_across": (None, [pointer, c_int64, c_int64, c_int32, pointer]),
+        "aq_unpack_awq": (None, [pointer, c_int64, c_int64, pointer]),
+        "aq_pack": (c_int32, [pointer, c_int64, c_int64, c_int32, pointer]),
+        "aq_pack_across": (c_int32, [pointer, c_int64, c_int64, c_int32, pointer]),
+        "aq_pack_awq": (c_int32, [pointer, c_int64, c_int64, pointer]),
+        "aq_largest_masked": (c_uint32, [pointer, c_int64, c_int32, c_uint32]),
+        "aq_round_integers": (c_int32, [POINTER(RoundingStruct)]),
+        "aq_round_float8": (None, [POINTER(Float8RoundingStruct)]),
     }

@@ -15,8 +15,8 @@ from torch import Tensor
 
 import aphroquant
 from aphroquant.calibration.data import DEFAULT_TEXTS
-from aphroquant.conversion.soundness import is_finite
 from aphroquant.errors import InputError, UsageError
+from aphroquant.numbers import is_finite
 
 Tiny = Callable[..., Path]
 QUICK: dict[str, Any] = {"samples": 4, "seq_len": 32, "calibration": DEFAULT_TEXTS / "calibration_chat.jsonl"}

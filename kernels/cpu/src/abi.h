@@ -6,7 +6,7 @@
 
 #include <stdint.h>
 
-#define AQ_ABI_VERSION 1
+#define AQ_ABI_VERSION 2
 
 #ifdef __cplusplus
 extern "C" {
@@ -100,6 +100,29 @@ typedef struct {
   const float* sin;
 } AqBatch;
 
+// Rounding to nearest without data (rounding.h). Matrices are row-major; `error` and `total` come out: the sums of the
+// squares of errors and of weights.
+typedef struct {
+  const void* weight;  // [rows][columns]
+  int64_t rows, columns, group_size;
+  int32_t weight_type, scale_type;  // AqFloat
+  int32_t bits, symmetric;
+  uint8_t* codes;  // [rows][columns]
+  void* scales;    // [rows][groups]
+  uint8_t* zeros;  // [rows][groups], or null if symmetric
+  double error, total;
+} AqRounding;
+
+// The same to e4m3, with one scale for `block_rows` x `block_columns` weights: given, or that of the largest of them.
+typedef struct {
+  const void* weight;
+  int64_t rows, columns, block_rows, block_columns;
+  int32_t weight_type, scales_given;
+  uint8_t* codes;
+  float* scales;  // [rows / block_rows][columns / block_columns], both rounded up
+  double error, total;
+} AqFloat8Rounding;
+
 int32_t aq_abi_version(void);
 // The names of the instruction sets that were built and that this processor runs, best first, separated by commas.
 const char* aq_instruction_sets(void);
@@ -118,6 +141,19 @@ void aq_attention(const AqDecoder* decoder, const AqBatch* batch, const float* q
                   int32_t num_threads);
 // Store k, v [num_tokens][kv_heads][head_dim] into layer 0's cache at batch->slot_mapping.
 void aq_store(const AqDecoder* decoder, const AqBatch* batch, const float* k, const float* v);
+
+// Codes [rows][count] of 1 to 8 bits in words (codes.h): the words of a row side by side, `stride` words from one row to
+// the next, or of one place in all rows (across); AWQ's are across and of 4 bits. Packing returns the union of all codes.
+void aq_unpack(const uint32_t* words, int64_t stride, int64_t rows, int64_t count, int32_t bits, uint8_t* codes);
+void aq_unpack_across(const uint32_t* words, int64_t rows, int64_t count, int32_t bits, uint8_t* codes);
+void aq_unpack_awq(const uint32_t* words, int64_t rows, int64_t count, uint8_t* codes);
+int32_t aq_pack(const uint8_t* codes, int64_t rows, int64_t count, int32_t bits, uint32_t* words);
+int32_t aq_pack_across(const uint8_t* codes, int64_t rows, int64_t count, int32_t bits, uint32_t* words);
+int32_t aq_pack_awq(const uint8_t* codes, int64_t rows, int64_t count, uint32_t* words);
+// The largest x & mask of unsigned numbers of 1, 2 or 4 bytes.
+uint32_t aq_largest_masked(const void* numbers, int64_t count, int32_t width, uint32_t mask);
+int32_t aq_round_integers(AqRounding* job);  // 1 if a scale does not fit its dtype, else 0
+void aq_round_float8(AqFloat8Rounding* job);
 
 #ifdef __cplusplus
 }

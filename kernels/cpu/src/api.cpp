@@ -69,7 +69,8 @@ const AqKernels* chosen = best();
 AQ_EXPORT int32_t aq_abi_version(void) {
   // A field more or less is another interface, whether or not somebody thought of the number.
   return AQ_ABI_VERSION * 65536 +
-         static_cast<int32_t>(sizeof(AqLinear) + sizeof(AqLayer) + sizeof(AqDecoder) + sizeof(AqBatch));
+         static_cast<int32_t>(sizeof(AqLinear) + sizeof(AqLayer) + sizeof(AqDecoder) + sizeof(AqBatch) +
+                              sizeof(AqRounding) + sizeof(AqFloat8Rounding));
 }
 
 AQ_EXPORT const char* aq_instruction_sets(void) {
@@ -118,3 +119,36 @@ AQ_EXPORT void aq_attention(const AqDecoder* decoder, const AqBatch* batch, cons
 AQ_EXPORT void aq_store(const AqDecoder* decoder, const AqBatch* batch, const float* k, const float* v) {
   chosen->store(decoder, batch, k, v);
 }
+
+AQ_EXPORT void aq_unpack(const uint32_t* words, int64_t stride, int64_t rows, int64_t count, int32_t bits,
+                         uint8_t* codes) {
+  chosen->unpack(words, stride, rows, count, bits, codes);
+}
+
+AQ_EXPORT void aq_unpack_across(const uint32_t* words, int64_t rows, int64_t count, int32_t bits, uint8_t* codes) {
+  chosen->unpack_across(words, rows, count, bits, codes);
+}
+
+AQ_EXPORT void aq_unpack_awq(const uint32_t* words, int64_t rows, int64_t count, uint8_t* codes) {
+  chosen->unpack_awq(words, rows, count, codes);
+}
+
+AQ_EXPORT int32_t aq_pack(const uint8_t* codes, int64_t rows, int64_t count, int32_t bits, uint32_t* words) {
+  return chosen->pack(codes, rows, count, bits, words);
+}
+
+AQ_EXPORT int32_t aq_pack_across(const uint8_t* codes, int64_t rows, int64_t count, int32_t bits, uint32_t* words) {
+  return chosen->pack_across(codes, rows, count, bits, words);
+}
+
+AQ_EXPORT int32_t aq_pack_awq(const uint8_t* codes, int64_t rows, int64_t count, uint32_t* words) {
+  return chosen->pack_awq(codes, rows, count, words);
+}
+
+AQ_EXPORT uint32_t aq_largest_masked(const void* numbers, int64_t count, int32_t width, uint32_t mask) {
+  return chosen->largest_masked(numbers, count, width, mask);
+}
+
+AQ_EXPORT int32_t aq_round_integers(AqRounding* job) { return chosen->round_integers(job); }
+
+AQ_EXPORT void aq_round_float8(AqFloat8Rounding* job) { chosen->round_float8(job); }

@@ -11,4 +11,13 @@ struct AqKernels {
   void (*decoder_forward)(const AqDecoder*, const AqBatch*, float*, void*, int32_t);
   void (*attention)(const AqDecoder*, const AqBatch*, const float*, float*, void*, int32_t);
   void (*store)(const AqDecoder*, const AqBatch*, const float*, const float*);
+  void (*unpack)(const uint32_t*, int64_t, int64_t, int64_t, int32_t, uint8_t*);
+  void (*unpack_across)(const uint32_t*, int64_t, int64_t, int32_t, uint8_t*);
+  void (*unpack_awq)(const uint32_t*, int64_t, int64_t, uint8_t*);
+  int32_t (*pack)(const uint8_t*, int64_t, int64_t, int32_t, uint32_t*);
+  int32_t (*pack_across)(const uint8_t*, int64_t, int64_t, int32_t, uint32_t*);
+  int32_t (*pack_awq)(const uint8_t*, int64_t, int64_t, uint32_t*);
+  uint32_t (*largest_masked)(const void*, int64_t, int32_t, uint32_t);
+  int32_t (*round_integers)(AqRounding*);
+  void (*round_float8)(AqFloat8Rounding*);
 };

@@ -146,6 +146,12 @@ static inline void store_i8(int8_t* p, I32 x, int64_t count) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(lanes + 8), x.hi);
   for (int64_t i = 0; i < count; i++) p[i] = static_cast<int8_t>(lanes[i]);
 }
+// 16 numbers from 0 to 255.
+static inline void store_u8(uint8_t* p, I32 x) {
+  const __m256i words = _mm256_permute4x64_epi64(_mm256_packus_epi32(x.lo, x.hi), 0xd8);
+  const __m128i bytes = _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
+}
 
 static inline Bytes load_bytes(const uint8_t* p) {
   return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)),

@@ -97,6 +97,11 @@ static inline void store_i8(int8_t* p, I32 x, int64_t count) {
   _mm512_mask_cvtsepi32_storeu_epi8(p, first_lanes(count), x.v);
 }
 
+// 16 numbers from 0 to 255.
+static inline void store_u8(uint8_t* p, I32 x) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x.v));
+}
+
 static inline Bytes load_bytes(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
 // The codes of step `step` of a packed line, one a byte.
 template <int kBits>

@@ -136,6 +136,10 @@ static inline I32 magnitude_bits(F32 x) {
 static inline void store_i8(int8_t* p, I32 x, int64_t count) {
   for (int64_t i = 0; i < count; i++) p[i] = static_cast<int8_t>(x.v[i]);
 }
+// 16 numbers from 0 to 255.
+static inline void store_u8(uint8_t* p, I32 x) {
+  for (int i = 0; i < 16; i++) p[i] = static_cast<uint8_t>(x.v[i]);
+}
 
 static inline Bytes load_bytes(const uint8_t* p) {
   Bytes y;
