@@ -146,6 +146,16 @@ class Checkpoint(ABC):
         """Files to copy along with the model: tokenizer, templates, generation settings, licence."""
         return carried_files(self.directory)
 
+    def files(self) -> dict[str, Path]:
+        """Every file that the model is read from, by its name in `directory`."""
+        weights = dict.fromkeys(info.file for info in self.tensors.values())
+        paths = [*weights, *self._settings_files(), *self.carried_files()]
+        return {path.relative_to(self.directory).as_posix(): path for path in paths}
+
+    def _settings_files(self) -> list[Path]:
+        """Files that say what the tensors mean."""
+        return []
+
     def save_tokenizer(self, directory: Path) -> None:
         """Write tokenizer.json, tokenizer_config.json and the chat template, as transformers reads them."""
         self.tokenizer().save_pretrained(directory)

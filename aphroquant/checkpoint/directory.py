@@ -192,6 +192,11 @@ class SafetensorsCheckpoint(Checkpoint):
             buffer = read_bytes(info.file, name, stored.begin + start * columns * info.dtype.itemsize, nbytes)
             yield QuantizedWeight.dense(as_tensor(buffer, info.dtype, shape))
 
+    def _settings_files(self) -> list[Path]:
+        index = _index_file(self.path) if self.path.is_dir() else None
+        known = [self.directory / name for name in ("config.json", *_CONFIG_FILES)]
+        return [path for path in (*known, index) if path is not None and path.is_file()]
+
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return load_tokenizer(self.directory)
 

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 from aphroquant.checkpoint.disk import fsync, telling_disk_errors
-from aphroquant.checkpoint.gguf_header import PlacedTensor, Value, encode_header, place
+from aphroquant.checkpoint.gguf_header import ALIGNMENT, PlacedTensor, Value, encode_header, place
 from aphroquant.checkpoint.gguf_metadata import architecture_of, model_metadata, rope_factors
 from aphroquant.checkpoint.gguf_names import ROPE_FACTORS, gguf_name, permuted_heads, permuted_rows, unpermuted_rows
 from aphroquant.checkpoint.gguf_tokenizer_metadata import tokenizer_metadata
+from aphroquant.checkpoint.hashes import FileRecord, GrowingFileHash
 from aphroquant.checkpoint.leftovers import claim, partial_path, remove_leftovers
 from aphroquant.errors import ResourceError, UsageError
 from aphroquant.formats.fp4 import stored_factor
@@ -49,7 +50,8 @@ class GgufWriter:
     `overwrite`, by the last rename. `name` is the model's, for people.
 
     `metadata` comes before what follows from the model, and is all there is of the tokenizer if that is None;
-    `rope_divisors` [head_dim / 2] too. `removed` says what killed writers of the same name had left.
+    `rope_divisors` [head_dim / 2] too. `removed` says what killed writers of the same name had left, and `record` what
+    the finished file is.
     """
 
     def __init__(
@@ -80,6 +82,9 @@ class GgufWriter:
         self._made_parent = False
         self._data_begin = 0
         self._num_written = 0
+        self._hash: GrowingFileHash | None = None
+        self._filled = 0  # from the beginning, without a gap but for padding
+        self.record: FileRecord | None = None
         self._check_target()
 
     def __enter__(self) -> Self:
@@ -95,6 +100,8 @@ class GgufWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if self._hash is not None:
+            self._hash.stop()
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
@@ -130,6 +137,8 @@ class GgufWriter:
         with self._disk_errors_told():
             self._write_at(0, memoryview(header))
             os.ftruncate(self._descriptor, self.num_bytes)
+        self._hash, self._filled = GrowingFileHash(self._descriptor), len(header)
+        self._hash.reached(self._filled)
         if factors is not None:
             self._put(ROPE_FACTORS, factors.view(torch.uint8))
 
@@ -178,6 +187,8 @@ class GgufWriter:
         assert not self._missing, f"planned but not added: {', '.join(sorted(self._missing))}"
         with self._disk_errors_told():
             os.fsync(self._descriptor)
+            assert self._hash is not None
+            self.record = self._hash.record(self.num_bytes)
             self._check_target()  # someone may have been here meanwhile
             self._partial.rename(self.path)
             fsync(self.path.parent)
@@ -204,6 +215,9 @@ class GgufWriter:
             self._write_at(self._data_begin + tensor.begin, data.cpu().contiguous().view(-1).numpy().data)
         self._missing.remove(stored)
         self._num_written += tensor.nbytes
+        if self._data_begin + tensor.begin - self._filled < ALIGNMENT and self._hash is not None:  # the next in order
+            self._filled = max(self._filled, self._data_begin + tensor.begin + tensor.nbytes)
+            self._hash.reached(self._filled)
 
     def _write_at(self, position: int, content: memoryview) -> None:
         assert self._descriptor is not None

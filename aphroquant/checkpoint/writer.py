@@ -8,6 +8,7 @@ config.json, which makes a directory a checkpoint, is last.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from aphroquant.checkpoint.carried import TEMPLATES_FOLDER
 from aphroquant.checkpoint.disk import fsync, telling_disk_errors
+from aphroquant.checkpoint.hashes import FileHashes, FileRecord
 from aphroquant.checkpoint.leftovers import claim, partial_path, remove_leftovers, replaced_path
 from aphroquant.checkpoint.safetensors_header import DTYPE_NAMES
 from aphroquant.checkpoint.shard import Shard
@@ -34,10 +36,17 @@ _RESERVED = ("config.json", "model.safetensors.index.json")
 class CheckpointWriter:
     """Writes `directory` atomically. Use as a context manager and end with `finish`; leaving without it, or on an
     exception, removes what was written. An existing checkpoint is replaced only with `overwrite`, by the last rename.
-    `removed` says what killed writers of the same name had left.
+    `removed` says what killed writers of the same name had left. With `hashed`, `records` tells the files' hashes.
     """
 
-    def __init__(self, directory: Path, *, overwrite: bool = False, shard_bytes: int = DEFAULT_SHARD_BYTES) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        overwrite: bool = False,
+        shard_bytes: int = DEFAULT_SHARD_BYTES,
+        hashed: bool = False,
+    ) -> None:
         if shard_bytes < 1:
             raise UsageError(f"shard_bytes = {shard_bytes} must be positive")
         self.directory = Path(directory).expanduser().resolve()  # through a link, so that its target is replaced
@@ -49,6 +58,8 @@ class CheckpointWriter:
         self._open: Shard | None = None
         self._shards: list[Shard] = []
         self._names: set[str] = set()
+        self._shard_names: dict[str, str] = {}  # by those that the shards have until all are there
+        self._hashes = FileHashes() if hashed else None
         with self._full_disk_told():
             self._check_target()
 
@@ -65,6 +76,8 @@ class CheckpointWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if self._hashes is not None:
+            self._hashes.stop()
         if self._open is not None:
             self._open.close()
             self._open = None
@@ -105,10 +118,25 @@ class CheckpointWriter:
         """Write `value` as the file `name`."""
         self._write_json(self._file(name), value)
 
+    def records(self, config: dict[str, Any]) -> dict[str, FileRecord]:
+        """What every file is once `finish` has written `config`; what is added afterwards is not among them."""
+        assert self._hashes is not None, "the writer was not asked to hash"
+        self._close_shard()
+        shards = self._hashes.records()  # before they get other names
+        with self._full_disk_told():
+            self._name_shards()
+        files = {path.relative_to(self._partial).as_posix(): path for path in self._partial.rglob("*")}
+        others = {name: path for name, path in files.items() if path.is_file() and not name.endswith(".safetensors")}
+        with FileHashes(others) as small:
+            found = small.records() | {self._shard_names[name]: record for name, record in shards.items()}
+        text = _json_text(config).encode()
+        found["config.json"] = FileRecord(len(text), hashlib.sha256(text).hexdigest())
+        return dict(sorted(found.items()))
+
     def finish(self, config: dict[str, Any]) -> Path:
         """Complete the checkpoint with `config` as its config.json, put it into place, and return its path."""
+        self._close_shard()
         with self._full_disk_told():
-            self._close_shard()
             self._name_shards()
             for path in self._partial.rglob("*"):
                 fsync(path)
@@ -151,24 +179,29 @@ class CheckpointWriter:
 
     def _write_json(self, path: Path, value: Any) -> None:
         with self._full_disk_told():
-            path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            path.write_text(_json_text(value), encoding="utf-8")
 
     def _close_shard(self) -> None:
-        if self._open is not None:
+        if self._open is None:
+            return
+        with self._full_disk_told():
             self._open.finish()
-            self._shards.append(self._open)
-            self._open = None
+        if self._hashes is not None:
+            self._hashes.add(self._open.path.name, self._open.path)
+        self._shards.append(self._open)
+        self._open = None
 
     def _name_shards(self) -> None:
-        if len(self._shards) <= 1:
-            for shard in self._shards:
-                shard.path.rename(self._partial / "model.safetensors")
+        if self._shard_names:
             return
-        weight_map = {}
+        count, weight_map = len(self._shards), {}
         for number, shard in enumerate(self._shards, 1):
-            file_name = f"model-{number:05d}-of-{len(self._shards):05d}.safetensors"
-            shard.path.rename(self._partial / file_name)
-            weight_map.update(dict.fromkeys(shard.names, file_name))
+            name = "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+            self._shard_names[shard.path.name] = name
+            shard.path.rename(self._partial / name)
+            weight_map.update(dict.fromkeys(shard.names, name))
+        if count <= 1:
+            return
         total = sum(shard.nbytes for shard in self._shards)
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         self._write_json(self._partial / "model.safetensors.index.json", index)
@@ -192,3 +225,7 @@ class CheckpointWriter:
 
     def _written(self) -> int:
         return sum(shard.nbytes for shard in [*self._shards, self._open] if shard is not None)
+
+
+def _json_text(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"

@@ -16,6 +16,7 @@ from aphroquant.calibration.data import CalibrationData
 from aphroquant.checkpoint import Checkpoint, GgufWriter
 from aphroquant.checkpoint.disk import fsync, telling_disk_errors
 from aphroquant.checkpoint.gguf import GgufCheckpoint
+from aphroquant.checkpoint.hashes import FileHashes
 from aphroquant.conversion.conversion import Conversion
 from aphroquant.conversion.gguf_plan import make_gguf_plan, weight_only
 from aphroquant.conversion.gguf_types import is_dense, label
@@ -64,7 +65,7 @@ class GgufConversion(Conversion):
         with self.timed("check"):
             check_carried(self.checkpoint, self.plan.carried)
         data, importance = self._importance()
-        with self._writer as writer:
+        with FileHashes(self.checkpoint.files()) as sources, self._writer as writer:
             for line in writer.removed:
                 self.note(line)
             with self.timed("tensors"):
@@ -74,10 +75,14 @@ class GgufConversion(Conversion):
             provenance = Path(f"{writer.path}{PROVENANCE}")
             with telling_disk_errors(writer.path, lambda: self.plan.num_bytes):
                 provenance.unlink(missing_ok=True)  # of the file that is replaced
+            with self.timed("hashes"):
+                source_files = sources.records()
             writer.finish()
-            result = self._result(done=True)
+            assert writer.record is not None
+            result, files = self._result(done=True), {writer.path.name: writer.record}
+            told = manifest(self.request, result, data, self.timings, source_files=source_files, files=files)
             with telling_disk_errors(provenance, lambda: self.plan.num_bytes):
-                _write_json(provenance, manifest(self.request, result, data, self.timings))
+                _write_json(provenance, told)
         return result
 
     def _write_tensors(self, writer: GgufWriter, importance: Mapping[str, Tensor]) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 import aphroquant
 from aphroquant.calibration.data import CalibrationData
+from aphroquant.checkpoint.hashes import FileRecord
 from aphroquant.conversion.request import ConversionRequest
 from aphroquant.conversion.result import ConversionResult
 
@@ -16,9 +18,15 @@ FILE_NAME = "aphroquant.json"
 
 
 def manifest(
-    request: ConversionRequest, result: ConversionResult, data: CalibrationData | None, timings: dict[str, float]
+    request: ConversionRequest,
+    result: ConversionResult,
+    data: CalibrationData | None,
+    timings: dict[str, float],
+    *,
+    source_files: Mapping[str, FileRecord],
+    files: Mapping[str, FileRecord],
 ) -> dict[str, Any]:
-    """The content of the file. Paths are left as the user gave them."""
+    """The content of the file. Paths are left as the user gave them; `inspect --verify` looks at `files` again."""
     described = result.to_dict()
     for measured in ("seconds", "peak_memory_bytes", "dry_run", "out"):
         described.pop(measured)
@@ -27,6 +35,8 @@ def manifest(
         "request": _arguments(request),
         "calibration": None if data is None else _calibration(data),
         "result": described,
+        "source_files": {name: record._asdict() for name, record in source_files.items()},
+        "files": {name: record._asdict() for name, record in files.items()},
         "timings": {
             "seconds": round(result.seconds, 3),
             "peak_memory_bytes": result.peak_memory_bytes,

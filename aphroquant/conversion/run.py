@@ -19,6 +19,7 @@ from aphroquant.calibration.effort import DEFAULT_EFFORT, find_effort
 from aphroquant.checkpoint import Checkpoint, CheckpointWriter, open_checkpoint
 from aphroquant.checkpoint.base import naming
 from aphroquant.checkpoint.carried import carried_name
+from aphroquant.checkpoint.hashes import FileHashes
 from aphroquant.conversion.ahead import in_order
 from aphroquant.conversion.blocks import CalibratedSolver, SolvedBlock, solve_without_data
 from aphroquant.conversion.conversion import Conversion, peak_memory
@@ -151,7 +152,7 @@ class _Conversion(Conversion):
             check_complete(checkpoint)
             check_tokenizer(checkpoint)
             self.plan = self._make_plan()
-            self.writer = CheckpointWriter(request.out, overwrite=request.overwrite)
+            self.writer = CheckpointWriter(request.out, overwrite=request.overwrite, hashed=True)
 
     def preview(self) -> ConversionResult:
         return replace(self._result(done=False), dry_run=True, seconds=0.0, peak_memory_bytes=0)
@@ -161,7 +162,7 @@ class _Conversion(Conversion):
             with self.timed("check"):
                 check_carried(self.checkpoint, self.plan.dense_names)
         data = self._read_calibration()
-        with self.writer as writer:
+        with FileHashes(self.checkpoint.files()) as sources, self.writer as writer:
             for line in writer.removed:
                 self.note(line)
             with self.timed("blocks"):
@@ -172,10 +173,14 @@ class _Conversion(Conversion):
             target = with_cache_scheme(self.plan.format, self.checkpoint)
             with self.timed("files"):
                 self._carry_files(writer, target.side_files())
-            result = self._result(done=True)
-            writer.write_json(FILE_NAME, manifest(self.request, result, data, self.timings))
             self.progress.stage("writing")
-            writer.finish(self.checkpoint.config | {"quantization_config": target.quantization_config()})
+            config = self.checkpoint.config | {"quantization_config": target.quantization_config()}
+            with self.timed("hashes"):
+                files, source_files = writer.records(config), sources.records()
+            result = self._result(done=True)
+            told = manifest(self.request, result, data, self.timings, source_files=source_files, files=files)
+            writer.write_json(FILE_NAME, told)
+            writer.finish(config)
         return replace(result, seconds=time.monotonic() - self.started, peak_memory_bytes=peak_memory())
 
     def _make_plan(self) -> Plan:

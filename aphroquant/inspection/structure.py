@@ -47,22 +47,27 @@ def structure_findings(checkpoint: Checkpoint, schemes: Mapping[str, Scheme]) ->
 
 def manifest_findings(checkpoint: Checkpoint) -> Iterator[Finding]:
     """Files whose hashes differ from those in aphroquant.json. Reads every file that it names."""
-    path = checkpoint.directory / MANIFEST
-    if not checkpoint.path.is_dir() or not path.exists():
+    of_file = checkpoint.path.with_name(f"{checkpoint.path.name}.{MANIFEST}")
+    path = checkpoint.path / MANIFEST if checkpoint.path.is_dir() else of_file
+    if not path.exists():
         return
     files = read_json(path).get("files")
     if not isinstance(files, dict):
         return
+    if checkpoint.path.is_file() and len(files) == 1:
+        files = {checkpoint.path.name: next(iter(files.values()))}  # which may have another name by now
     for name, entry in files.items():
         expected = entry.get("sha256") if isinstance(entry, dict) else entry
         file = checkpoint.directory / str(name)
         if Path(str(name)).name != name or not isinstance(expected, str):
             continue
         if not file.is_file():
-            yield Finding("error", "file-missing", name, f"{MANIFEST} names it, and it is not there", _INCOMPLETE, name)
+            yield Finding(
+                "error", "file-missing", name, f"{path.name} names it, and it is not there", _INCOMPLETE, name
+            )
         elif _sha256(file) != expected:
             advice = "it was changed or damaged after it was written: get it again"
-            yield Finding("error", "file-changed", name, f"its SHA-256 is not the one in {MANIFEST}", advice, name)
+            yield Finding("error", "file-changed", name, f"its SHA-256 is not the one in {path.name}", advice, name)
 
 
 def _config_findings(checkpoint: Checkpoint, schemes: Mapping[str, Scheme]) -> Iterator[Finding]:
