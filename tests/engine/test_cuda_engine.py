@@ -8,18 +8,22 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from aphroquant import LLM, SamplingParams
 from aphroquant.checkpoint import open_checkpoint
 from aphroquant.engine.batch import pack
 from aphroquant.engine.cuda.buckets import batch_buckets, bucket_for
 from aphroquant.engine.cuda.joining import join_biases, join_weights
+from aphroquant.engine.cuda.linears import Part, joint_linear
 from aphroquant.engine.cuda.loading import cache_room
 from aphroquant.engine.cuda.metadata import DecodeBuffers, is_decode_only, num_leading_decodes
 from aphroquant.engine.sequence import Sequence
 from aphroquant.engine.types import EngineConfig
 from aphroquant.errors import UsageError
-from aphroquant.schemes import FloatScheme, IntegerScheme, QuantizedWeight
+from aphroquant.kernels.random_weights import random_weight
+from aphroquant.kernels.reference.linear import ReferenceLinear
+from aphroquant.schemes import FloatScheme, IntegerScheme, KQuantScheme, LookupScheme, QuantizedWeight, Scheme
 
 TinyCheckpoint = Callable[..., Path]
 CPU = torch.device("cpu")
@@ -66,6 +70,55 @@ def test_per_tensor_scales_become_per_channel_when_joined() -> None:
     assert joined is not None
     assert joined.scheme == FloatScheme("channel")
     assert torch.equal(joined.dequantize(), torch.cat([part.dequantize() for part in parts]))
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        KQuantScheme("q4_k"),
+        KQuantScheme("q6_k"),
+        LookupScheme("nf4", 64, "float", flattened=True),
+        LookupScheme("nf4", 64, "nested", flattened=True),
+        LookupScheme("e2m1", 32, "e8m0"),
+    ],
+    ids=str,
+)
+def test_super_blocks_and_lookup_weights_are_joined(scheme: Scheme) -> None:
+    parts = [random_weight(scheme, rows, 256) for rows in (8, 3, 5)]
+    joined = join_weights(parts)
+    assert joined is not None
+    assert torch.equal(joined.dequantize(), torch.cat([part.dequantize() for part in parts]))
+
+
+def test_global_scales_are_joined_only_where_they_are_the_same() -> None:
+    first = random_weight(LookupScheme("e2m1", 16, "e4m3"), 4, 32)
+    second = QuantizedWeight(first.scheme, {**first.tensors, "global_scale": first["global_scale"] * 2}, first.shape)
+    assert join_weights([first, second]) is None
+    joined = join_weights([first, first])
+    assert joined is not None
+    assert torch.equal(joined.dequantize(), torch.cat([first.dequantize()] * 2))
+
+
+def test_blocks_that_cross_rows_are_not_joined() -> None:
+    scheme = LookupScheme("nf4", 64, "float", flattened=True)
+    assert join_weights([random_weight(scheme, 8, 72), random_weight(scheme, 8, 72)]) is None
+
+
+def test_neighbours_of_one_scheme_are_joined_beside_another() -> None:
+    prepared: list[int] = []
+
+    def prepare(weight: QuantizedWeight, bias: Tensor | None) -> ReferenceLinear:
+        prepared.append(weight.shape[0])
+        return ReferenceLinear(weight, bias)
+
+    four, six = KQuantScheme("q4_k"), KQuantScheme("q6_k")
+    weights = [random_weight(scheme, rows, 256) for scheme, rows in ((four, 8), (four, 4), (six, 4))]
+    biases = [torch.randn(8), None, torch.randn(4)]
+    parts = [Part(weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+    x = torch.randn(3, 256)
+    expected = torch.cat([ReferenceLinear(*part)(x) for part in parts], 1)
+    torch.testing.assert_close(joint_linear(parts, prepare, CPU, torch.float32)(x), expected)
+    assert prepared == [12, 4]
 
 
 def test_weights_of_different_numbers_are_not_joined() -> None:

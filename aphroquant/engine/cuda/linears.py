@@ -38,9 +38,23 @@ def joint_linear(parts: Sequence[Part], prepare: Prepare, device: torch.device, 
     moved = [Part(_moved(part.weight, device, dtype), part.bias) for part in parts]
     joined = join_weights([part.weight for part in moved])
     if joined is None:
-        return SeparateLinears([prepare(part.weight, part.bias) for part in moved])
+        return SeparateLinears([prepare(part.weight, part.bias) for part in _neighbours_joined(moved)])
     bias = join_biases([part.bias for part in parts], [part.weight.shape[0] for part in parts])
     return prepare(joined, bias)
+
+
+def _neighbours_joined(parts: Sequence[Part]) -> list[Part]:
+    """Those joined that can be: GGUF files often hold q and k in one scheme, and v in another."""
+    found = [parts[0]]
+    for part in parts[1:]:
+        before = found[-1]
+        joined = join_weights([before.weight, part.weight])
+        if joined is None:
+            found.append(part)
+            continue
+        bias = join_biases([before.bias, part.bias], [before.weight.shape[0], part.weight.shape[0]])
+        found[-1] = Part(joined, bias)
+    return found
 
 
 class SeparateLinears:
