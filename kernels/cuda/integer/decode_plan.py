@@ -267,12 +267,22 @@ def least_shared_bytes(plan: DecodePlan, capability: tuple[int, int]) -> int:
     return _MULTIPROCESSOR_BYTES // (plan.blocks_per_multiprocessor + 1) - _RESERVED + 16
 
 
+def fits(shape: DecodeShape, plan: DecodePlan, tokens: int, capability: tuple[int, int]) -> bool:
+    """Whether a block has the shared memory."""
+    layout = shared_layout(shape, plan, ceil_div(tokens, TOKENS_OF_TILE))
+    return layout.num_bytes(tokens) <= _shared_limit(shape, capability)
+
+
+def _shared_limit(shape: DecodeShape, capability: tuple[int, int]) -> int:
+    return _SHARED_BYTES.get(capability, _OTHER_SHARED_BYTES) - shape.static_bytes
+
+
 def _fit(shape: DecodeShape, tokens: int, plan: DecodePlan, capability: tuple[int, int]) -> DecodePlan | None:
     """The plan with the fewest phases that allow two stages, and as many stages as then fit; None if none do."""
     token_tiles = ceil_div(tokens, TOKENS_OF_TILE)
     if plan.blocks_per_multiprocessor * plan.num_warps * 32 * _REGISTERS[token_tiles] > 65536:
         return None
-    limit = _SHARED_BYTES.get(capability, _OTHER_SHARED_BYTES) - shape.static_bytes
+    limit = _shared_limit(shape, capability)
     units = shape.padded_columns // (plan.unit_chunks * CHUNK)
     most = min(_MAX_STAGES, max(2, shape.passes(plan) * ceil_div(units, plan.cluster * plan.warp_columns)))
     early = max(1, _EARLY_BYTES // (plan.num_warps * shape.stage_bytes(plan)))

@@ -70,6 +70,10 @@ class PackedInteger:
         return self.codes.shape[1] * CHUNK
 
     @property
+    def scale_dtype(self) -> torch.dtype:
+        return self.scales.dtype
+
+    @property
     def static_bytes(self) -> int:
         """Of shared memory, that kernels use beside what a launch asks for."""
         return 0 if self.table is None else TABLE_BYTES

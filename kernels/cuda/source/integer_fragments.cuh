@@ -54,11 +54,15 @@ struct PairValue {
         rounded[1] = __byte_perm(both, 0, 0x3232);
     }
 
+    __device__ __forceinline__ void set_rest(uint32_t both) {
+        rest[0] = __byte_perm(both, 0, 0x1010);
+        rest[1] = __byte_perm(both, 0, 0x3232);
+    }
+
     __device__ __forceinline__ void set(float first, float second) {
-        const uint32_t both = round_both(first, second), rests = round_rests(first, second, both);
+        const uint32_t both = round_both(first, second);
         set_rounded(both);
-        rest[0] = __byte_perm(rests, 0, 0x1010);
-        rest[1] = __byte_perm(rests, 0, 0x3232);
+        set_rest(round_rests(first, second, both));
     }
 
     // `values`: the group's line in shared memory; `place`: of this lane's first row in it.
@@ -93,11 +97,14 @@ struct PairValue {
     }
 };
 
+constexpr int kShared = kSupers ? kGroupsPerChunk : 1;
+
 // What a lane needs of one group for one tile of 64 rows.
 struct GroupValues {
     PairValue scale;
     PairValue offset;
     ZeroPair<CODE_BITS, kIsBfloat> zeros;
+    uint32_t own[3];  // of super-blocks: two rows' scales of this lane's group, their rests, and offsets
 
     __device__ __forceinline__ void load(const uint8_t* weights, int group, int place, float factor) {
         if (kSupers) return load_super(weights, group, place, factor);
@@ -116,16 +123,25 @@ struct GroupValues {
     }
 
     // Of super-blocks: codes become numbers around zero, so that what is left of the minimum is small, and its rounding too.
+    // The four lanes that hold the same rows make the values of one group each, for all groups of a chunk.
     __device__ __forceinline__ void load_super(const uint8_t* weights, int group, int place, float factor) {
+        const int lane = threadIdx.x % 32, index = group % kShared, source = lane / 4 * 4 + index;
+        if (index == 0) convert_super(weights, group + lane % kShared, place, factor);
+        scale.set_rounded(__shfl_sync(0xFFFFFFFFu, own[0], source));
+        scale.set_rest(__shfl_sync(0xFFFFFFFFu, own[1], source));
+        if (ZEROS == 2) offset.set_rounded(__shfl_sync(0xFFFFFFFFu, own[2], source));
+    }
+
+    __device__ __forceinline__ void convert_super(const uint8_t* weights, int group, int place, float factor) {
         float scales[2], minima[2];
         load_pair(weights + kCodeBytes + group * 64, weights + kSuperStart, place, scales);
         scales[0] *= factor, scales[1] *= factor;
-        scale.set(scales[0], scales[1]);
+        own[0] = round_both(scales[0], scales[1]);
+        own[1] = round_rests(scales[0], scales[1], own[0]);
         if (ZEROS != 2) return;
         load_pair(weights + kCodeBytes + kScaleStage + group * 64, weights + kSuperStart + 128, place, minima);
         constexpr float kMiddle = 1 << (CODE_BITS - 1);
-        offset.set_rounded(round_both(fmaf(minima[0], -factor, scales[0] * kMiddle),
-                                      fmaf(minima[1], -factor, scales[1] * kMiddle)));
+        own[2] = round_both(fmaf(minima[0], -factor, scales[0] * kMiddle), fmaf(minima[1], -factor, scales[1] * kMiddle));
     }
 
     __device__ __forceinline__ static void load_pair(const uint8_t* line, const uint8_t* supers, int place,
