@@ -6,7 +6,6 @@ import copy
 import gc
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +79,16 @@ def _weight(shape: ExpertShape, scheme: Scheme, dtype: torch.dtype) -> Quantized
 
 
 def _one_call(shape: ExpertShape) -> Bind:
-    return lambda layer, x, groups: partial(layer, x, groups, in_order=not shape.by_token)
+    """With a list of tiles that is new to the product of tokens, as behind a router, and known to the next."""
+
+    def bind(layer: Callable[..., Tensor], x: Tensor, groups: CudaTokenGroups) -> Callable[[], Tensor]:
+        def run() -> Tensor:
+            groups.progress.multiplied = not shape.by_token
+            return layer(x, groups, in_order=not shape.by_token)
+
+        return run
+
+    return bind
 
 
 def _expert_by_expert(shape: ExpertShape) -> Bind:

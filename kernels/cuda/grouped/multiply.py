@@ -24,8 +24,9 @@ from aphroquant.kernels.cuda.integer.packing import CHUNK, PackedInteger
 from aphroquant.kernels.cuda.integer.problem import PackedWeights
 from aphroquant.kernels.cuda.integer.wgmma import WgmmaTile
 from aphroquant.kernels.cuda.launcher import TensorMap, cuda_kernel
+from aphroquant.kernels.cuda.variants import Macro
 
-GROUPED = {"GROUPED": 1}
+GROUPED: dict[str, Macro] = {"GROUPED": 1}
 _MMA_THREADS = 128
 
 
@@ -86,7 +87,7 @@ def decode_multiply(
     """The decode kernel on tiles of `size` tokens. x: contiguous [T, K], or with `in_order` [T * k, K]."""
     shape, token_tiles = DecodeShape.of(packed, x.dtype, bias is not None), size // TOKENS_OF_TILE
     layout = shared_layout(shape, plan, token_tiles)
-    cuda_kernel(decode.SOURCE, decode.ENTRY, decode_macros(shape, plan, token_tiles) | GROUPED).launch(
+    cuda_kernel(decode.SOURCE, decode.ENTRY, decode_macros(shape, plan, token_tiles) | _macros(groups)).launch(
         grid=(plan.num_blocks, groups.most_tiles(size), 1),
         block=(plan.num_warps * 32, 1, 1),
         args=[
@@ -129,7 +130,7 @@ def mma_multiply(
         0,
         groups.tiles_of(tile.tokens),
     )
-    cuda_kernel(mma.SOURCE, mma.ENTRY, tile.macros(packed, x.dtype) | GROUPED).launch(
+    cuda_kernel(mma.SOURCE, mma.ENTRY, tile.macros(packed, x.dtype) | _macros(groups)).launch(
         grid=(-(-packed.out_features // mma.ROWS), groups.most_tiles(tile.tokens), 1),
         block=(_MMA_THREADS, 1, 1),
         args=[problem],
@@ -157,7 +158,7 @@ def wgmma_multiply(
         0 if bias is None else bias.data_ptr(),
     )
     inputs = TensorMap.of(x, (tile.tokens // tile.multicast, CHUNK), swizzle=128)
-    cuda_kernel(wgmma.SOURCE, wgmma.ENTRY, tile.macros(packed, x.dtype) | GROUPED).launch(
+    cuda_kernel(wgmma.SOURCE, wgmma.ENTRY, tile.macros(packed, x.dtype) | _macros(groups)).launch(
         grid=(_num_blocks(packed.out_features, tile, groups, x, multiprocessors), 1, 1),
         block=((tile.warpgroups + 1) * 128, 1, 1),
         args=[inputs, problem],
@@ -199,7 +200,7 @@ def float8_multiply(
     )
     inputs = TensorMap.of(x, (tile.tokens // tile.multicast, STEP), swizzle=128)
     weights = TensorMap.of(weight, (tile.rows, STEP), swizzle=128)
-    cuda_kernel(float8.SOURCE, float8.ENTRY, tile.macros(out.dtype, block_rows) | GROUPED).launch(
+    cuda_kernel(float8.SOURCE, float8.ENTRY, tile.macros(out.dtype, block_rows) | _macros(groups)).launch(
         grid=(_num_blocks(out_features, tile, groups, x, multiprocessors), 1, 1),
         block=((tile.warpgroups + 1) * 128, 1, 1),
         args=[inputs, weights, problem],
@@ -207,6 +208,13 @@ def float8_multiply(
         cluster=(tile.cluster, 1, 1) if tile.cluster > 1 else None,
         programmatic=True,
     )
+
+
+def _macros(groups: CudaTokenGroups) -> dict[str, Macro]:
+    """The first product with a list of tiles waits for it and lets nothing behind it start before: others need not."""
+    early = groups.progress.multiplied
+    groups.progress.multiplied = True
+    return GROUPED | {"EARLY_TILES": 1} if early else GROUPED
 
 
 def _extent(rows: int, x: Tensor, steps: int, tile: WgmmaTile | Float8Tile, groups: CudaTokenGroups) -> _Extent:

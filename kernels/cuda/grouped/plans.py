@@ -18,14 +18,15 @@ from aphroquant.kernels.cuda.integer.packing import CHUNK, PackedInteger
 from aphroquant.kernels.cuda.integer.tiles import fits
 from aphroquant.kernels.cuda.integer.wgmma import WgmmaTile
 
-DECODE_SIZES = (8, 16, 32)  # tokens of a tile of the decode kernel
-WGMMA_SIZES = (16, 32, 64, 128, 256)
+DECODE_SIZES = (8, 16)  # tokens of a tile of the decode kernel
+WGMMA_SIZES = (16, 32, 64, 128)  # more waste more than they gain: most experts fill no tile of 256
 MMA_SIZES = (16, 32, 64)
-_WARPS = 8
+_WARPS = 4  # of a block: few, so that several blocks hide each other's beginnings and ends
+_BLOCKS = (3, 2, 1)  # of a multiprocessor
 _MAX_STAGES = 8
 _PHASES = (1, 2, 4, 8, 16, 32)
-_REGISTERS = {1: 84, 2: 116, 4: 204}  # of a thread, by tiles of 8 tokens
-_FEW = 6.0  # pairs an expert, up to which reading the weights is all that takes time
+_REGISTERS = {1: 84, 2: 136, 4: 204}  # of a thread, by tiles of 8 tokens
+_FEW = 5.0  # pairs an expert, up to which reading the weights is all that takes time
 _RESERVED = 1 << 10  # bytes of shared memory of each block
 
 
@@ -56,11 +57,8 @@ def decode_plan(shape: DecodeShape, size: int, shared_bytes: int) -> DecodePlan:
 
     `shared_bytes`: of a multiprocessor.
     """
-    units = shape.padded_columns // (2 * CHUNK)
-    warps = max(range(1, _WARPS + 1), key=lambda count: (units / (count * ceil_div(units, count)), count))
-    if warps < _WARPS // 2:
-        warps = min(_WARPS, units)
-    for blocks in (3, 2, 1):
+    warps = min(_WARPS, shape.padded_columns // (2 * CHUNK))
+    for blocks in _BLOCKS:
         if blocks > 1 and blocks * warps * 32 * _REGISTERS[size // TOKENS_OF_TILE] > 65536:
             continue
         plan = DecodePlan(1, shape.super_rows, 1, warps, 2, blocks_per_multiprocessor=blocks)
@@ -82,10 +80,13 @@ def fit(shape: DecodeShape, size: int, plan: DecodePlan, limit: int, most_phases
 
 
 def wgmma_tile(packed: PackedInteger, load: Load) -> WgmmaTile:
-    """Tiles are many: no block shares one with another."""
+    """Tiles are many: no block shares one with another. As measured for Qwen3-30B-A3B, Mixtral 8x7B and gpt-oss-20b."""
     size = load.size(WGMMA_SIZES)
-    chunks = 1 if size >= 128 else 2
-    tiles = [WgmmaTile(size, chunks=chunks, stages=stages, persistent=True) for stages in range(6, 1, -1)]
+    if size < 128:
+        tiles = [WgmmaTile(size, stages=stages, blocks=2, persistent=True) for stages in (6, 5, 4, 3, 2)]
+    else:
+        tiles = [WgmmaTile(size, tiles=2, chunks=1, stages=stages, persistent=True) for stages in (6, 5, 4, 3, 2)]
+    tiles += [WgmmaTile(size, chunks=1, stages=stages, persistent=True) for stages in (4, 3, 2)]
     return next(tile for tile in tiles if fits(tile, packed))
 
 
@@ -94,6 +95,6 @@ def mma_tile(load: Load) -> MmaTile:
 
 
 def float8_tile(columns: int, load: Load, has_blocks: bool) -> Float8Tile:
-    size = load.size(WGMMA_SIZES[:-1] if has_blocks else WGMMA_SIZES)
+    size = load.size(WGMMA_SIZES)
     tiles = [Float8Tile(size, stages=stages, persistent=True) for stages in range(8, 1, -1)]
     return next(tile for tile in tiles if float8_fits(tile, columns, has_blocks))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator
 from ctypes import c_int32, c_void_p
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -45,6 +45,13 @@ class _Route(ctypes.Structure):
     )
 
 
+@dataclass
+class Progress:
+    """What has been launched with a list of tiles."""
+
+    multiplied: bool = False  # a product has waited for the list: what is launched behind it need not
+
+
 @dataclass(frozen=True)
 class CudaTokenGroups(TokenGroups):
     """As TokenGroups, with what the kernels work through."""
@@ -53,6 +60,7 @@ class CudaTokenGroups(TokenGroups):
     lines: Tensor  # int32 [T * k]: where its scale stands in a line of `line_length` scales
     counts: Tensor  # int32: how many tiles of each size there are
     tiles: tuple[Tensor, ...]  # int32 [most tiles, 4] of each size
+    progress: Progress = field(default_factory=Progress)
 
     def tiles_of(self, size: int) -> GroupTiles:
         """The tiles of so many tokens."""

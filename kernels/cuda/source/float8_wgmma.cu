@@ -251,8 +251,7 @@ __device__ __forceinline__ void fetch_tiles(const BlockPart& block, const Tensor
 extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS)
     float8_wgmma(const __grid_constant__ TensorMap inputs, const __grid_constant__ TensorMap weights,
                  const __grid_constant__ Problem problem) {
-    grid_dependency_launch();
-    if (GROUPED) grid_dependency_wait();  // the tiles are of a kernel in front
+    begin();
     const BlockPart block = enter_block(dynamic_shared(), problem.extent);
     if (threadIdx.x >= kConsumers) {
         warpgroup_give_registers<kProducerRegisters>();

@@ -23,10 +23,12 @@
 #endif
 
 constexpr int kThreads = WARPS * 32;
+constexpr int kBatch = 8;  // rounds of 32 pairs whose ids a warp loads at once
 constexpr int kLine = 4;  // scales of an expert's tokens begin at multiples of so many
 constexpr int kPlaces = 0, kLines = 1, kTiles = 2;  // what is summed up over experts
 constexpr int kSums = kTiles + NUM_SIZES;
 static_assert(ID_BYTES == 4 || ID_BYTES == 8, "ids are int32 or int64");
+static_assert(WARPS >= NUM_SIZES, "a warp for each list");
 
 #if ID_BYTES == 8
 using Id = int64_t;
@@ -58,20 +60,21 @@ __device__ __forceinline__ int share(int sum, int pairs) {
 
 // starts[i] = what the experts before i add up to, by one warp; starts[experts] is the total.
 __device__ __forceinline__ void sum_up(const int* totals, int experts, int sum, int* starts) {
-    const int lane = threadIdx.x % 32;
-    int before = 0;
-    for (int first = 0; first < experts; first += 32) {
-        const int expert = first + lane, own = expert < experts ? share(sum, totals[expert]) : 0;
-        int through = own;
+    const int lane = threadIdx.x % 32, part = (experts + 31) / 32, first = lane * part, end = min(first + part, experts);
+    int own = 0;
+    for (int expert = first; expert < end; ++expert) own += share(sum, totals[expert]);
+    int through = own;
 #pragma unroll
-        for (int distance = 1; distance < 32; distance *= 2) {
-            const int more = __shfl_up_sync(0xFFFFFFFFu, through, distance);
-            if (lane >= distance) through += more;
-        }
-        if (expert < experts) starts[expert] = before + through - own;
-        before += __shfl_sync(0xFFFFFFFFu, through, 31);
+    for (int distance = 1; distance < 32; distance *= 2) {
+        const int more = __shfl_up_sync(0xFFFFFFFFu, through, distance);
+        if (lane >= distance) through += more;
     }
-    if (lane == 0) starts[experts] = before;
+    int before = through - own;
+    for (int expert = first; expert < end; ++expert) {
+        starts[expert] = before;
+        before += share(sum, totals[expert]);
+    }
+    if (lane == 31) starts[experts] = through;
 }
 
 // The expert whose part of the sum holds `index`.
@@ -88,10 +91,18 @@ __device__ __forceinline__ int find(const int* starts, int experts, int index) {
     return low;
 }
 
-__device__ __forceinline__ int expert_of(const Route& route, int pair) {
-    if (pair >= route.pairs) return -1;
-    const Id id = route.ids[pair];
-    return id >= 0 && id < route.experts ? static_cast<int>(id) : -1;
+// The experts of kBatch rounds of pairs from `begin` on, of this lane; -1 for none. Their loads wait for each other once.
+__device__ __forceinline__ void load_experts(const Route& route, int begin, int end, int (&experts)[kBatch]) {
+    Id ids[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+        const int pair = begin + i * 32 + threadIdx.x % 32;
+        ids[i] = pair < end ? route.ids[pair] : -1;
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+        experts[i] = ids[i] >= 0 && ids[i] < route.experts ? static_cast<int>(ids[i]) : -1;
+    }
 }
 
 __device__ __forceinline__ void place_pair(const Route& route, int pair, int expert, int place, const int* first_places,
@@ -103,26 +114,69 @@ __device__ __forceinline__ void place_pair(const Route& route, int pair, int exp
     route.lines[place] = first_lines[expert] + place - first_places[expert];
 }
 
+// The pairs of a warp's part, in their order. `counts`: pairs of each expert in the parts before; they count on.
+__device__ __forceinline__ void place_part(const Route& route, int first, int end, int* counts, const int* first_places,
+                                           const int* first_lines) {
+    const int lane = threadIdx.x % 32;
+    for (int begin = first; begin < end; begin += kBatch * 32) {
+        int experts[kBatch];
+        load_experts(route, begin, end, experts);
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {
+            const int pair = begin + i * 32 + lane, expert = experts[i];
+            if (begin + i * 32 >= end) break;
+            const unsigned same = __match_any_sync(0xFFFFFFFFu, expert), before = same & ((1u << lane) - 1);
+            const int place = expert < 0 ? 0 : first_places[expert] + counts[expert] + __popc(before);
+            if (pair < end) place_pair(route, pair, expert, place, first_places, first_lines);
+            __syncwarp();
+            if (expert >= 0 && before == 0) counts[expert] += __popc(same);
+            __syncwarp();
+        }
+    }
+}
+
+// The tiles of one size, which some of the warps list.
+__device__ __forceinline__ void list_tiles(const Route& route, const int* starts) {
+    const int experts = route.experts, warp = threadIdx.x / 32, size = warp % NUM_SIZES;
+    const int* first_places = starts;
+    const int* first_lines = starts + (experts + 1);
+    const int* first_tiles = starts + (kTiles + size) * (experts + 1);
+    const int count = first_tiles[experts], tokens = SMALLEST << size;
+    const int listing = (WARPS - size + NUM_SIZES - 1) / NUM_SIZES * 32;  // threads
+    const int own = warp / NUM_SIZES * 32 + threadIdx.x % 32;
+    if (own == 0) route.counts[size] = count;
+    for (int i = own; i < count; i += listing) {
+        const int expert = find(first_tiles, experts, i), skipped = (i - first_tiles[expert]) * tokens;
+        const int place = first_places[expert] + skipped;
+        route.tiles[size][i] = {expert, place, min(place + tokens, first_places[expert + 1]),
+                                first_lines[expert] + skipped};
+    }
+}
+
 extern "C" __global__ void __launch_bounds__(kThreads) grouped_route(const __grid_constant__ Route route) {
-    const int experts = route.experts, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int experts = route.experts, warp = threadIdx.x / 32;
     int* counts = reinterpret_cast<int*>(dynamic_shared());  // [WARPS][experts]
     int* totals = counts + WARPS * experts;                  // [experts]
     int* starts = totals + experts;                          // [kSums][experts + 1]
+    const int part = round_up((route.pairs + WARPS - 1) / WARPS, 32), first = warp * part;
+    const int end = min(first + part, route.pairs), parts = part == 0 ? 0 : (route.pairs + part - 1) / part;
+    int* own_counts = counts + warp * experts;
+    for (int i = threadIdx.x; i < parts * experts; i += kThreads) counts[i] = 0;
     grid_dependency_launch();
-    for (int i = threadIdx.x; i < WARPS * experts; i += kThreads) counts[i] = 0;
     grid_dependency_wait();
     __syncthreads();
-    int* own_counts = counts + warp * experts;
-    const int part = round_up((route.pairs + WARPS - 1) / WARPS, 32), first = warp * part;
-    const int end = min(first + part, route.pairs);
-    for (int pair = first + lane; pair < end; pair += 32) {
-        const int expert = expert_of(route, pair);
-        if (expert >= 0) atomicAdd(own_counts + expert, 1);
+    for (int begin = first; begin < end; begin += kBatch * 32) {
+        int found[kBatch];
+        load_experts(route, begin, end, found);
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {
+            if (found[i] >= 0) atomicAdd(own_counts + found[i], 1);
+        }
     }
     __syncthreads();
     for (int expert = threadIdx.x; expert < experts; expert += kThreads) {
         int before = 0;
-        for (int i = 0; i < WARPS; ++i) {
+        for (int i = 0; i < parts; ++i) {
             const int own = counts[i * experts + expert];
             counts[i * experts + expert] = before;
             before += own;
@@ -132,28 +186,7 @@ extern "C" __global__ void __launch_bounds__(kThreads) grouped_route(const __gri
     __syncthreads();
     for (int sum = warp; sum < kSums; sum += WARPS) sum_up(totals, experts, sum, starts + sum * (experts + 1));
     __syncthreads();
-
-    const int *first_places = starts, *first_lines = starts + (experts + 1);
-    for (int begin = first; begin < end; begin += 32) {
-        const int expert = expert_of(route, begin + lane);
-        const unsigned same = __match_any_sync(0xFFFFFFFFu, expert), before = same & ((1u << lane) - 1);
-        const int place = expert < 0 ? 0 : first_places[expert] + own_counts[expert] + __popc(before);
-        if (begin + lane < end) place_pair(route, begin + lane, expert, place, first_places, first_lines);
-        __syncwarp();
-        if (expert >= 0 && before == 0) own_counts[expert] += __popc(same);
-        __syncwarp();
-    }
-    for (int expert = threadIdx.x; expert <= experts; expert += kThreads) route.offsets[expert] = first_places[expert];
-#pragma unroll
-    for (int size = 0; size < NUM_SIZES; ++size) {
-        const int* first_tiles = starts + (kTiles + size) * (experts + 1);
-        const int count = first_tiles[experts], tokens = SMALLEST << size;
-        if (threadIdx.x == 0) route.counts[size] = count;
-        for (int i = threadIdx.x; i < count; i += kThreads) {
-            const int expert = find(first_tiles, experts, i), skipped = (i - first_tiles[expert]) * tokens;
-            const int place = first_places[expert] + skipped;
-            route.tiles[size][i] = {expert, place, min(place + tokens, first_places[expert + 1]),
-                                    first_lines[expert] + skipped};
-        }
-    }
+    list_tiles(route, starts);
+    for (int expert = threadIdx.x; expert <= experts; expert += kThreads) route.offsets[expert] = starts[expert];
+    place_part(route, first, end, own_counts, starts, starts + (experts + 1));
 }

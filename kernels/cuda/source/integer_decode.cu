@@ -568,10 +568,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_MULTIPROCESSOR
     ) {
     uint8_t* shared = dynamic_shared();
 #if GROUPED
-    grid_dependency_launch();
-    grid_dependency_wait();
-    if (blockIdx.y >= *groups.count) return;
-    const GroupTile group = groups.tiles[blockIdx.y];
+    enter_group();
+    const int num_groups = groups.size();
+    const GroupTile group = groups.tile(blockIdx.y);
+    if (blockIdx.y >= num_groups) return;
     const Weight weight = Weight{codes, scales, zeros, nullptr, 1.0f}.of(group.expert);
     const Inputs inputs = sources == nullptr ? Inputs{x + static_cast<int64_t>(group.first) * IN_FEATURES, nullptr}
                                              : Inputs{x, sources + group.first};
@@ -596,7 +596,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_MULTIPROCESSOR
     const int rank = 0;
 #endif
     const int cluster = blockIdx.x / CLUSTER;
-    grid_dependency_launch();
+    if (!GROUPED) grid_dependency_launch();
     if (cluster >= NUM_CLUSTERS) {  // only keeps other blocks of this kernel and the next off a multiprocessor
         grid_dependency_wait();
         return;

@@ -182,12 +182,13 @@ __device__ __forceinline__ void store(const Problem& problem, uint8_t* memory,
 
 extern "C" __global__ void __launch_bounds__(kThreads) integer_mma(const __grid_constant__ Problem whole) {
     uint8_t* const memory = dynamic_shared();
-    grid_dependency_launch();
+    if (!GROUPED) grid_dependency_launch();
     fill_code_table();
     grid_dependency_wait();
 #if GROUPED
-    if (blockIdx.y >= *whole.groups.count) return;
-    const GroupTile tile = whole.groups.tiles[blockIdx.y];
+    grid_dependency_launch();  // no sooner, see enter_group
+    if (blockIdx.y >= whole.groups.size()) return;
+    const GroupTile tile = whole.groups.tile(blockIdx.y);
     const Problem problem = of_group(whole, tile);
     const int first_token = tile.first;
 #else

@@ -222,9 +222,8 @@ __device__ __forceinline__ void consume(const BlockPart& block, const Problem& p
 
 extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS)
     integer_wgmma(const __grid_constant__ TensorMap inputs, const __grid_constant__ Problem problem) {
-    grid_dependency_launch();
+    begin();
     fill_code_table();
-    if (GROUPED) grid_dependency_wait();  // the tiles are of a kernel in front
     const BlockPart block = enter_block(dynamic_shared(), problem.extent);
     if (threadIdx.x >= kConsumers) {
         warpgroup_give_registers<kProducerRegisters>();

@@ -47,7 +47,7 @@ struct Extent {
 
     __device__ __forceinline__ int num_token_tiles() const {
 #if GROUPED
-        return *groups.count;
+        return groups.size();
 #else
         return token_tiles;
 #endif
@@ -68,7 +68,7 @@ struct Place {
 #if GROUPED
     GroupTile tile;
     __device__ __forceinline__ Place(int row_tile, int token_tile, const Extent& extent)
-        : row_tile(row_tile), tile(extent.groups.tiles[token_tile]) {}
+        : row_tile(row_tile), tile(extent.groups.tile(token_tile)) {}
     __device__ __forceinline__ int token() const { return tile.first; }
     __device__ __forceinline__ int end_token(const Extent&) const { return tile.end; }
     __device__ __forceinline__ int line() const { return tile.line; }
@@ -152,6 +152,15 @@ __device__ __forceinline__ void for_tokens(int tokens, float (&sums)[TILES][kAcc
             for (int i = 0; i < kAccumulators; ++i) sums[tile][i] = i < kCount ? some[tile][i] : 0.0f;
         }
     }
+}
+
+// The first thing that a kernel does.
+__device__ __forceinline__ void begin() {
+#if GROUPED
+    enter_group();
+#else
+    grid_dependency_launch();
+#endif
 }
 
 // Sets up a block: its barriers, and its part of the work.
