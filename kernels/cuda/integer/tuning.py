@@ -26,16 +26,19 @@ from aphroquant.kernels.cuda.integer.decode_plan import (
 from aphroquant.kernels.cuda.integer.measured import DECODE, WGMMA, kind_of
 from aphroquant.kernels.cuda.integer.packing import PackedInteger, pack
 from aphroquant.kernels.cuda.integer.wgmma import WgmmaTile, wgmma_multiply
+from aphroquant.kernels.cuda.lookup.kinds import schemes_by_kind
+from aphroquant.kernels.cuda.lookup.linear import pack_any
 from aphroquant.kernels.cuda.tuning import Problem, Tunable
 from aphroquant.kernels.cuda.variants import Macro
 from aphroquant.kernels.random_weights import random_weight
-from aphroquant.schemes import IntegerScheme
+from aphroquant.schemes import IntegerScheme, Scheme
 
 _MODELS = {4: ("llama-3-8b", "llama-3-70b", "qwen3-32b"), 8: ("llama-3-8b",)}
 _DECODE_TOKENS = (1, 16)
 _BATCH_TOKENS = (32, 64, 128, 256, 512, 1024, 4096)
 _MOST_PLANS = 14  # those with the least estimated time
 _DTYPE = torch.bfloat16
+_SAMPLE = 256  # columns, of which the bytes of all follow
 _SHARED_BYTES = 227 << 10
 _MAX_STAGES = 8
 _MAX_ACCUMULATORS = 256  # tokens times tiles: float32 registers of a warpgroup's thread, twice over
@@ -53,8 +56,9 @@ def _bits(problem: Problem) -> int:
     return int(problem.kind.removeprefix("bits="))
 
 
-def _scheme(problem: Problem) -> IntegerScheme:
-    return IntegerScheme(_bits(problem), 128, symmetric=True)
+def _scheme(problem: Problem) -> Scheme:
+    """Of integers, or as lookup/tuning.py has it."""
+    return schemes_by_kind().get(problem.kind) or IntegerScheme(_bits(problem), 128, symmetric=True)
 
 
 @lru_cache(maxsize=1)
@@ -62,7 +66,7 @@ def _copies(kind: str, out_features: int, in_features: int, count: int) -> list[
     """Packed once, for all plans of a layer."""
     scheme = _scheme(Problem(kind, out_features, in_features, 1))
     weight = random_weight(scheme, out_features, in_features, "cuda")
-    first = pack(weight, "cuda")
+    first = pack(weight, "cuda") if isinstance(scheme, IntegerScheme) else pack_any(weight, "cuda")
     return [first, *(copy.deepcopy(first) for _ in range(count - 1))]
 
 
@@ -72,8 +76,7 @@ def _inputs(tokens: int, in_features: int) -> Tensor:
 
 
 def _weight_bytes(problem: Problem) -> int:
-    codes = problem.out_features * problem.in_features * _bits(problem) // 8
-    return codes + problem.out_features * ceil_div(problem.in_features, 128) * 2
+    return random_weight(_scheme(problem), problem.out_features, _SAMPLE).num_bits // 8 * problem.in_features // _SAMPLE
 
 
 def _packed_of(problem: Problem, count: int = 1) -> list[PackedInteger]:

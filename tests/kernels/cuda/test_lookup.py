@@ -7,12 +7,14 @@ import torch
 from torch import Tensor
 
 from aphroquant.errors import UsageError
+from aphroquant.kernels.cuda.device import obstacle
 from aphroquant.kernels.cuda.integer.decode import DecodeLinear
 from aphroquant.kernels.cuda.integer.decode_plan import DecodePlan
 from aphroquant.kernels.cuda.integer.mma import MmaTile, mma_multiply
 from aphroquant.kernels.cuda.integer.packing import PackedInteger, pack_codes
 from aphroquant.kernels.cuda.integer.problem import scale_exponent
 from aphroquant.kernels.cuda.integer.wgmma import WgmmaTile, wgmma_multiply
+from aphroquant.kernels.cuda.lookup.linear import CudaLookupLinear
 from aphroquant.kernels.cuda.lookup.packing import pack_lookup, unpack_lookup_codes
 from aphroquant.kernels.cuda.lookup.super_blocks import pack_super_blocks
 from aphroquant.kernels.cuda.lookup.tables import rounded_table, table_factor
@@ -160,6 +162,27 @@ def test_a_broken_token_breaks_no_other(value: float, device: torch.device) -> N
     broken = decode(weight, x, plan, device)
     assert not broken[2].isfinite().any()
     assert torch.equal(broken[[0, 1, 3]], clean[[0, 1, 3]])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 5, 16, 33, 100, 300, 1000])
+@pytest.mark.parametrize("name", SCHEMES)
+def test_layers_multiply_any_number_of_tokens(name: str, tokens: int) -> None:
+    if reason := obstacle():
+        pytest.skip(reason)
+    weight = any_weight(SCHEMES[name], 203, columns_of(name, 1000)).to(torch.device("cuda"))
+    dtype = torch.float16 if tokens % 2 else torch.bfloat16
+    x = torch.randn(tokens, weight.shape[1], device="cuda").to(dtype)
+    layer = CudaLookupLinear(weight, None, dtype)
+    out = layer(x)
+    error = float((out.double() - x.double() @ weight.dequantize(torch.float64).T).norm() / out.double().norm())
+    assert error < BATCH_TOLERANCE[dtype], f"{error:.2e}"
+    assert torch.equal(layer(x), out)
+    x[tokens // 2, 7] = torch.nan
+    broken = layer(x)
+    assert broken[tokens // 2].isnan().all()
+    broken[tokens // 2] = out[tokens // 2]
+    assert torch.equal(broken, out)
 
 
 def test_blocks_that_cross_rows_are_cut() -> None:
