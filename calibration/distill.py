@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-SCALE_STEP = GAIN_STEP = 1e-3  # relative, at the height of the steps
+SCALE_STEP = 1e-3  # relative, of scales and gains at the height of the steps
 CHECKS = 8  # comparisons on held-out windows, evenly spread over the steps
 _WARM_UP_STEPS = 10
 _LOGIT_ELEMENTS = 1 << 26  # of logits that exist at once

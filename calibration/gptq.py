@@ -24,6 +24,7 @@ from torch import Tensor
 
 from aphroquant.calibration import rtn
 from aphroquant.calibration.integer_grid import IntegerGrid, dequantize, expand, search_grid, to_quantized_weight
+from aphroquant.calibration.replay import Replayed
 from aphroquant.calibration.solution import Solution, relative_error
 from aphroquant.calibration.statistics import InputStatistics
 from aphroquant.kernels.reference.matmul import linear
@@ -113,21 +114,46 @@ def round_weight(
     columns = weight.float()[:, order].T.contiguous()  # [K, N]: a column of the weight is one row of memory
     codes = torch.empty_like(columns)
     loss = torch.zeros(weight.shape[0], device=weight.device)
+    whole = _ColumnBlock(block_size, weight.shape[0], scheme.bits, weight.device)
     for start in range(0, columns.shape[0], block_size):
         end = min(start + block_size, columns.shape[0])
-        errors = torch.empty_like(columns[start:end])
-        for column in range(start, end):
-            value, scale, zero = columns[column], scales[column], zeros[column]
-            code = (value / scale).add_(zero).round_().clamp_(0, 2**scheme.bits - 1)
-            error = value.addcmul(code - zero, scale, value=-1).div_(upper[column, column])
-            codes[column], errors[column - start] = code, error
-            loss.addcmul_(error, error)
-            columns[column + 1 : end].addr_(upper[column, column + 1 : end], error, alpha=-1)
+        full = end - start == block_size
+        block = whole if full else _ColumnBlock(end - start, weight.shape[0], scheme.bits, weight.device)
+        block.round(columns[start:end], scales[start:end], zeros[start:end], upper[start:end, start:end])
+        codes[start:end] = block.codes
+        loss += block.errors.square().sum(0)
         if end < columns.shape[0]:
-            columns[end:] -= linear(upper[start:end, end:].T, errors.T)
+            columns[end:] -= linear(upper[start:end, end:].T, block.errors.T)
     unordered = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
     unordered[:, order] = codes.T.to(torch.uint8)
     return RoundedWeight(unordered, loss)
+
+
+class _ColumnBlock:
+    """Columns [B, N] that are rounded one after the other, each making up for the errors before it in the block.
+
+    `codes` and `errors` (divided by the factor's diagonal) are what the last call found, [B, N].
+    """
+
+    def __init__(self, size: int, num_rows: int, bits: int, device: torch.device) -> None:
+        self._highest = 2**bits - 1
+        self._values, self._scales, self._zeros, self.codes, self.errors = torch.empty(5, size, num_rows, device=device)
+        self._upper = torch.empty(size, size, device=device)
+        self._replayed = Replayed(self._round, device)
+
+    def round(self, values: Tensor, scales: Tensor, zeros: Tensor, upper: Tensor) -> None:
+        for own, given in zip(
+            (self._values, self._scales, self._zeros, self._upper), (values, scales, zeros, upper), strict=True
+        ):
+            own.copy_(given)
+        self._replayed()
+
+    def _round(self) -> None:
+        for column, value in enumerate(self._values):
+            scale, zero, error = self._scales[column], self._zeros[column], self.errors[column]
+            code = torch.div(value, scale, out=self.codes[column]).add_(zero).round_().clamp_(0, self._highest)
+            torch.sub(zero, code, out=error).mul_(scale).add_(value).div_(self._upper[column, column])
+            self._values[column + 1 :].addr_(self._upper[column, column + 1 :], error, alpha=-1)
 
 
 def _inverse_factor(backwards: Tensor) -> Tensor | None:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from aphroquant.calibration.replay import Replayed
 from aphroquant.calibration.training import Curvature, CurvatureEstimate, TrainedGain, TrainedWeight
 from aphroquant.errors import InputError
 from aphroquant.schemes import QuantizedWeight
@@ -20,13 +21,13 @@ from aphroquant.schemes import QuantizedWeight
 BATCH_WINDOWS = 8
 CODE_TRAVEL = 1.0  # codes, that a position may move in all steps together
 CURVATURE_DRAWS = 8  # of random signs
-SCALE_STEP = GAIN_STEP = 1e-3  # relative, at the beginning; all steps fall linearly to 0
+SCALE_STEP = 1e-3  # relative, of scales and gains at the beginning; all steps fall linearly to 0
 _HELD_OUT = 16  # one window in so many is not trained on
 _CHECKS = 4  # comparisons on them, evenly spread over the steps
 
 Values = Mapping[str, Tensor]
-# (weights by name, gains by name, windows) -> the block's output, and what it should be
-Forward = Callable[[Values, Values, Sequence[int]], tuple[Tensor, Tensor]]
+Forward = Callable[[Values, Values, Tensor], Tensor]  # weights and gains by name, inputs [T, H] -> the block's output
+Batch = Callable[[Sequence[int]], tuple[Tensor, Tensor]]  # windows -> inputs [T, H], and what the output should be
 
 
 class Numbers(NamedTuple):
@@ -48,6 +49,7 @@ def refine(
     weights: Mapping[str, TrainedWeight],
     gains: Mapping[str, TrainedGain],
     forward: Forward,
+    batch: Batch,
     num_windows: int,
     *,
     steps: int,
@@ -55,17 +57,19 @@ def refine(
 ) -> Refined:
     """Move the numbers by so many steps. InputError if the loss is not finite."""
     trained, held_out = split_windows(num_windows)
-    best = before = _loss_of(_rounded(weights, gains), forward, held_out)
+    best = before = _loss_of(_rounded(weights, gains), forward, batch, held_out)
     if not torch.isfinite(torch.tensor(before)):
         raise InputError("the block's output on the calibration text is not finite")
     kept: Numbers | None = None
-    curvatures = _curvatures(weights, gains, forward, trained, seed)
+    curvatures = _curvatures(weights, gains, forward, batch, trained, seed)
+    stepper = _Stepper(weights, gains, forward, curvatures, *batch(trained[:BATCH_WINDOWS]))
     checks = {steps * (check + 1) // _CHECKS for check in range(_CHECKS)}
-    for step, batch in enumerate(batches(trained, steps, BATCH_WINDOWS, seed)):
-        _step(weights, gains, forward, batch, curvatures, 1 - step / steps, steps)
+    for step, windows in enumerate(batches(trained, steps, BATCH_WINDOWS, seed)):
+        share = 1 - step / steps
+        stepper.step(*batch(windows), codes=2 * CODE_TRAVEL / steps * share, scales=SCALE_STEP * share)
         if step + 1 in checks:
             numbers = _rounded(weights, gains)
-            now = _loss_of(numbers, forward, held_out)
+            now = _loss_of(numbers, forward, batch, held_out)
             if now < best:
                 best, kept = now, numbers
     return Refined(kept, before, best)
@@ -80,20 +84,64 @@ def split_windows(num_windows: int) -> tuple[list[int], list[int]]:
 
 
 def batches(windows: Sequence[int], count: int, size: int, seed: int) -> Iterator[list[int]]:
-    """`count` batches of at most `size` windows, each window once before any comes again."""
+    """`count` batches of `size` windows (or of all, if there are fewer), in an order that uses all equally often."""
     random = torch.Generator().manual_seed(seed)
+    size = min(size, len(windows))
     left: list[int] = []
     for _ in range(count):
-        if not left:
-            left = [windows[index] for index in torch.randperm(len(windows), generator=random).tolist()]
+        if len(left) < size:
+            left += [windows[index] for index in torch.randperm(len(windows), generator=random).tolist()]
         yield left[:size]
         left = left[size:]
+
+
+class _Stepper:
+    """Takes steps; all batches have the same size, so that a GPU can replay one step."""
+
+    def __init__(
+        self,
+        weights: Mapping[str, TrainedWeight],
+        gains: Mapping[str, TrainedGain],
+        forward: Forward,
+        curvatures: Mapping[str, Curvature],
+        inputs: Tensor,
+        expected: Tensor,
+    ) -> None:
+        self._weights, self._gains, self._forward, self._curvatures = weights, gains, forward, curvatures
+        self._inputs, self._expected = inputs.clone(), expected.clone()
+        self._code_size, self._scale_size = torch.zeros(2, device=inputs.device)
+        self._replayed = Replayed(self._step, inputs.device)
+
+    def step(self, inputs: Tensor, expected: Tensor, *, codes: float, scales: float) -> None:
+        """One step of these sizes. Gains move as scales do."""
+        self._inputs.copy_(inputs)
+        self._expected.copy_(expected)
+        self._code_size.fill_(codes)
+        self._scale_size.fill_(scales)
+        self._replayed()
+
+    def _step(self) -> None:
+        values = {name: weight.value() for name, weight in self._weights.items()}
+        gains = {name: gain.value() for name, gain in self._gains.items()}
+        with torch.enable_grad():
+            output = self._forward(values, gains, self._inputs)
+            (output - self._expected).square().mean().backward()  # type: ignore[no-untyped-call]
+        for name, weight in self._weights.items():
+            gradient = values.pop(name).grad
+            assert gradient is not None
+            weight.step(gradient, self._scale_size)
+            weight.step_codes(gradient, self._curvatures[name], self._code_size)
+        for name, gain in self._gains.items():
+            gradient = gains[name].grad
+            assert gradient is not None
+            gain.step(gradient, self._scale_size)
 
 
 def _curvatures(
     weights: Mapping[str, TrainedWeight],
     gains: Mapping[str, TrainedGain],
     forward: Forward,
+    batch: Batch,
     windows: Sequence[int],
     seed: int,
 ) -> dict[str, Curvature]:
@@ -102,10 +150,10 @@ def _curvatures(
     estimates = {name: CurvatureEstimate() for name in weights}
     num_terms = 0
     gain_values = {name: gain.value().detach() for name, gain in gains.items()}
-    for batch in batches(windows, CURVATURE_DRAWS, BATCH_WINDOWS, seed):
+    for drawn in batches(windows, CURVATURE_DRAWS, BATCH_WINDOWS, seed):
         values = {name: weight.value() for name, weight in weights.items()}
         with torch.enable_grad():
-            output, _ = forward(values, gain_values, batch)
+            output = forward(values, gain_values, batch(drawn)[0])
         signs = torch.randint(0, 2, output.shape, generator=random, dtype=torch.int8).mul_(2).sub_(1)
         output.backward(signs.to(output.device, output.dtype))  # type: ignore[no-untyped-call]
         num_terms += output.numel()
@@ -113,31 +161,6 @@ def _curvatures(
             assert value.grad is not None
             estimates[name].add(value.grad)
     return {name: estimate.finish(num_terms) for name, estimate in estimates.items()}
-
-
-def _step(
-    weights: Mapping[str, TrainedWeight],
-    gains: Mapping[str, TrainedGain],
-    forward: Forward,
-    batch: Sequence[int],
-    curvatures: Mapping[str, Curvature],
-    share: float,
-    steps: int,
-) -> None:
-    values = {name: weight.value() for name, weight in weights.items()}
-    gain_values = {name: gain.value() for name, gain in gains.items()}
-    with torch.enable_grad():
-        output, expected = forward(values, gain_values, batch)
-        (output - expected).square().mean().backward()  # type: ignore[no-untyped-call]
-    for name, weight in weights.items():
-        gradient = values.pop(name).grad
-        assert gradient is not None
-        weight.step(gradient, SCALE_STEP * share)
-        weight.step_codes(gradient, curvatures[name], 2 * CODE_TRAVEL / steps * share)
-    for name, gain in gains.items():
-        gradient = gain_values[name].grad
-        assert gradient is not None
-        gain.step(gradient, GAIN_STEP * share)
 
 
 def _rounded(weights: Mapping[str, TrainedWeight], gains: Mapping[str, TrainedGain]) -> Numbers:
@@ -148,13 +171,13 @@ def _rounded(weights: Mapping[str, TrainedWeight], gains: Mapping[str, TrainedGa
 
 
 @torch.no_grad()
-def _loss_of(numbers: Numbers, forward: Forward, windows: Sequence[int]) -> float:
+def _loss_of(numbers: Numbers, forward: Forward, batch: Batch, windows: Sequence[int]) -> float:
     """Mean squared error over windows, a batch at a time."""
     weights = {name: weight.dequantize() for name, weight in numbers.weights.items()}
     gains = {name: gain.float() for name, gain in numbers.gains.items()}
-    parts = [windows[start : start + BATCH_WINDOWS] for start in range(0, len(windows), BATCH_WINDOWS)]
     total = 0.0
-    for part in parts:
-        output, expected = forward(weights, gains, part)
-        total += float((output - expected).square().mean()) * len(part)
+    for start in range(0, len(windows), BATCH_WINDOWS):
+        part = windows[start : start + BATCH_WINDOWS]
+        inputs, expected = batch(part)
+        total += float((forward(weights, gains, inputs) - expected).square().mean()) * len(part)
     return total / len(windows)

@@ -30,19 +30,22 @@ _NEAREST_EDGE = 0.49  # of a position to its code: error feedback may have chose
 
 
 class Adam:
-    """Steps of about the size that is asked for, from a running mean and square of gradients."""
+    """Steps of about the size that is asked for, from a running mean and square of gradients.
+
+    Sizes of steps are tensors [] on the device here and below: work with them can be recorded and replayed.
+    """
 
     def __init__(self, like: Tensor) -> None:
         self._mean, self._square = torch.zeros_like(like), torch.zeros_like(like)
-        self._count = 0
+        self._missing = torch.ones(2, device=like.device)  # what the two lack to be averages
 
-    def step(self, gradient: Tensor, size: float) -> Tensor:
+    def step(self, gradient: Tensor, size: Tensor) -> Tensor:
         """What to subtract."""
-        self._count += 1
         self._mean.lerp_(gradient, 1 - _FIRST_DECAY)
         self._square.mul_(_SECOND_DECAY).addcmul_(gradient, gradient, value=1 - _SECOND_DECAY)
-        mean = self._mean / (1 - _FIRST_DECAY**self._count)
-        square = self._square / (1 - _SECOND_DECAY**self._count)
+        self._missing[0].mul_(_FIRST_DECAY)
+        self._missing[1].mul_(_SECOND_DECAY)
+        mean, square = self._mean / (1 - self._missing[0]), self._square / (1 - self._missing[1])
         return size * mean / (square.sqrt_().add_(_SMALLEST))
 
 
@@ -103,14 +106,14 @@ class TrainedWeight:
         return join_groups(levels, self.shape[1]).contiguous().requires_grad_()
 
     @torch.no_grad()
-    def step(self, gradient: Tensor, scales: float) -> None:
+    def step(self, gradient: Tensor, size: Tensor) -> None:
         """One step of the scales, of this relative size, against the gradient [N, K] by `value()`."""
         grouped = split_groups(gradient, self.scheme)
         by_scale = (grouped * (self._code_values() - self._zeros[..., None])).sum(-1)
-        self._factors -= self._adam.step(by_scale * self._scales(), scales)
+        self._factors -= self._adam.step(by_scale * self._scales(), size)
 
     @torch.no_grad()
-    def step_codes(self, gradient: Tensor, curvature: Curvature, size: float) -> None:
+    def step_codes(self, gradient: Tensor, curvature: Curvature, size: Tensor) -> None:
         """Move positions by this share of the way to where their gradients would balance, and by `size` at most."""
         assert self._positions is not None
         assert self._mean is not None
@@ -118,7 +121,7 @@ class TrainedWeight:
         self._mean.lerp_(split_groups(gradient, self.scheme) * scales, 1 - _MOMENTUM)
         bend = split_groups(curvature.rows[:, None] * curvature.columns, self.scheme).mul_(scales.square())
         way = (self._mean / bend.add_(_SMALLEST)).add_(self._positions).sub_(self._code_values())
-        self._positions.sub_(way.clamp_(-1, 1), alpha=size).clamp_(-0.5, self._levels + 0.5)
+        self._positions.sub_(way.clamp_(-1, 1).mul_(size)).clamp_(-0.5, self._levels + 0.5)
 
     def rounded(self) -> QuantizedWeight:
         """The weight that would be stored."""
@@ -156,7 +159,7 @@ class TrainedGain:
         return (self._first * self._factors.exp()).requires_grad_()
 
     @torch.no_grad()
-    def step(self, gradient: Tensor, size: float) -> None:
+    def step(self, gradient: Tensor, size: Tensor) -> None:
         """One relative step of this size against the gradient by `value()`."""
         self._factors -= self._adam.step(gradient * self._first * self._factors.exp(), size)
 

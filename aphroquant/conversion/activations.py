@@ -16,18 +16,31 @@ from aphroquant.errors import ResourceError
 CHUNK_TOKENS = 4096  # at once through a block; larger temporaries are returned to the kernel and cost page faults
 MEMORY_SHARE = 0.5  # of the machine's memory, that all stores together may take
 
+GPU_SHARE = 0.1  # of a GPU's free memory, that one store may take; blocks and their Hessians need the rest
+
 
 def default_memory_limit(num_stores: int = 2) -> int:
     """Bytes that each of so many stores keeps in memory at most."""
     return int(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * MEMORY_SHARE / num_stores)
 
 
-class Activations:
-    """Rows [T, width] float32 of whole windows. Slices of `rows` are views: writing to them changes the store."""
+def gpu_limit(device: torch.device) -> float:
+    """Bytes that one store keeps on a GPU at most."""
+    return torch.cuda.mem_get_info(device)[0] * GPU_SHARE
 
-    def __init__(self, num_tokens: int, width: int, *, memory_limit: int) -> None:
-        self.spilled = num_tokens * width * 4 > memory_limit
-        self.rows = _mapped(num_tokens, width) if self.spilled else torch.empty(num_tokens, width)
+
+class Activations:
+    """Rows [T, width] float32 of whole windows. Slices of `rows` are views: writing to them changes the store.
+
+    They are on a GPU if that is the `device` and they take little of what it has free.
+    """
+
+    def __init__(self, num_tokens: int, width: int, *, memory_limit: int, device: torch.device | None = None) -> None:
+        num_bytes = num_tokens * width * 4
+        on_gpu = device is not None and device.type == "cuda" and num_bytes < gpu_limit(device)
+        self.spilled = num_bytes > memory_limit and not on_gpu
+        place = device if on_gpu else torch.device("cpu")
+        self.rows = _mapped(num_tokens, width) if self.spilled else torch.empty(num_tokens, width, device=place)
 
     def __len__(self) -> int:
         return self.rows.shape[0]

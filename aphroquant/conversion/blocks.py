@@ -61,7 +61,7 @@ class CalibratedSolver:
     """
 
     def __init__(self, plan: ConversionPlan, windows: Tensor, device: torch.device = CPU) -> None:
-        """Blocks are solved on `device`; the hidden states of all windows stay on the CPU."""
+        """Blocks are solved on `device`; the hidden states of all windows stay on the CPU, unless it is a roomy GPU."""
         self._plan, self._device = plan, device
         self._window_len = windows.shape[1]
         keeps_source = plan.refine_steps > 0 or plan.distill_steps > 0
@@ -119,7 +119,8 @@ class CalibratedSolver:
         statistics = self._gather(block, (last,), lambda rows: inner.rows[rows].to(self._device))
         self._round(block, solved, (last,), statistics)
         for rows in self._chunks():
-            self._hidden.rows[rows] += block.linears[last](inner.rows[rows].to(self._device)).cpu()
+            output = block.linears[last](inner.rows[rows].to(self._device))
+            self._hidden.rows[rows] += output.to(self._hidden.rows.device)
 
     def _refine(self, block: CalibrationBlock, solved: SolvedBlock, start: Activations) -> None:
         """Better numbers for a block with these states before it; the states behind it are made anew with them."""
@@ -133,10 +134,10 @@ class CalibratedSolver:
 
     def _pass_through(self, block: CalibrationBlock, states: Activations) -> None:
         for rows in self._chunks():
-            states.rows[rows] = block.forward(states.rows[rows].to(self._device)).cpu()
+            states.rows[rows] = block.forward(states.rows[rows].to(self._device))
 
     def _copy(self, states: Activations) -> Activations:
-        copy = Activations(len(states), states.rows.shape[1], memory_limit=self._memory_limit)
+        copy = Activations(len(states), states.rows.shape[1], memory_limit=self._memory_limit, device=self._device)
         copy.rows.copy_(states.rows)
         return copy
 
@@ -149,7 +150,9 @@ class CalibratedSolver:
         inner: Activations | None = None
         for rows in self._chunks():
             part = forward(block.block.norm(norm, self._states(rows)))
-            inner = inner or Activations(len(self._hidden), part.shape[1], memory_limit=self._memory_limit)
+            inner = inner or Activations(
+                len(self._hidden), part.shape[1], memory_limit=self._memory_limit, device=self._device
+            )
             inner.rows[rows] = part
         assert inner is not None
         return inner
@@ -209,7 +212,7 @@ class CalibratedSolver:
             raise InputError(
                 f"the tokenizer gives token id {int(ids.max())}, but the model's vocabulary ends at {spec.vocab_size}"
             )
-        hidden = Activations(ids.numel(), spec.hidden_size, memory_limit=self._memory_limit)
+        hidden = Activations(ids.numel(), spec.hidden_size, memory_limit=self._memory_limit, device=self._device)
         embedding = load_embedding(self._plan.checkpoint)
         for rows in chunks(ids.numel(), self._window_len):
             hidden.rows[rows] = embedding[ids[rows]]

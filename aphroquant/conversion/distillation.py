@@ -12,7 +12,6 @@ from torch import Tensor
 from aphroquant.calibration.differentiable import linear, repeatable_training
 from aphroquant.calibration.distill import (
     CHECKS,
-    GAIN_STEP,
     SCALE_STEP,
     divergence,
     logit_rows,
@@ -120,12 +119,13 @@ class Distiller:
         )
         if not torch.isfinite(torch.tensor(output.divergence)):
             raise InputError("the quantized model's logits on the calibration text are not finite")
-        self._final.step(output.by_gain, GAIN_STEP * share)
+        size = torch.tensor(SCALE_STEP * share, device=self._device)
+        self._final.step(output.by_gain, size)
         gradient = output.by_hidden
         for layer in reversed(self._layers):
-            gradient = self._back(layer, states.pop(), gradient, share)
+            gradient = self._back(layer, states.pop(), gradient, size)
 
-    def _back(self, layer: _Layer, hidden: Tensor, gradient: Tensor, share: float) -> Tensor:
+    def _back(self, layer: _Layer, hidden: Tensor, gradient: Tensor, size: Tensor) -> Tensor:
         """Run one block again, take its step, and return the gradient by its input."""
         values = {name: weight.value() for name, weight in layer.weights.items()}
         gains = {name: gain.value() for name, gain in layer.gains.items()}
@@ -135,11 +135,11 @@ class Distiller:
         for name, weight in layer.weights.items():
             by_weight = values.pop(name).grad
             assert by_weight is not None
-            weight.step(by_weight, SCALE_STEP * share)
+            weight.step(by_weight, size)
         for norm, gain in layer.gains.items():
             by_gain = gains[norm].grad
             assert by_gain is not None
-            gain.step(by_gain, GAIN_STEP * share)
+            gain.step(by_gain, size)
         assert hidden.grad is not None
         return hidden.grad
 

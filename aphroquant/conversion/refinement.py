@@ -19,8 +19,6 @@ from aphroquant.conversion.dataless import naming_modules
 from aphroquant.conversion.plan import ConversionPlan
 from aphroquant.conversion.training import WindowForward, trained_norms
 
-_RESIDENT_SHARE = 0.25  # of a GPU's free memory, that one of the two stores of hidden states may take
-
 
 class Unrounded:
     """What a block's layers were before rounding: weights as scaled, and the statistics of their inputs."""
@@ -58,16 +56,19 @@ class BlockRefiner:
             norm: TrainedGain(block.norms[norm], self._stored_dtype(block, norm))
             for norm in trained_norms(block, self._plan.modules.__contains__)
         }
-        inputs, targets = self._near(inputs), self._near(targets)
 
-        def forward(values: Values, gains: Values, windows: Sequence[int]) -> tuple[Tensor, Tensor]:
-            hidden, expected = (self._windows(states, windows) for states in (inputs, targets))
-            return self._forward.block(block, values, gains, hidden), expected
+        def forward(values: Values, gains: Values, hidden: Tensor) -> Tensor:
+            return self._forward.block(block, values, gains, hidden)
+
+        def batch(windows: Sequence[int]) -> tuple[Tensor, Tensor]:
+            return self._windows(inputs, windows), self._windows(targets, windows)
 
         request = self._plan.request
         with naming_modules(block.prefix), repeatable_training(self._device):
             num_windows = inputs.shape[0] // self._window_len
-            found = refine(weights, gains, forward, num_windows, steps=self._plan.refine_steps, seed=request.seed)
+            found = refine(
+                weights, gains, forward, batch, num_windows, steps=self._plan.refine_steps, seed=request.seed
+            )
         report = {"loss_before": found.loss_before, "loss_after": found.loss_after}
         if found.numbers is None:
             return dict(solutions), report
@@ -94,13 +95,6 @@ class BlockRefiner:
 
     def _stored_dtype(self, block: CalibrationBlock, norm: str) -> torch.dtype:
         return self._plan.checkpoint.tensors[f"{block.prefix}.{norm}.weight"].dtype
-
-    def _near(self, states: Tensor) -> Tensor:
-        """The states on the device, if there is room: else batches are brought there one by one."""
-        if self._device.type != "cuda":
-            return states
-        free, _ = torch.cuda.mem_get_info(self._device)
-        return states.to(self._device) if states.nbytes < free * _RESIDENT_SHARE else states
 
     def _windows(self, states: Tensor, windows: Sequence[int]) -> Tensor:
         index = torch.tensor(windows, device=states.device)

@@ -11,7 +11,7 @@ from torch import Tensor
 from aphroquant.calibration import gptq, rtn
 from aphroquant.calibration.differentiable import linear
 from aphroquant.calibration.distill import divergence, output_gradient, step_share
-from aphroquant.calibration.refine import Forward, Values, batches, refine, split_windows
+from aphroquant.calibration.refine import Batch, Forward, Values, batches, refine, split_windows
 from aphroquant.calibration.statistics import InputStatistics
 from aphroquant.calibration.training import Curvature, CurvatureEstimate, TrainedGain, TrainedWeight
 from aphroquant.errors import InputError
@@ -51,8 +51,8 @@ def test_codes_move_by_one_at_most_and_only_where_a_dense_weight_is_given(scheme
     gradient = torch.randn(12, 80)
     for _ in range(5):
         for trained in (moving, fixed):
-            trained.step(gradient, 1e-3)
-        moving.step_codes(gradient, Curvature(torch.full((12,), 1e-3), torch.ones(80)), 0.1)
+            trained.step(gradient, torch.tensor(1e-3))
+        moving.step_codes(gradient, Curvature(torch.full((12,), 1e-3), torch.ones(80)), torch.tensor(0.1))
     change = moving.rounded()["codes"].int() - weight["codes"].int()
     assert 0 < change.abs().max() <= 1
     moved = change * weight["scales"].float().repeat_interleave(scheme.group_size or 80, 1)[:, :80]
@@ -73,7 +73,7 @@ def test_the_gradient_of_a_scale_is_that_of_the_product() -> None:
     value = trained.value()
     ((x @ value.T - target) ** 2).mean().backward()  # type: ignore[no-untyped-call]
     assert value.grad is not None
-    trained.step(value.grad, 1e-2)  # Adam's first step is the sign of the gradient
+    trained.step(value.grad, torch.tensor(1e-2))  # Adam's first step is the sign of the gradient
     assert scales.grad is not None
     ratio = trained.rounded()["scales"].float() / weight["scales"].float()
     assert torch.equal((ratio - 1).sign(), -(scales.grad * scales.detach()).sign())
@@ -82,7 +82,7 @@ def test_the_gradient_of_a_scale_is_that_of_the_product() -> None:
 def test_a_gain_stays_what_its_dtype_holds() -> None:
     gain = TrainedGain(torch.tensor([1.0, -2.0, 6e4]), torch.float16)
     for _ in range(50):
-        gain.step(torch.tensor([1.0, -1.0, -1.0]), 0.01)
+        gain.step(torch.tensor([1.0, -1.0, -1.0]), torch.tensor(0.01))
     rounded = gain.rounded()
     assert rounded.dtype == torch.float16
     assert 0.5 < float(rounded[0]) < 0.7
@@ -135,7 +135,7 @@ def test_curvature_is_that_of_a_mean_of_squares() -> None:
     torch.testing.assert_close(found.rows[:, None] * found.columns, expected, rtol=0.4, atol=0)
 
 
-def refinable(method: str) -> tuple[Tensor, QuantizedWeight, Forward]:
+def refinable(method: str) -> tuple[Tensor, QuantizedWeight, Forward, Batch]:
     """A weight, what it was rounded to, and the product with correlated inputs as a block."""
     scheme = IntegerScheme(3, 32, symmetric=False)
     dense = torch.randn(32, 64) / 8
@@ -143,26 +143,32 @@ def refinable(method: str) -> tuple[Tensor, QuantizedWeight, Forward]:
     solve = gptq.solve if method == "gptq" else rtn.solve
     weight = solve([dense], statistics_of(x.flatten(0, 1)), scheme, torch.float16)[0].weight
 
-    def forward(values: Values, gains: Values, windows: Sequence[int]) -> tuple[Tensor, Tensor]:
-        rows = x[list(windows)].flatten(0, 1)
-        return rows @ values["w"].T, rows @ dense.T
+    def forward(values: Values, gains: Values, rows: Tensor) -> Tensor:
+        return rows @ values["w"].T
 
-    return dense, weight, forward
+    def batch(windows: Sequence[int]) -> tuple[Tensor, Tensor]:
+        rows = x[list(windows)].flatten(0, 1)
+        return rows, rows @ dense.T
+
+    return dense, weight, forward, batch
 
 
 @pytest.mark.parametrize(("method", "share"), [("rtn", 0.3), ("gptq", 0.95)])
 def test_refinement_betters_rounding_to_nearest_by_much_and_error_feedback_a_little(method: str, share: float) -> None:
-    dense, weight, forward = refinable(method)
-    found = refine({"w": TrainedWeight(weight, dense)}, {}, forward, 64, steps=100, seed=0)
+    dense, weight, forward, batch = refinable(method)
+    found = refine({"w": TrainedWeight(weight, dense)}, {}, forward, batch, 64, steps=100, seed=0)
     assert found.numbers is not None
     assert found.loss_after < share * found.loss_before
-    output, expected = forward({"w": found.numbers.weights["w"].dequantize()}, {}, split_windows(64)[1])
+    inputs, expected = batch(split_windows(64)[1])
+    output = forward({"w": found.numbers.weights["w"].dequantize()}, {}, inputs)
     assert float((output - expected).square().mean()) == pytest.approx(found.loss_after)
 
 
 def test_refinement_repeats_exactly() -> None:
-    dense, weight, forward = refinable("rtn")
-    found = [refine({"w": TrainedWeight(weight, dense)}, {}, forward, 64, steps=12, seed=5).numbers for _ in range(2)]
+    dense, weight, forward, batch = refinable("rtn")
+    found = [
+        refine({"w": TrainedWeight(weight, dense)}, {}, forward, batch, 64, steps=12, seed=5).numbers for _ in range(2)
+    ]
     assert found[0] is not None
     assert found[1] is not None
     assert found[0].weights["w"].same_values(found[1].weights["w"])
@@ -174,20 +180,22 @@ def test_refinement_keeps_what_it_cannot_better() -> None:
     weight = rtn.solve([dense], None, scheme, torch.float16)[0].weight
     trained = TrainedWeight(weight, dense)
 
-    def forward(values: Values, gains: Values, windows: Sequence[int]) -> tuple[Tensor, Tensor]:
-        return values["w"], weight.dequantize()
+    def identity(windows: Sequence[int]) -> tuple[Tensor, Tensor]:
+        return dense, weight.dequantize()
 
-    found = refine({"w": trained}, {}, forward, 8, steps=4, seed=0)
+    found = refine({"w": trained}, {}, lambda values, *_: values["w"], identity, 8, steps=4, seed=0)
     assert found.numbers is None
     assert found.loss_after == found.loss_before
 
 
 def test_an_output_that_is_not_finite_ends_refinement() -> None:
     weight = quantized(torch.randn(8, 32), IntegerScheme(4, 32, symmetric=True))
+
+    def blank(windows: Sequence[int]) -> tuple[Tensor, Tensor]:
+        return torch.zeros(1), torch.zeros(1)
+
     with pytest.raises(InputError, match="not finite"):
-        refine(
-            {"w": TrainedWeight(weight)}, {}, lambda *_: (torch.tensor(torch.nan), torch.zeros(())), 8, steps=4, seed=0
-        )
+        refine({"w": TrainedWeight(weight)}, {}, lambda *_: torch.tensor(torch.nan), blank, 8, steps=4, seed=0)
 
 
 def test_the_gradient_of_the_divergence_does_not_depend_on_how_it_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:

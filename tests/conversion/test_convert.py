@@ -295,7 +295,7 @@ def test_hidden_states_in_a_file_give_the_same_result(
     converted(tiny_checkpoint("llama"), tmp_path / "memory", to="awq")
     original = blocks.Activations
 
-    def spilling(num_tokens: int, width: int, *, memory_limit: int) -> Any:
+    def spilling(num_tokens: int, width: int, **limits: Any) -> Any:
         return original(num_tokens, width, memory_limit=0)
 
     monkeypatch.setattr(blocks, "Activations", spilling)

@@ -87,9 +87,9 @@ def test_the_gradient_that_goes_back_block_by_block_is_that_of_the_whole_model(
     taken: dict[int, list[torch.Tensor]] = {}
     original = TrainedWeight.step
 
-    def watched(self: TrainedWeight, gradient: torch.Tensor, scales: float) -> None:
+    def watched(self: TrainedWeight, gradient: torch.Tensor, size: torch.Tensor) -> None:
         taken.setdefault(id(self), []).append(gradient.clone())
-        original(self, gradient, scales)
+        original(self, gradient, size)
 
     monkeypatch.setattr(TrainedWeight, "step", watched)
     source = tiny_checkpoint("llama")
