@@ -10,6 +10,7 @@ from torch import Tensor
 
 from aphroquant.kernels.dispatch import PreparedGroupedLinear, PreparedLinear, prepare_one_by_one
 from aphroquant.schemes import (
+    AdditiveScheme,
     DenseScheme,
     FloatScheme,
     IntegerScheme,
@@ -86,6 +87,10 @@ def prepare(weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype) ->
         from aphroquant.kernels.cuda.lookup.linear import CudaLookupLinear
 
         return CudaLookupLinear(weight, bias, dtype, device)
+    if isinstance(weight.scheme, AdditiveScheme):
+        from aphroquant.kernels.cuda.aqlm.linear import CudaAdditiveLinear
+
+        return CudaAdditiveLinear(weight, bias, dtype, device)
     from aphroquant.kernels.cuda.float8.linear import CudaFloat8Linear
 
     return CudaFloat8Linear(weight, bias, device)
@@ -110,4 +115,8 @@ def fallback_reason(scheme: Scheme, dtype: torch.dtype, in_features: int | None 
         from aphroquant.kernels.cuda.lookup import linear
 
         return linear.unsupported(scheme, in_features)
+    if isinstance(scheme, AdditiveScheme):
+        from aphroquant.kernels.cuda.aqlm.linear import unsupported as additive_obstacle
+
+        return additive_obstacle(scheme)
     return f"there is no CUDA kernel for {scheme}"

@@ -15,7 +15,7 @@ from aphroquant.kernels.self_test import SelfTest
 _TOLERANCE = 8e-3  # of results rounded to bf16, from weights that are rounded to bf16 before they are multiplied
 _SCHEMES = (
     "bf16", "w4g128", "w4g32-asym", "w8", "w3g128-asym-act-order", "w2g64", "w8a8", "fp8", "fp8-block", "fp8-w8a16",
-    "nf4", "fp4", "mxfp4", "nvfp4", "aqlm-2x8", "q3_k", "q4_k", "q6_k", "q8_0",
+    "nf4", "fp4", "mxfp4", "nvfp4", "aqlm-2x8", "aqlm-1x16", "q3_k", "q4_k", "q6_k", "q8_0",
 )  # fmt: skip
 _TOKENS = (1, 40)
 _OUT_FEATURES, _IN_FEATURES = 320, 1024

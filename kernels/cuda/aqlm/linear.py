@@ -8,9 +8,19 @@ from torch import Tensor
 from aphroquant.errors import UsageError
 from aphroquant.kernels.cuda.aqlm.dequantize import dequantize_multiply
 from aphroquant.kernels.cuda.aqlm.gather import gather_multiply
-from aphroquant.kernels.cuda.aqlm.lookup import LookupLinear, has_tables
+from aphroquant.kernels.cuda.aqlm.lookup import TABLE_BYTES, LookupLinear, has_tables
 from aphroquant.kernels.cuda.aqlm.packing import CodeLayout, pack_additive
-from aphroquant.kernels.cuda.aqlm.plans import Layer, dequantize_plan, gather_plan, gathers, lookup_plan, tiles_for
+from aphroquant.kernels.cuda.aqlm.plans import (
+    Layer,
+    dequantize_plan,
+    gather_plan,
+    gathers,
+    lookup_plan,
+    shared_limit,
+    sliced_plan,
+    tiles_for,
+)
+from aphroquant.kernels.cuda.aqlm.sliced import SLICED_BYTES, SlicedLinear, can_be_sliced
 from aphroquant.kernels.cuda.device import gpu
 from aphroquant.schemes import AdditiveScheme, QuantizedWeight, Scheme
 
@@ -57,12 +67,13 @@ class CudaAdditiveLinear:
         self.packed = pack_additive(weight, dtype, device)
         self.bias = None if bias is None else bias.detach().to(device, torch.float32).contiguous()
         self._layer = Layer(weight.scheme, *weight.shape, self.packed.codes.get_device())
-        self._lookup = LookupLinear(self.packed, self.bias, dtype) if has_tables(weight.scheme) else None
+        self._one_token = self._kernel_for_one(weight)
 
     @property
     def num_bytes(self) -> int:
         """Of the packed weight on the GPU."""
-        return self.packed.num_bytes
+        sliced = self._one_token.codes.num_bytes if isinstance(self._one_token, SlicedLinear) else 0
+        return self.packed.num_bytes + sliced
 
     def __call__(self, x: Tensor) -> Tensor:
         """[T, K] -> [T, N]."""
@@ -78,18 +89,31 @@ class CudaAdditiveLinear:
             self._multiply(x, out)
         return out
 
+    def _kernel_for_one(self, weight: QuantizedWeight) -> LookupLinear | SlicedLinear | None:
+        """The kernel for one token, if there is one that is faster than that for a few."""
+        capability = gpu(self._layer.device).capability
+        limit, scheme = shared_limit(capability), self._layer.scheme
+        if has_tables(scheme) and limit > TABLE_BYTES:
+            return LookupLinear(self.packed, self.bias, self.dtype)
+        if can_be_sliced(scheme) and capability >= (9, 0) and limit > SLICED_BYTES and self.out_features:
+            return SlicedLinear(self.packed, weight["codes"].to(self.packed.codes.device), self.bias)
+        return None
+
     def _multiply(self, x: Tensor, out: Tensor) -> None:
         tokens, layer = x.shape[0], self._layer
+        if self._one_token is not None and tokens == 1:
+            self._multiply_one(x, out)
+            return
         multiprocessors = gpu(layer.device).multiprocessors
-        if tokens == 1 and self._lookup is not None:
-            slices, row_tiles = self.packed.codes.shape[:2]
-            plan = lookup_plan(layer, slices, row_tiles)
-            if plan is not None:
-                self._lookup(x, out, plan)
-                return
         if gathers(layer, tokens):
             tiles = tiles_for(tokens)
             gather = gather_plan(layer, tiles)
             gather_multiply(self.packed, x, self.bias, out, tiles, gather, multiprocessors * gather.blocks)
             return
         dequantize_multiply(self.packed, x, self.bias, out, dequantize_plan(layer, tokens), multiprocessors)
+
+    def _multiply_one(self, x: Tensor, out: Tensor) -> None:
+        if isinstance(self._one_token, LookupLinear):
+            self._one_token(x, out, lookup_plan(self._layer, self.packed.codes.shape[0]))
+        elif isinstance(self._one_token, SlicedLinear):
+            self._one_token(x, out, sliced_plan(self._layer, self._one_token.units))

@@ -16,7 +16,7 @@ from aphroquant.schemes import AdditiveScheme
 SOURCE, ENTRY = "aqlm_lookup.cu", "aqlm_lookup"
 ENTRIES = 256
 IN_GROUP = 8
-_TABLE_BYTES = 128 * ENTRIES * 4
+TABLE_BYTES = 128 * ENTRIES * 4  # of shared memory
 
 
 class Problem(Structure):
@@ -27,43 +27,34 @@ class Problem(Structure):
         ("groups", c_int32),
         ("slices", c_int32),
         ("row_tiles", c_int32),
-        ("cluster_batches", c_int32),
+        ("range_batches", c_int32),
         ("codes", c_void_p),
         ("entries", c_void_p),
         ("scales", c_void_p),
         ("bias", c_void_p),
         ("input", c_void_p),
         ("output", c_void_p),
+        ("partials", c_void_p),
+        ("counters", c_void_p),
     )
 
 
 @dataclass(frozen=True)
 class LookupPlan:
-    """How the rows and slices are divided: a cluster of blocks shares the slices of its rows."""
+    """`ranges`: parts of the rows, each of which has a block for every slice."""
 
-    cluster: int = 8
-    clusters: int = 16
+    ranges: int = 16
     warps: int = 16
     batch: int = 4  # row quads that a warp looks up at once
 
-    @property
-    def batch_rows(self) -> int:
-        return self.batch * 4
-
-    def cluster_batches(self, row_tiles: int) -> int:
-        return -(-row_tiles * TILE_ROWS // self.batch_rows // self.clusters)
-
-    def shared_bytes(self, row_tiles: int) -> int:
-        rows = self.cluster_batches(row_tiles) * self.batch_rows
-        inbox = self.cluster * -(-rows // self.cluster) if self.cluster > 1 else 0
-        return _TABLE_BYTES + 4 * (rows + inbox)
+    def range_batches(self, row_tiles: int) -> int:
+        return -(-row_tiles * TILE_ROWS // (self.batch * 4 * self.ranges))
 
     def macros(self, dtype: torch.dtype, num_codebooks: int) -> dict[str, Macro]:
         return {
             "ELEMENT_IS_BF16": int(dtype == torch.bfloat16),
             "CODEBOOKS": num_codebooks,
             "CODE_BYTES": 1,
-            "CLUSTER": self.cluster,
             "WARPS": self.warps,
             "BATCH": self.batch,
         }
@@ -83,35 +74,39 @@ def entry_fragments(packed: PackedAdditive) -> Tensor:
 
 
 class LookupLinear:
-    """y = x @ W.T + bias for one token."""
+    """y = x @ W.T + bias for one token. Not for two streams at once: blocks count each other."""
 
     def __init__(self, packed: PackedAdditive, bias: Tensor | None, dtype: torch.dtype) -> None:
         self._packed, self._bias, self._dtype = packed, bias, dtype
         self._entries = entry_fragments(packed)
+        self._counters = torch.zeros(packed.codes.shape[1] * 2, dtype=torch.int32, device=packed.codes.device)
 
     def __call__(self, x: Tensor, out: Tensor, plan: LookupPlan) -> None:
         """x [1, K] -> out [1, N]."""
         packed = self._packed
         slices, row_tiles = packed.codes.shape[:2]
+        partials = torch.empty(slices, row_tiles * TILE_ROWS, dtype=torch.float32, device=x.device)
+        batches = plan.range_batches(row_tiles)
         problem = Problem(
             packed.out_features,
             packed.num_groups,
             slices,
             row_tiles,
-            plan.cluster_batches(row_tiles),
+            batches,
             packed.codes.data_ptr(),
             self._entries.data_ptr(),
             packed.scales.data_ptr(),
             None if self._bias is None else self._bias.data_ptr(),
             x.data_ptr(),
             out.data_ptr(),
+            partials.data_ptr(),
+            self._counters.data_ptr(),
         )
         kernel = cuda_kernel(SOURCE, ENTRY, plan.macros(self._dtype, packed.scheme.num_codebooks))
         kernel.launch(
-            grid=(plan.clusters * plan.cluster, 1, 1),
+            grid=(slices, -(-row_tiles * TILE_ROWS // (batches * plan.batch * 4)), 1),
             block=(plan.warps * 32, 1, 1),
             args=[problem],
-            shared_bytes=plan.shared_bytes(row_tiles),
-            cluster=(plan.cluster, 1, 1) if plan.cluster > 1 else None,
+            shared_bytes=TABLE_BYTES,
             programmatic=True,
         )

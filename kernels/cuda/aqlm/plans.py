@@ -7,18 +7,18 @@ from typing import NamedTuple
 
 from aphroquant.kernels.cuda.aqlm.dequantize import DequantizePlan, copies_within
 from aphroquant.kernels.cuda.aqlm.gather import TOKENS_OF_TILE, GatherPlan
-from aphroquant.kernels.cuda.aqlm.lookup import LookupPlan, has_tables
+from aphroquant.kernels.cuda.aqlm.lookup import LookupPlan
+from aphroquant.kernels.cuda.aqlm.sliced import SlicedPlan
 from aphroquant.kernels.cuda.device import gpu
 from aphroquant.kernels.cuda.tuning import Problem, tuned, tuned_entry
 from aphroquant.schemes import AdditiveScheme
 
-LOOKUP, GATHER, DEQUANTIZE = "aqlm_lookup", "aqlm_gather", "aqlm_dequantize"  # tables
+LOOKUP, SLICED, GATHER, DEQUANTIZE = "aqlm_lookup", "aqlm_sliced", "aqlm_gather", "aqlm_dequantize"  # tables
 TOKEN_TILES = (1, 2, 4, 8)  # a gather kernel is made for each, and serves fewer
 MAX_GATHERED = TOKEN_TILES[-1] * TOKENS_OF_TILE
 _ESTIMATED_CROSSOVER = 32  # tokens, where nothing was measured
 _SHARED_BYTES = {(8, 0): 163 << 10, (8, 7): 163 << 10, (9, 0): 227 << 10, (10, 0): 227 << 10, (10, 3): 227 << 10}
 _LEAST_SHARED = 99 << 10  # of a block, on every GPU that the kernels run on
-_MAX_CLUSTER = 8
 
 
 class Layer(NamedTuple):
@@ -44,28 +44,17 @@ def shared_limit(capability: tuple[int, int]) -> int:
 
 
 @lru_cache(maxsize=8192)  # asked for at every call
-def lookup_plan(layer: Layer, slices: int, row_tiles: int) -> LookupPlan | None:
-    """None where the tables do not fit into shared memory, or one block's sums could not meet another's."""
-    found = gpu(layer.device)
-    limit = shared_limit(found.capability)
-    if not has_tables(layer.scheme) or found.capability < (9, 0):
-        return None
+def lookup_plan(layer: Layer, slices: int) -> LookupPlan:
+    """As measured, or one block on each multiprocessor."""
     plan = tuned(LOOKUP, LookupPlan, layer.problem(1), layer.device)
-    if plan is not None and plan.cluster <= slices and plan.shared_bytes(row_tiles) <= limit:
-        return plan
-    return estimate_lookup(slices, row_tiles, found.multiprocessors, limit)
+    return plan or LookupPlan(max(1, gpu(layer.device).multiprocessors // slices))
 
 
-def estimate_lookup(slices: int, row_tiles: int, multiprocessors: int, shared_bytes: int) -> LookupPlan | None:
-    """The largest cluster that divides the slices evenly, as far as may be; more clusters where rows would not fit."""
-    cluster = min(range(1, _MAX_CLUSTER + 1), key=lambda size: (-(-slices // size) * size - slices, -size))
-    clusters = max(1, min(multiprocessors // cluster, row_tiles))
-    while clusters <= row_tiles:
-        plan = LookupPlan(cluster, clusters)
-        if plan.shared_bytes(row_tiles) <= shared_bytes:
-            return plan
-        clusters *= 2
-    return None
+@lru_cache(maxsize=8192)
+def sliced_plan(layer: Layer, units: int) -> SlicedPlan:
+    """As measured, or one block on each multiprocessor."""
+    plan = tuned(SLICED, SlicedPlan, layer.problem(1), layer.device)
+    return plan or SlicedPlan(max(1, gpu(layer.device).multiprocessors // units))
 
 
 @lru_cache(maxsize=8192)

@@ -9,10 +9,16 @@ _1X16: dict[str, Macro] = {"CODEBOOKS": 1, "CODE_BYTES": 2, "CODE_BITS": 16, "IN
 _LOCAL = ("LDL", "STL")
 
 
-def _lookup(cluster: int, batch: int, tested: bool) -> KernelVariant:
-    macros = {"ELEMENT_IS_BF16": 1, "CODEBOOKS": 2, "CODE_BYTES": 1, "CLUSTER": cluster, "WARPS": 16, "BATCH": batch}
+def _lookup(warps: int, batch: int, tested: bool) -> KernelVariant:
+    macros = {"ELEMENT_IS_BF16": 1, "CODEBOOKS": 2, "CODE_BYTES": 1, "WARPS": warps, "BATCH": batch}
     sass = ("HMMA", "LDS", "LDG.128")
-    return KernelVariant("aqlm_lookup.cu", "aqlm_lookup", macros, ("sm_90a",), sass=sass, no_sass=_LOCAL, tested=tested)
+    return KernelVariant("aqlm_lookup.cu", "aqlm_lookup", macros, sass=sass, no_sass=_LOCAL, tested=tested)
+
+
+def _sliced(warps: int, tested: bool) -> KernelVariant:
+    macros: dict[str, Macro] = {"ELEMENT_IS_BF16": 1, "WARPS": warps}
+    sass = ("HMMA", "LDSM", "UBLKCP")
+    return KernelVariant("aqlm_sliced.cu", "aqlm_sliced", macros, ("sm_90a",), sass=sass, no_sass=_LOCAL, tested=tested)
 
 
 def _gather(scheme: dict[str, Macro], token_tiles: int, copies: int, tested: bool) -> KernelVariant:
@@ -29,8 +35,10 @@ def _dequantize(scheme: dict[str, Macro], copies: int) -> KernelVariant:
 
 
 VARIANTS = (
-    _lookup(8, 4, tested=True),
-    _lookup(4, 4, tested=False),
+    _lookup(16, 4, tested=True),
+    _lookup(24, 4, tested=False),
+    _sliced(16, tested=True),
+    _sliced(24, tested=False),
     *(_gather(_2X8, tiles, 8, tested=tiles == 1) for tiles in (1, 2, 4, 8)),
     *(_gather(_1X16, tiles, 0, tested=tiles == 1) for tiles in (1, 2, 4, 8)),
     _dequantize(_2X8, 8),

@@ -10,20 +10,14 @@
 // (value and rest) whose sum is exact to twice the input's precision. So that the 32 lanes of a store have 32 banks, each
 // of a fragment's four pairs of columns belongs to other groups: B is masked to one pair for each of four instructions.
 //
-// Blocks of a cluster share a range of rows and divide the slices; their sums meet in shared memory, in a fixed order.
-// Macros: those of aqlm_elements.cuh with CODE_BYTES = 1; CLUSTER (blocks), WARPS, BATCH (row quads at once: 4 or 8).
-#include "aqlm_elements.cuh"
-#include "ptx/barrier.cuh"
-#include "ptx/cluster.cuh"
-#include "ptx/cluster_store.cuh"
+// A block has a slice and a range of rows; the last block of a range adds up all slices' sums.
+// Macros: those of aqlm_elements.cuh with CODE_BYTES = 1; WARPS, BATCH (row quads at once: 4 or 8).
+#include "aqlm_combine.cuh"
 #include "ptx/dynamic_shared.cuh"
 #include "ptx/grid_dependency.cuh"
 #include "ptx/stream_load.cuh"
 #include "ptx/warp_matrix.cuh"
 
-#ifndef CLUSTER
-#define CLUSTER 1
-#endif
 #ifndef WARPS
 #define WARPS 16
 #endif
@@ -37,32 +31,22 @@ static_assert(BATCH == 4 || BATCH == 8, "16 or 32 rows");
 constexpr int kThreads = WARPS * 32;
 constexpr int kSets = 2, kSetTables = 64, kEntries = 256;
 constexpr int kSetBytes = kEntries * kSetTables * 4;
-constexpr int kTableBytes = kSets * kSetBytes;
 constexpr int kBatchRows = BATCH * 4;
+constexpr int kCodeTiles = kEntries / 8, kTurns = (kCodeTiles + WARPS - 1) / WARPS;
 
 struct Problem {
-    int rows, groups;        // outputs, and inputs / 8
-    int slices, row_tiles;   // of the codes
-    int cluster_batches;     // a cluster's share of the rows
-    const uint4* codes;      // [slices][row_tiles][TILE_VECTORS]
-    const uint2* entries;    // [CODEBOOKS][32 tiles of 8 codes][lane]: the pair of B in two parts
-    const float* scales;     // [rows]
-    const float* bias;       // [rows] or null
-    const uint32_t* input;   // pairs of elements
-    uint16_t* output;        // [rows]
+    int rows, groups;       // outputs, and inputs / 8
+    int slices, row_tiles;  // of the codes
+    int range_batches;      // of a block
+    const uint4* codes;     // [slices][row_tiles][TILE_VECTORS]
+    const uint2* entries;   // [CODEBOOKS][32 tiles of 8 codes][lane]: the pair of B in two parts
+    const float* scales;    // [rows]
+    const float* bias;      // [rows] or null
+    const uint32_t* input;  // pairs of elements
+    uint16_t* output;       // [rows]
+    float* partials;        // [slices][row_tiles * TILE_ROWS]
+    int* counters;          // [ranges of rows], zeros
 };
-
-// Where a cluster's rows begin and end, in batches.
-struct Range {
-    int first, count;
-};
-
-__device__ __forceinline__ Range cluster_range(const Problem& problem) {
-    const int total = problem.row_tiles * (TILE_ROWS / kBatchRows);
-    const int first = static_cast<int>(blockIdx.x) / CLUSTER * problem.cluster_batches;
-    const int left = total - first;
-    return {first, left < problem.cluster_batches ? max(left, 0) : problem.cluster_batches};
-}
 
 __device__ __forceinline__ void load_batch(const Problem& problem, int slice, int batch, uint4 (&words)[BATCH]) {
     const int64_t place = static_cast<int64_t>(slice) * problem.row_tiles * TILE_VECTORS +
@@ -111,16 +95,32 @@ __device__ __forceinline__ void make_tables(float* set_tables, const uint32_t (&
     }
 }
 
-__device__ __forceinline__ void make_slice(const Problem& problem, float* tables, int slice) {
-    constexpr int kCodeTiles = kEntries / 8;
+// A warp's part of the entries, which no kernel in front changes.
+__device__ __forceinline__ void load_entries(const Problem& problem, uint2 (&entries)[kSets][kTurns]) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 #pragma unroll
     for (int set = 0; set < kSets; ++set) {
-        const uint2* const entries = problem.entries + (CODEBOOKS == 2 ? set : 0) * kCodeTiles * 32;
-        uint32_t inputs[4][2];
-        load_inputs(problem, slice, set, inputs);
-        for (int tile = warp; tile < kCodeTiles; tile += WARPS) {
-            make_tables(tables + set * (kSetBytes / 4), inputs, entries[tile * 32 + lane], tile);
+        const uint2* const book = problem.entries + (CODEBOOKS == 2 ? set : 0) * kCodeTiles * 32;
+#pragma unroll
+        for (int turn = 0; turn < kTurns; ++turn) {
+            const int tile = turn * WARPS + warp;
+            entries[set][turn] = tile < kCodeTiles ? book[tile * 32 + lane] : uint2{};
+        }
+    }
+}
+
+__device__ __forceinline__ void make_slice(const Problem& problem, float* tables, int slice,
+                                           const uint2 (&entries)[kSets][kTurns]) {
+    uint32_t inputs[kSets][4][2];
+#pragma unroll
+    for (int set = 0; set < kSets; ++set) load_inputs(problem, slice, set, inputs[set]);
+#pragma unroll
+    for (int set = 0; set < kSets; ++set) {
+#pragma unroll
+        for (int turn = 0; turn < kTurns; ++turn) {
+            const int tile = turn * WARPS + threadIdx.x / 32;
+            if (kCodeTiles % WARPS != 0 && tile >= kCodeTiles) break;
+            make_tables(tables + set * (kSetBytes / 4), inputs[set], entries[set][turn], tile);
         }
     }
 }
@@ -152,8 +152,7 @@ __device__ __forceinline__ float sum_over_warp(float (&values)[16]) {
     return values[0] + __shfl_xor_sync(0xffffffffu, values[0], 1);
 }
 
-__device__ __forceinline__ void look_up_batch(const unsigned char* tables, const uint4 (&words)[BATCH], float* sums,
-                                              bool first_slice) {
+__device__ __forceinline__ void look_up_batch(const unsigned char* tables, const uint4 (&words)[BATCH], float* sums) {
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int part = 0; part < BATCH / 4; ++part) {
@@ -167,69 +166,34 @@ __device__ __forceinline__ void look_up_batch(const unsigned char* tables, const
             values[i * 4 + 3] = look_up(tables, vector.w);
         }
         const float sum = sum_over_warp(values);
-        float* const place = sums + part * 16 + lane / 2;
-        if (lane % 2 == 0) *place = first_slice ? sum : *place + sum;
-    }
-}
-
-// The blocks' sums to the block that stores their rows, and from there to the output.
-__device__ __forceinline__ void finish(const Problem& problem, const Range& range, const float* sums, float* inbox,
-                                       int rank) {
-    const int count = range.count * kBatchRows;
-    const int share = (problem.cluster_batches * kBatchRows + CLUSTER - 1) / CLUSTER;
-    if (CLUSTER > 1) {
-        cluster_wait();  // all blocks have begun
-        const uint32_t target = shared_address(inbox) + rank * share * 4;
-        for (int i = threadIdx.x; i < count; i += kThreads) {
-            cluster_store(cluster_map(target + i % share * 4, i / share), sums[i]);
-        }
-        cluster_arrive();
-        cluster_wait();
-    }
-    for (int i = threadIdx.x; i < share; i += kThreads) {
-        const int local = rank * share + i, row = range.first * kBatchRows + local;
-        if (local >= count || row >= problem.rows) break;
-        float sum = CLUSTER > 1 ? inbox[i] : sums[i];
-#pragma unroll
-        for (int other = 1; other < CLUSTER; ++other) sum += inbox[other * share + i];
-        const float bias = problem.bias == nullptr ? 0.0f : problem.bias[row];
-        problem.output[row] = element_bits(fmaf(sum, problem.scales[row], bias));
+        if (lane % 2 == 0) sums[part * 16 + lane / 2] = sum;
     }
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads) aqlm_lookup(const __grid_constant__ Problem problem) {
     unsigned char* const tables = dynamic_shared();
-    float* const sums = reinterpret_cast<float*>(tables + kTableBytes);
-    float* const inbox = sums + problem.cluster_batches * kBatchRows;
-    const int warp = threadIdx.x / 32, rank = static_cast<int>(blockIdx.x) % CLUSTER;
-    const Range range = cluster_range(problem);
-    if (CLUSTER > 1) cluster_arrive_relaxed();
-    int slice = rank, batch = warp;
+    const int warp = threadIdx.x / 32, slice = blockIdx.x;
+    const int first = blockIdx.y * problem.range_batches;
+    const int end = min(first + problem.range_batches, problem.row_tiles * (TILE_ROWS / kBatchRows));
+    int batch = first + warp;
     uint4 next[BATCH];
-    if (batch < range.count && slice < problem.slices) load_batch(problem, slice, range.first + batch, next);
+    uint2 entries[kSets][kTurns];
+    load_entries(problem, entries);
+    if (batch < end) load_batch(problem, slice, batch, next);
     grid_dependency_launch();
     grid_dependency_wait();
-    for (int current = rank; current < problem.slices; current += CLUSTER) {
-        make_slice(problem, reinterpret_cast<float*>(tables), current);
-        __syncthreads();
-        while (slice == current && batch < range.count) {
-            uint4 words[BATCH];
+    make_slice(problem, reinterpret_cast<float*>(tables), slice, entries);
+    __syncthreads();
+    const int64_t line = static_cast<int64_t>(problem.row_tiles) * TILE_ROWS;
+    float* const sums = problem.partials + slice * line;
+    for (; batch < end; batch += WARPS) {
+        uint4 words[BATCH];
 #pragma unroll
-            for (int i = 0; i < BATCH; ++i) words[i] = next[i];
-            const int done = batch;
-            batch += WARPS;
-            if (batch >= range.count) {
-                batch = warp;
-                slice += CLUSTER;
-            }
-            if (slice < problem.slices) load_batch(problem, slice, range.first + batch, next);
-            look_up_batch(tables, words, sums + done * kBatchRows, current == rank);
-        }
-        __syncthreads();  // the tables are free, or the sums complete
+        for (int i = 0; i < BATCH; ++i) words[i] = next[i];
+        if (batch + WARPS < end) load_batch(problem, slice, batch + WARPS, next);
+        look_up_batch(tables, words, sums + static_cast<int64_t>(batch) * kBatchRows);
     }
-    if (rank >= problem.slices) {  // more blocks than slices: nothing to add
-        for (int i = threadIdx.x; i < range.count * kBatchRows; i += kThreads) sums[i] = 0.0f;
-        __syncthreads();
-    }
-    finish(problem, range, sums, inbox, rank);
+    if (!ends_last(problem.counters + blockIdx.y, problem.slices)) return;
+    combine<kThreads>(problem.partials, line, problem.slices, first * kBatchRows, min(end * kBatchRows, problem.rows),
+                      problem.scales, problem.bias, problem.output);
 }

@@ -23,6 +23,7 @@ WRAPPERS = [
         "aqlm.dequantize",
         "aqlm.gather",
         "aqlm.lookup",
+        "aqlm.sliced",
         "attention.decode",
         "attention.prefill",
         "attention.prefill_wgmma",

@@ -10,6 +10,7 @@ from aphroquant.kernels.cuda.aqlm.dequantize import DequantizePlan, dequantize_m
 from aphroquant.kernels.cuda.aqlm.gather import GatherPlan, gather_multiply
 from aphroquant.kernels.cuda.aqlm.lookup import LookupLinear, LookupPlan
 from aphroquant.kernels.cuda.aqlm.packing import CodeLayout, pack_additive, pack_codes, unpack_codes
+from aphroquant.kernels.cuda.aqlm.sliced import SlicedLinear, SlicedPlan
 from aphroquant.kernels.random_weights import random_weight
 from aphroquant.schemes import AdditiveScheme, QuantizedWeight
 
@@ -41,7 +42,7 @@ def test_tables_give_the_product(scheme: AdditiveScheme, dtype: torch.dtype, dev
     weight = random_weight(scheme, 83, 1032)
     x, bias = torch.randn(1, 1032).to(dtype), torch.randn(83)
     expected = x.double() @ weight.dequantize(torch.float64).T + bias.double()
-    found = look_up(weight, x, LookupPlan(1, 2, 4, 4), device, bias)
+    found = look_up(weight, x, LookupPlan(2, 4, 4), device, bias)
     error = float((found.double() - expected).norm() / expected.norm())
     assert error < EXACT[dtype], f"{error:.2e}"
 
@@ -89,6 +90,28 @@ def test_dequantized_rows_give_the_product(case: str, dtype: torch.dtype, device
     out = torch.full((19, 83), torch.nan, dtype=dtype, device=device)
     packed = pack_additive(weight, dtype, device)
     dequantize_multiply(packed, x.to(device), bias.to(device), out, DequantizePlan(0), 2)
+    expected = x.double() @ weight.dequantize(torch.float64).T + bias.double()
+    error = float((out.cpu().double() - expected).norm() / expected.norm())
+    assert error < ROUNDED[dtype], f"{error:.2e}"
+
+
+SLICED = {
+    "1x14": (AdditiveScheme(1, 14), 530, 272),
+    "2x13": (AdditiveScheme(2, 13), 70, 136),
+    "1x12, two chunks": (AdditiveScheme(1, 12), 20, 8 * 700),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", SLICED)
+def test_sliced_codebooks_give_the_product(case: str, dtype: torch.dtype, device: torch.device) -> None:
+    scheme, n, k = SLICED[case]
+    weight = random_weight(scheme, n, k)
+    x, bias = torch.randn(1, k).to(dtype), torch.randn(n)
+    packed = pack_additive(weight, dtype, device)
+    layer = SlicedLinear(packed, weight["codes"].to(device), bias.to(device))
+    out = torch.full((1, n), torch.nan, dtype=dtype, device=device)
+    layer(x.to(device), out, SlicedPlan(2, 4))
     expected = x.double() @ weight.dequantize(torch.float64).T + bias.double()
     error = float((out.cpu().double() - expected).norm() / expected.norm())
     assert error < ROUNDED[dtype], f"{error:.2e}"
