@@ -21,6 +21,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 from conversion_pairs.page import render  # noqa: E402
 from conversion_pairs.pairs import measure  # noqa: E402
+from conversion_pairs.shapes import measure_sizes  # noqa: E402
 
 
 def main() -> int:
@@ -28,7 +29,7 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="compare with the page instead of writing it")
     check = parser.parse_args().check
     with tempfile.TemporaryDirectory(prefix="aphroquant-pairs-") as folder:
-        text = render(measure(Path(folder)))
+        text = render(measure(Path(folder)), measure_sizes())
     if check:
         same = PAGE.exists() and PAGE.read_text(encoding="utf-8") == text
         print(f"{PAGE}: {'up to date' if same else 'out of date: run ./scripts/pairs.py'}")

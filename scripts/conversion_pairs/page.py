@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from aphroquant.conversion.gguf_types import BY_BITS, DEFAULT, MIXES, PURE
 from aphroquant.conversion.targets import quantizable_targets, scheme_names
 from conversion_pairs.pairs import IMPOSSIBLE, LOSSLESS, REQUANTIZE, ROUNDED, TARGETS, Pair
+from conversion_pairs.shapes import Sizes
 
 SIGNS = {LOSSLESS: "**=**", ROUNDED: "**≈**", REQUANTIZE: "q", IMPOSSIBLE: "–"}
 _HEAD = """\
@@ -22,7 +23,8 @@ them anew. Its output, `aphroquant.json` beside it and `--json` say which of the
 
 Everything else is carried over byte for byte: norms, embeddings, routers, MTP heads, vision towers, scales of a KV
 cache (under the names that the target's readers look for), tokenizer, chat templates and generation settings. An
-embedding or head that only a GGUF source quantizes becomes float32, which holds every bit. A GGUF file has no place for
+embedding or head that only a GGUF source quantizes becomes float32, which holds every bit; so does a quantized head in
+awq, whose readers expect a dense one. A GGUF file has no place for
 tensors that llama.cpp's model has not, and for cache scales: they are left out with a warning or a note.
 """
 _PAIRS_HEAD = """\
@@ -37,10 +39,17 @@ The sources are models of one block, whose layers have 256 input columns. GGUF f
 F32 are dense. Scales that float16 cannot hold make a pair that is lossless here need `--requantize`: gptq, awq,
 auto-round and gguf have float16 scales. EXL3 checkpoints are read, and need `--requantize` for every target.
 """
+_SIZES_HEAD = """\
+## Which shapes a layer may have
+
+What a layer's sizes must be multiples of; a group's size comes on top, of which in_features must be a multiple. A layer
+of another shape stays dense with `--ignore`, or goes to compressed-tensors. The groups of hqq run through the whole
+matrix: the number of its weights must be a multiple of one (3 and 8 bits), two (4 bits) or four of them (2 bits).
+"""
 _SCHEMES_HEAD = """\
 ## What weights can be quantized to
 
-`--scheme` of `convert`, by target. aqlm and mxfp4 only take over numbers that the source already has.
+`--scheme` of `convert`, by target. Others ({others}) only take over numbers that the source already has.
 """
 _MIXES = """\
 For gguf the default is `{default}`, and `--bits` means
@@ -55,10 +64,12 @@ importance matrix).
 """
 
 
-def render(pairs: Sequence[Pair]) -> str:
+def render(pairs: Sequence[Pair], sizes: Sequence[Sizes]) -> str:
     """The whole page."""
     parts = [_HEAD, _PAIRS_HEAD.format(**{name: SIGNS[v] for name, v in _SIGN_NAMES.items()}), _table(pairs)]
-    return "\n".join([*parts, _reasons(pairs), _SCHEMES_HEAD, _schemes()])
+    return "\n".join(
+        [*parts, _reasons(pairs), _SIZES_HEAD, _sizes(sizes), _SCHEMES_HEAD.format(others=_others()), _schemes()]
+    )
 
 
 _SIGN_NAMES = {"equal": LOSSLESS, "rounded": ROUNDED, "requantize": REQUANTIZE, "impossible": IMPOSSIBLE}
@@ -87,6 +98,18 @@ def _reasons(pairs: Iterable[Pair]) -> str:
         lines += [f"- {reason} ({'; '.join(sources)})" for reason, sources in refused.get(target, {}).items()]
         lines.append("")
     return "\n".join(lines)
+
+
+def _sizes(sizes: Sequence[Sizes]) -> str:
+    lines = ["| target | numbers | out_features | in_features |", "|---|---|---|---|"]
+    for target, numbers, *multiples in sizes:
+        cells = [str(multiple) if multiple > 1 else "any" for multiple in multiples]
+        lines.append(f"| {target} | {numbers} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _others() -> str:
+    return ", ".join(target for target in TARGETS if target not in quantizable_targets())
 
 
 def _schemes() -> str:

@@ -78,6 +78,6 @@ def _try(source: Source, path: Path, target: str, out: Path) -> Pair:
 def _without_names(message: str) -> str:
     """The rule in a refusal: what comes after the names of checkpoint and module, and before the scheme at hand."""
     rule = message.rpartition(": ")[2]
-    for separator in (", not ", ", which ", ", and "):
+    for separator in (", not ", ", which ", ", and ", "; known are "):
         rule = rule.partition(separator)[0]
     return rule

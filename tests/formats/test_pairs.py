@@ -19,6 +19,7 @@ def test_every_pair_is_what_the_page_says(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.syspath_prepend(str(SCRIPTS))
     from conversion_pairs.page import render
     from conversion_pairs.pairs import LOSSLESS, ROUNDED, TARGETS, try_pairs
+    from conversion_pairs.shapes import measure_sizes
 
     assert {*TARGETS, "exl3"} == {*FORMATS, "gguf"}
     pairs = []
@@ -35,4 +36,4 @@ def test_every_pair_is_what_the_page_says(tmp_path: Path, monkeypatch: pytest.Mo
                 assert torch.equal(exact.view(torch.int32), kept.view(torch.int32)), f"{pair}: {module}"
             else:
                 assert bool(((exact - kept).abs() <= ROUNDING * exact.abs()).all()), f"{pair}: {module}"
-    assert render(pairs) == PAGE.read_text(encoding="utf-8"), "run ./scripts/pairs.py"
+    assert render(pairs, measure_sizes()) == PAGE.read_text(encoding="utf-8"), "run ./scripts/pairs.py"
