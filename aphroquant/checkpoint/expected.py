@@ -9,7 +9,6 @@ from aphroquant.models.spec import (
     FINAL_NORM,
     INPUT_NORM,
     K_NORM,
-    LINEARS,
     LM_HEAD,
     POST_ATTENTION_NORM,
     Q_NORM,
@@ -21,8 +20,10 @@ def expected_modules(spec: DecoderSpec) -> dict[str, tuple[int, int]]:
     """Every matrix of the model: module name -> (out_features, in_features)."""
     modules = {EMBEDDING: (spec.vocab_size, spec.hidden_size)}
     for layer in range(spec.num_layers):
-        for linear in LINEARS:
+        for linear in spec.linears(layer):
             modules[f"{spec.block_prefix(layer)}.{linear}"] = spec.linear_shape(linear)
+        if spec.experts is not None and spec.has_experts(layer):
+            modules[f"{spec.block_prefix(layer)}.{spec.experts.router}"] = (spec.experts.num_experts, spec.hidden_size)
     if not spec.tie_word_embeddings:
         modules[LM_HEAD] = (spec.vocab_size, spec.hidden_size)
     return modules
@@ -37,7 +38,7 @@ def expected_vectors(spec: DecoderSpec) -> dict[str, int]:
     for layer in range(spec.num_layers):
         prefix = spec.block_prefix(layer)
         vectors |= {f"{prefix}.{norm}.weight": length for norm, length in norms.items()}
-        biased = [linear for linear in LINEARS if spec.has_bias(linear)]
+        biased = [linear for linear in spec.linears(layer) if spec.has_bias(linear)]
         vectors |= {f"{prefix}.{linear}.bias": spec.linear_shape(linear)[0] for linear in biased}
     return vectors
 

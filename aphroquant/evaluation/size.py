@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from aphroquant.checkpoint import Checkpoint
 from aphroquant.checkpoint.base import COMPANIONS
-from aphroquant.models.spec import LINEARS, DecoderSpec
+from aphroquant.models.spec import DecoderSpec
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,17 @@ def stored_size(checkpoint: Checkpoint) -> StoredSize:
 def num_parameters(spec: DecoderSpec) -> int:
     """Parameters of the dense model; a tied embedding counts once."""
     matrices = 1 if spec.tie_word_embeddings else 2
-    biases = sum(spec.linear_shape(linear)[0] for linear in LINEARS if spec.has_bias(linear))
     norms = 2 * spec.hidden_size + (2 * spec.head_dim if spec.qk_norm else 0)
     outside = matrices * spec.vocab_size * spec.hidden_size + spec.hidden_size
-    return outside + _num_linear_weights(spec) + spec.num_layers * (biases + norms)
+    blocks = range(spec.num_layers)
+    linears = [linear for layer in blocks for linear in spec.linears(layer)]
+    biases = sum(spec.linear_shape(linear)[0] for linear in linears if spec.has_bias(linear))
+    routers = 0
+    if spec.experts is not None:
+        routers = sum(spec.experts.layers) * spec.experts.num_experts * spec.hidden_size
+    return outside + _num_linear_weights(spec) + routers + biases + spec.num_layers * norms
 
 
 def _num_linear_weights(spec: DecoderSpec) -> int:
-    shapes = [spec.linear_shape(linear) for linear in LINEARS]
-    return spec.num_layers * sum(rows * columns for rows, columns in shapes)
+    linears = (linear for layer in range(spec.num_layers) for linear in spec.linears(layer))
+    return sum(rows * columns for rows, columns in map(spec.linear_shape, linears))

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from aphroquant.kernels.reference.grouped import TokenGroups, combine, group_tokens
 from aphroquant.models.rope import rotate
 from aphroquant.models.spec import (
     DOWN,
@@ -43,12 +44,16 @@ def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
 
 @dataclass
 class DecoderBlock:
-    """One transformer block. `linears` and `norms` are keyed by the names in aphroquant.models.spec."""
+    """One transformer block. `linears` and `norms` are keyed by the names in aphroquant.models.spec.
+
+    `router` gives the logits of the experts, in a block that has them.
+    """
 
     spec: DecoderSpec
     layer: int
     linears: dict[str, Linear]
     norms: dict[str, Tensor]
+    router: Linear | None = None
 
     def forward(self, hidden: Tensor, rope: CosSin, attend: Attend) -> Tensor:
         """[T, H] -> [T, H]."""
@@ -71,8 +76,35 @@ class DecoderBlock:
         return self.linears[O](mixed.reshape(-1, spec.num_heads * spec.head_dim))
 
     def mlp(self, x: Tensor) -> Tensor:
-        """Gated MLP of the normed input x [T, H]."""
+        """Gated MLP, or the experts, of the normed input x [T, H]."""
+        if self.router is not None:
+            return self.experts(x)
         return self.linears[DOWN](torch.nn.functional.silu(self.linears[GATE](x)) * self.linears[UP](x))
+
+    def experts(self, x: Tensor) -> Tensor:
+        """The weighted sums [T, H] of each token's experts."""
+        experts = self.spec.experts
+        assert experts is not None
+        weights, groups = self.route(x)
+        y, ends, rows = x.new_empty(groups.num_pairs, x.shape[1]), groups.offsets.tolist(), groups.rows.long()
+        for number in range(experts.num_experts):
+            start, end = ends[number], ends[number + 1]
+            if start < end:
+                gate, up, down = (self.linears[name] for name in experts.expert(number))
+                tokens = x[rows[start:end]]
+                y[start:end] = down(torch.nn.functional.silu(gate(tokens)) * up(tokens))
+        return combine(y, groups.places, weights)
+
+    def route(self, x: Tensor) -> tuple[Tensor, TokenGroups]:
+        """The weights [T, k] of each token's experts, and the tokens by expert."""
+        experts = self.spec.experts
+        assert experts is not None and self.router is not None
+        logits = self.router(x)
+        shares = torch.softmax(logits if logits.dtype == torch.float64 else logits.float(), -1)
+        weights, ids = shares.topk(experts.top_k)
+        if experts.normalizes:
+            weights = weights / weights.sum(-1, keepdim=True)
+        return weights, group_tokens(ids, experts.num_experts)
 
 
 def causal_attention(spec: DecoderSpec, window_len: int) -> Attend:

@@ -21,7 +21,6 @@ from aphroquant.models.spec import (
     FINAL_NORM,
     INPUT_NORM,
     K_NORM,
-    LINEARS,
     LM_HEAD,
     POST_ATTENTION_NORM,
     Q_NORM,
@@ -53,7 +52,7 @@ def load_block(
     prefix = spec.block_prefix(layer)
     make = make_linear or partial(dense_linear, dtype=dtype)
     linears = {}
-    for linear in LINEARS:
+    for linear in spec.linears(layer):
         module = f"{prefix}.{linear}"
         weight = _weight(checkpoint, module, spec.linear_shape(linear))
         bias = _bias(checkpoint, spec, module, linear)
@@ -61,7 +60,7 @@ def load_block(
     norms = {
         name: _vector(checkpoint, f"{prefix}.{name}.weight", size).to(dtype) for name, size in _norm_sizes(spec).items()
     }
-    return DecoderBlock(spec, layer, linears, norms)
+    return DecoderBlock(spec, layer, linears, norms, _router(checkpoint, layer, dtype))
 
 
 def load_embedding(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -88,6 +87,16 @@ def _vocabulary_matrix(checkpoint: Checkpoint, module: str, tied_to: str) -> Qua
     if spec.tie_word_embeddings and module not in checkpoint.schemes():
         module = tied_to
     return _weight(checkpoint, module, (spec.vocab_size, spec.hidden_size))
+
+
+def _router(checkpoint: Checkpoint, layer: int, dtype: torch.dtype) -> Linear | None:
+    """What chooses the experts, computed in `dtype` whatever linears do: a small error here is another expert."""
+    experts = checkpoint.spec.experts
+    if experts is None or not experts.layers[layer]:
+        return None
+    module = f"{checkpoint.spec.block_prefix(layer)}.{experts.router}"
+    weight = _weight(checkpoint, module, (experts.num_experts, checkpoint.spec.hidden_size))
+    return dense_linear(module, weight, None, dtype)
 
 
 def _norm_sizes(spec: DecoderSpec) -> dict[str, int]:

@@ -1,6 +1,7 @@
 """Decoder families as data: one `DecoderSpec` read from config.json tells the forward everything it needs.
 
-Adding a family that fits the shape (pre-norm attention with rotary positions, gated MLP) is one entry in FAMILIES.
+Adding a family that fits the shape (pre-norm attention with rotary positions, gated MLP or experts that are gated MLPs)
+is one entry in FAMILIES.
 """
 
 from __future__ import annotations
@@ -31,6 +32,35 @@ class RopeSpec:
 
 
 @dataclass(frozen=True)
+class ExpertsSpec:
+    """The experts that stand in place of the MLP: each a gated MLP, of which a router chooses `top_k` for a token.
+
+    `router` and `prefix` are names within a block; an expert's layers are PREFIX.NUMBER.NAME, with the names of
+    `linears`: gate, up, down.
+    """
+
+    num_experts: int
+    top_k: int
+    intermediate_size: int
+    router: str
+    prefix: str
+    linears: tuple[str, str, str]
+    normalizes: bool  # the weights of a token's experts are scaled to add up to 1
+    layers: tuple[bool, ...]  # whether each layer has experts; else it has an MLP
+
+    def __post_init__(self) -> None:
+        if self.top_k > self.num_experts:
+            raise InputError(
+                f"config.json: num_experts_per_tok = {self.top_k} is more than the {self.num_experts} experts"
+            )
+
+    def expert(self, number: int) -> tuple[str, str, str]:
+        """The names of an expert's layers in a block: gate, up, down."""
+        gate, up, down = (f"{self.prefix}.{number}.{name}" for name in self.linears)
+        return gate, up, down
+
+
+@dataclass(frozen=True)
 class DecoderSpec:
     """A decoder-only transformer of the Llama shape. Sizes in elements; `sliding_windows` one entry a layer."""
 
@@ -51,6 +81,7 @@ class DecoderSpec:
     mlp_bias: bool
     qk_norm: bool
     sliding_windows: tuple[int | None, ...]
+    experts: ExpertsSpec | None = None
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -64,8 +95,23 @@ class DecoderSpec:
     def block_prefix(self, layer: int) -> str:
         return f"model.layers.{layer}"
 
+    def has_experts(self, layer: int) -> bool:
+        """Whether the block has experts in place of an MLP."""
+        return self.experts is not None and self.experts.layers[layer]
+
+    def linears(self, layer: int) -> tuple[str, ...]:
+        """The names of a block's linears, in the order of execution. A router is none of them."""
+        if self.experts is None or not self.experts.layers[layer]:
+            return LINEARS
+        experts = (name for number in range(self.experts.num_experts) for name in self.experts.expert(number))
+        return (Q, K, V, O, *experts)
+
     def linear_shape(self, linear: str) -> tuple[int, int]:
-        """(out_features, in_features) of one of LINEARS."""
+        """(out_features, in_features) of one of a block's linears."""
+        if self.experts is not None and linear.startswith(f"{self.experts.prefix}."):
+            is_down = linear.rpartition(".")[2] == self.experts.linears[2]
+            inner = self.experts.intermediate_size
+            return (self.hidden_size, inner) if is_down else (inner, self.hidden_size)
         attention, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         return {
             Q: (attention, self.hidden_size),
@@ -80,11 +126,11 @@ class DecoderSpec:
     def has_bias(self, linear: str) -> bool:
         if linear in (Q, K, V):
             return self.qkv_bias
-        return self.o_bias if linear == O else self.mlp_bias
+        return self.o_bias if linear == O else self.mlp_bias and linear in LINEARS
 
     def modules(self) -> list[str]:
         """Names of all block linears, in the order of execution: model.layers.0.self_attn.q_proj, ..."""
-        return [f"{self.block_prefix(i)}.{linear}" for i in range(self.num_layers) for linear in LINEARS]
+        return [f"{self.block_prefix(i)}.{linear}" for i in range(self.num_layers) for linear in self.linears(i)]
 
 
 def decoder_spec(config: Mapping[str, Any]) -> DecoderSpec:
@@ -142,12 +188,46 @@ def _qwen3(config: Mapping[str, Any]) -> dict[str, bool]:
     return {**_llama(config), "qk_norm": True, "mlp_bias": False}
 
 
+def _mixtral(config: Mapping[str, Any]) -> dict[str, Any]:
+    experts = ExpertsSpec(
+        num_experts=_integer(config, "num_local_experts"),
+        top_k=_integer(config, "num_experts_per_tok"),
+        intermediate_size=_integer(config, "intermediate_size"),
+        router="block_sparse_moe.gate",
+        prefix="block_sparse_moe.experts",
+        linears=("w1", "w3", "w2"),
+        normalizes=True,
+        layers=(True,) * _integer(config, "num_hidden_layers"),
+    )
+    return {**_mistral(config), "experts": experts}
+
+
+def _qwen3_moe(config: Mapping[str, Any]) -> dict[str, Any]:
+    step, num_layers = _integer(config, "decoder_sparse_step"), _integer(config, "num_hidden_layers")
+    dense = config["mlp_only_layers"] or []
+    if not isinstance(dense, list):
+        raise InputError(f"config.json: mlp_only_layers = {dense!r} must be a list")
+    experts = ExpertsSpec(
+        num_experts=_integer(config, "num_experts" if "num_experts" in config else "num_local_experts"),
+        top_k=_integer(config, "num_experts_per_tok"),
+        intermediate_size=_integer(config, "moe_intermediate_size"),
+        router="mlp.gate",
+        prefix="mlp.experts",
+        linears=("gate_proj", "up_proj", "down_proj"),
+        normalizes=bool(config["norm_topk_prob"]),
+        layers=tuple(layer not in dense and (layer + 1) % step == 0 for layer in range(num_layers)),
+    )
+    return {**_qwen3(config), "experts": experts}
+
+
 # SmolLM and SmolLM2 are published as model_type llama.
-FAMILIES: dict[str, Callable[[Mapping[str, Any]], dict[str, bool]]] = {
+FAMILIES: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
     "llama": _llama,
     "mistral": _mistral,
+    "mixtral": _mixtral,
     "qwen2": _qwen2,
     "qwen3": _qwen3,
+    "qwen3_moe": _qwen3_moe,
 }
 
 # What a key means that a config.json leaves out (an explicit null means something else): the families' own defaults.
@@ -156,6 +236,24 @@ _ABSENT_KEYS: dict[str, dict[str, Any]] = {
     "mistral": {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
     "qwen2": {"max_position_embeddings": 32768, "sliding_window": 4096, "max_window_layers": 28},
     "qwen3": {"max_position_embeddings": 32768, "sliding_window": 4096, "max_window_layers": 28, "head_dim": 128},
+    "mixtral": {
+        "max_position_embeddings": 131072,
+        "num_key_value_heads": 8,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "rope_theta": 1000000.0,
+    },
+    "qwen3_moe": {
+        "max_position_embeddings": 32768,
+        "num_key_value_heads": 4,
+        "sliding_window": 4096,
+        "num_local_experts": 128,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 768,
+        "norm_topk_prob": False,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    },
 }
 
 
@@ -241,7 +339,7 @@ def _complete_original_length(parameters: dict[str, Any], config: Mapping[str, A
 
 def _sliding_windows(config: Mapping[str, Any], num_layers: int) -> tuple[int | None, ...]:
     family = config["model_type"]
-    is_qwen = family in ("qwen2", "qwen3")
+    is_qwen = family in ("qwen2", "qwen3", "qwen3_moe")
     layer_types = _layer_types(config, num_layers)
     if family == "llama" or config.get("sliding_window") is None:
         return (None,) * num_layers
@@ -250,7 +348,7 @@ def _sliding_windows(config: Mapping[str, Any], num_layers: int) -> tuple[int | 
     window = _integer(config, "sliding_window")
     if layer_types is not None:
         return tuple(window if kind == "sliding_attention" else None for kind in layer_types)
-    first = config["max_window_layers"] if is_qwen else 0
+    first = config["max_window_layers"] if is_qwen and family != "qwen3_moe" else 0
     if not isinstance(first, int):
         raise InputError(f"config.json: max_window_layers = {first!r} must be an integer")
     return tuple(window if layer >= first else None for layer in range(num_layers))

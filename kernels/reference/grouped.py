@@ -109,10 +109,11 @@ class LoopedGroupedLinear:
 
 
 def combine(y: Tensor, places: Tensor, weights: Tensor) -> Tensor:
-    """[T * k, N] in the order of places, weights [T, k] -> [T, N]: the weighted sums, in float32, in y's dtype."""
-    sums = torch.zeros(places.shape[0], y.shape[1], dtype=torch.float32, device=y.device)
+    """[T * k, N] in the order of places, weights [T, k] -> [T, N] in y's dtype: sums in at least float32."""
+    work = torch.float64 if y.dtype == torch.float64 else torch.float32
+    sums = torch.zeros(places.shape[0], y.shape[1], dtype=work, device=y.device)
     for choice in range(places.shape[1]):
         place = places[:, choice]
-        rows = torch.where((place >= 0)[:, None], y[place.clamp(min=0).long()].float(), 0)
-        sums += weights[:, choice, None].float() * rows
+        rows = torch.where((place >= 0)[:, None], y[place.clamp(min=0).long()].to(work), 0)
+        sums += weights[:, choice, None].to(work) * rows
     return sums.to(y.dtype)

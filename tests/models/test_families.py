@@ -18,6 +18,7 @@ LLAMA3 = {
     "original_max_position_embeddings": 32,
 }  # fmt: skip
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+EXPERTS = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 48, "head_dim": 32}
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
@@ -57,6 +58,16 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "layer_types": ["sliding_attention", "full_attention"],
         },
     ),
+    "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "mixtral sliding": ("mixtral", {"num_local_experts": 3, "num_experts_per_tok": 1, "sliding_window": 7}),
+    "qwen3 experts": ("qwen3_moe", {**EXPERTS}),
+    "qwen3 experts, weights that add up to 1": ("qwen3_moe", {**EXPERTS, "norm_topk_prob": True}),
+    "qwen3 experts in every second layer": ("qwen3_moe", {**EXPERTS, "decoder_sparse_step": 2}),
+    "qwen3 experts but for one layer": ("qwen3_moe", {**EXPERTS, "mlp_only_layers": [1], "attention_bias": True}),
+    "qwen3 all experts, sliding": (
+        "qwen3_moe",
+        {**EXPERTS, "num_experts_per_tok": 6, "use_sliding_window": True, "sliding_window": 5},
+    ),
 }  # fmt: skip
 
 
@@ -86,7 +97,7 @@ def test_logits_equal_those_of_transformers(case: str, tiny_checkpoint: TinyChec
     assert worst < 1e-4, f"{case}: logits differ by {worst:.2e}"
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe"])
 def test_float64_forward_agrees_with_float32(family: str, tiny_checkpoint: TinyCheckpoint) -> None:
     path = tiny_checkpoint(family)
     windows = torch.randint(0, 360, (1, 33))
