@@ -11,11 +11,14 @@ from aphroquant.kernels.cuda.aqlm.gather import gather_multiply
 from aphroquant.kernels.cuda.aqlm.lookup import TABLE_BYTES, LookupLinear, has_tables
 from aphroquant.kernels.cuda.aqlm.packing import CodeLayout, pack_additive
 from aphroquant.kernels.cuda.aqlm.plans import (
+    LOOKUP,
+    SLICED,
     Layer,
     dequantize_plan,
     gather_plan,
     gathers,
     lookup_plan,
+    runs_one_by_one,
     shared_limit,
     sliced_plan,
     tiles_for,
@@ -101,8 +104,9 @@ class CudaAdditiveLinear:
 
     def _multiply(self, x: Tensor, out: Tensor) -> None:
         tokens, layer = x.shape[0], self._layer
-        if self._one_token is not None and tokens == 1:
-            self._multiply_one(x, out)
+        if self._runs_one_by_one(tokens):
+            for token in range(tokens):
+                self._multiply_one(x[token : token + 1], out[token : token + 1])
             return
         multiprocessors = gpu(layer.device).multiprocessors
         if gathers(layer, tokens):
@@ -111,6 +115,12 @@ class CudaAdditiveLinear:
             gather_multiply(self.packed, x, self.bias, out, tiles, gather, multiprocessors * gather.blocks)
             return
         dequantize_multiply(self.packed, x, self.bias, out, dequantize_plan(layer, tokens), multiprocessors)
+
+    def _runs_one_by_one(self, tokens: int) -> bool:
+        if self._one_token is None:
+            return False
+        table = LOOKUP if isinstance(self._one_token, LookupLinear) else SLICED
+        return runs_one_by_one(self._layer, tokens, table)
 
     def _multiply_one(self, x: Tensor, out: Tensor) -> None:
         if isinstance(self._one_token, LookupLinear):

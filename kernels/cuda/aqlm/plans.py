@@ -58,6 +58,20 @@ def sliced_plan(layer: Layer, units: int) -> SlicedPlan:
 
 
 @lru_cache(maxsize=8192)
+def runs_one_by_one(layer: Layer, tokens: int, table: str) -> bool:
+    """Whether so many launches of the kernel for one token are faster than gathering for all of them at once."""
+    one = tuned_entry(table, layer.problem(1), layer.device)
+    gathered = tuned_entry(GATHER, layer.problem(TOKENS_OF_TILE), layer.device)
+    if one is None or gathered is None or _size(one.problem) != _size(gathered.problem):
+        return tokens == 1
+    return tokens < TOKENS_OF_TILE and tokens * one.microseconds < gathered.microseconds
+
+
+def _size(problem: Problem) -> tuple[int, int]:
+    return problem.out_features, problem.in_features
+
+
+@lru_cache(maxsize=8192)
 def gather_plan(layer: Layer, token_tiles: int) -> GatherPlan:
     """As measured, where the codebooks fit as the plan wants them."""
     limit = shared_limit(gpu(layer.device).capability)

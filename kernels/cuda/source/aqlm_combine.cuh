@@ -5,17 +5,16 @@
 #pragma once
 
 #include "aqlm_elements.cuh"
+#include "ptx/ordered_count.cuh"
 
 // Whether this block is the last of `parts` to come here; true for all of its threads. What the others wrote before is
 // visible then, through L2. The counter is 0 before the first and after the last.
 __device__ __forceinline__ bool ends_last(int* counter, int parts) {
     __shared__ int before;
-    __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) {
-        before = atomicAdd(counter, 1);
+        before = count_ordered(counter);
         if (before == parts - 1) *counter = 0;
-        __threadfence();
     }
     __syncthreads();
     return before == parts - 1;
@@ -26,15 +25,17 @@ template <int THREADS>
 __device__ __forceinline__ void combine(const float* partials, int64_t line, int parts, int first, int end,
                                         const float* scales, const float* bias, uint16_t* output) {
     for (int row = first + threadIdx.x; row < end; row += THREADS) {
+        const float scale = scales[row], addend = bias == nullptr ? 0.0f : bias[row];
         float sum = 0.0f;
         int part = 0;
-        for (; part + 4 <= parts; part += 4) {
-            float values[4];
+        for (; part + 8 <= parts; part += 8) {
+            float values[8];
 #pragma unroll
-            for (int i = 0; i < 4; ++i) values[i] = __ldcg(partials + (part + i) * line + row);
-            sum += (values[0] + values[1]) + (values[2] + values[3]);
+            for (int i = 0; i < 8; ++i) values[i] = __ldcg(partials + (part + i) * line + row);
+            sum += ((values[0] + values[1]) + (values[2] + values[3])) +
+                   ((values[4] + values[5]) + (values[6] + values[7]));
         }
         for (; part < parts; ++part) sum += __ldcg(partials + part * line + row);
-        output[row] = element_bits(fmaf(sum, scales[row], bias == nullptr ? 0.0f : bias[row]));
+        output[row] = element_bits(fmaf(sum, scale, addend));
     }
 }
