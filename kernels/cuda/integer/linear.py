@@ -9,6 +9,7 @@ from aphroquant.errors import UsageError
 from aphroquant.kernels.cuda.integer.batch import BatchLinear
 from aphroquant.kernels.cuda.integer.crossover import batch_is_faster
 from aphroquant.kernels.cuda.integer.decode import DecodeLinear
+from aphroquant.kernels.cuda.integer.measured import kind_of_lookup
 from aphroquant.kernels.cuda.integer.packing import PackedInteger, pack
 from aphroquant.schemes import QuantizedWeight
 
@@ -31,6 +32,7 @@ class PackedLinear:
         self.dtype = dtype
         self.out_features, self.in_features = packed.out_features, packed.in_features
         self.packed = packed
+        self._size, self._lookup = (packed.out_features, packed.in_features), kind_of_lookup(packed)
         self.bias = None if bias is None else bias.detach().to(packed.codes.device, torch.float32).contiguous()
         self._decode = DecodeLinear(self.packed, self.bias, dtype)
         self._batch = BatchLinear(self.packed, self.bias)
@@ -48,7 +50,7 @@ class PackedLinear:
         if x.device != self.packed.codes.device:
             raise UsageError(f"input is on {x.device}, but the weight is on {self.packed.codes.device}")
         out = torch.empty(x.shape[0], self.out_features, dtype=x.dtype, device=x.device)
-        if batch_is_faster(self.packed.bits, self.out_features, self.in_features, x.shape[0], x.get_device()):
+        if batch_is_faster(self.packed.bits, *self._size, x.shape[0], x.get_device(), self._lookup):
             self._batch(x, out)
         elif x.shape[0] > 0:
             self._decode(x, out)

@@ -14,6 +14,8 @@ from aphroquant.kernels.cuda.tuning import Entry, Problem
 TIMES = {  # by kernel, outputs, tokens
     "integer_decode": {(4096, 1): 5.0, (4096, 16): 7.0, (28672, 16): 20.0, (57344, 16): 50.0},
     "integer_wgmma": {(4096, 16): 6.0, (28672, 16): 25.0},
+    "lookup_decode": {(4096, 16): 7.0},
+    "lookup_wgmma": {(4096, 16): 8.0},
 }
 
 
@@ -21,7 +23,8 @@ TIMES = {  # by kernel, outputs, tokens
 def tables(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     def table(name: str, gpu_name: str, architecture: str) -> tuple[Entry, ...]:
         times = TIMES[name].items()
-        return tuple(Entry(Problem("bits=4", rows, 4096, tokens), {}, us) for (rows, tokens), us in times)
+        kind = "table group=64" if name.startswith("lookup") else "bits=4"
+        return tuple(Entry(Problem(kind, rows, 4096, tokens), {}, us) for (rows, tokens), us in times)
 
     monkeypatch.setattr(crossover, "gpu", lambda device: Gpu(0, "Test GPU", (9, 0), 1, 1, 1))
     monkeypatch.setattr(crossover, "load_table", table)
@@ -45,6 +48,10 @@ def tables(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 )
 def test_the_faster_kernel_is_taken(out_features: int, tokens: int, expected: bool) -> None:
     assert batch_is_faster(4, out_features, 4096, tokens, 0) is expected
+
+
+def test_lookup_weights_have_times_of_their_own() -> None:
+    assert not batch_is_faster(4, 4096, 4096, 16, 0, "table group=64")
 
 
 def test_without_measurements_the_number_of_tokens_decides() -> None:
