@@ -38,6 +38,7 @@ from aphroquant.schemes import DenseScheme, FloatScheme, IntegerScheme, Scheme
 DEQUANTIZED_DTYPE = torch.float16  # of quantized embeddings and heads, which the targets keep dense
 EXACT_DTYPE = torch.float32  # of the same where no bit may change: it holds whatever they dequantize to
 _MODEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_ONE_DTYPE = ("bitsandbytes",)  # whose layers pass dense numbers on as they are stored: dtypes must not meet
 _SPOOL_SHARE = 1.05  # free disk beyond the output: headers and rounding up
 
 
@@ -136,28 +137,36 @@ class Carried(NamedTuple):
     pieces: Iterator[Tensor]
 
 
-def read_carried(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> Carried:
+def read_carried(checkpoint: Checkpoint, name: str, target: str, dtype: torch.dtype) -> Carried:
     """A carried tensor byte for byte, or as `dtype` if only the source quantizes it. InputError from the pieces if
     they hold NaN or infinity."""
-    module = name.removesuffix(".weight")
+    module, dtype = name.removesuffix(".weight"), _carried_dtype(checkpoint, name, target, dtype)
     if is_dequantized(checkpoint, name):
         shape = _matrix_shape(checkpoint, module)
         dense = (piece.dequantize(dtype).flatten() for piece in checkpoint.weight_pieces(module))
         return Carried(dtype, shape, finite_pieces(checkpoint, name, dense))
-    info = checkpoint.info(name)
-    return Carried(info.dtype, info.shape, finite_pieces(checkpoint, name, checkpoint.read_pieces(name)))
+    stored = (piece.to(dtype) for piece in checkpoint.read_pieces(name))
+    return Carried(dtype, checkpoint.info(name).shape, finite_pieces(checkpoint, name, stored))
 
 
 def carried_bytes(checkpoint: Checkpoint, names: Sequence[str], target: str, dtype: torch.dtype) -> dict[str, int]:
     """Bytes of each carried tensor in the output, under all the names that it has there."""
     written = written_names(checkpoint, names, target)
-    return {name: _carried_bytes(checkpoint, name, dtype) * len(written[name]) for name in names}
+    return {name: _carried_bytes(checkpoint, name, target, dtype) * len(written[name]) for name in names}
 
 
-def _carried_bytes(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> int:
-    if not is_dequantized(checkpoint, name):
-        return checkpoint.tensors[name].nbytes
-    return math.prod(_matrix_shape(checkpoint, name.removesuffix(".weight"))) * dtype.itemsize
+def _carried_bytes(checkpoint: Checkpoint, name: str, target: str, dtype: torch.dtype) -> int:
+    dequantized = is_dequantized(checkpoint, name)
+    shape = _matrix_shape(checkpoint, name.removesuffix(".weight")) if dequantized else checkpoint.info(name).shape
+    return math.prod(shape) * _carried_dtype(checkpoint, name, target, dtype).itemsize
+
+
+def _carried_dtype(checkpoint: Checkpoint, name: str, target: str, dequantized: torch.dtype) -> torch.dtype:
+    """Its own; `dequantized` of what only the source quantizes. GGUF files have float32 norms among smaller matrices,
+    so that where only one dtype may be it is float32, which holds all of them."""
+    if checkpoint.format_name == "gguf" and target in _ONE_DTYPE:
+        return EXACT_DTYPE
+    return dequantized if is_dequantized(checkpoint, name) else checkpoint.info(name).dtype
 
 
 def check_disk(out: Path, num_bytes: int) -> None:

@@ -304,7 +304,7 @@ class _Conversion(Conversion):
                 if name in changed:
                     writer.add(new_name, changed[name])
                     continue
-                carried = read_carried(self.checkpoint, name, dtype)
+                carried = read_carried(self.checkpoint, name, target, dtype)
                 shape = in_targets_shape(new_name, carried.shape, target)
                 writer.add_pieces(new_name, carried.dtype, shape, carried.pieces)
         left_out = [name for name in names if not written[name]]

@@ -401,6 +401,20 @@ def test_a_dry_run_looks_at_every_scale(
         aphroquant.convert(tmp_path / "one", to="awq", out=tmp_path / "out", dry_run=True)
 
 
+@pytest.mark.parametrize("scheme", ["f16", "q8_0"])
+def test_bitsandbytes_of_a_gguf_file_has_one_dense_dtype(scheme: str, tiny_checkpoint: Tiny, tmp_path: Path) -> None:
+    """transformers leaves dense tensors as they are stored, and a float32 norm does not multiply a float16 head."""
+    source = tiny_checkpoint("llama", hidden_size=256, intermediate_size=512)
+    aphroquant.convert(source, to="gguf", scheme=scheme, out=tmp_path / "m.gguf")
+    options: dict[str, Any] = {"to": "bitsandbytes", "requantize": True, "samples": 0, "solver": "rtn"}
+    told = aphroquant.convert(tmp_path / "m.gguf", out=tmp_path / "out", dry_run=True, **options)
+    made = aphroquant.convert(tmp_path / "m.gguf", out=tmp_path / "out", **options)
+    found, before = open_checkpoint(tmp_path / "out"), open_checkpoint(tmp_path / "m.gguf")
+    assert {found.info(name).dtype for name in found.dense_names()} == {torch.float32}
+    assert torch.equal(found.read("lm_head.weight"), before.read("lm_head.weight").float())
+    assert told.num_bytes == made.num_bytes == found.num_bytes
+
+
 def test_a_dry_run_computes_scales_that_a_format_stores_otherwise(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
     """bitsandbytes keeps 127 scales in one number, so that few of its scales are float16 numbers."""
     aphroquant.convert(tiny_checkpoint("llama", torch_dtype="float16"), to="bitsandbytes", out=tmp_path / "one")
