@@ -17,7 +17,7 @@ from aphroquant.kernels.cuda.launcher import TensorMap, cuda_kernel
 if TYPE_CHECKING:
     from aphroquant.engine.kv_cache import LayerCache
 
-HEAD_DIMS: tuple[int, ...] = ()
+HEAD_DIMS = (64, 128)
 _GROUP_TOKENS = 8  # whose rows are swizzled together
 _PAGE_TOKENS = 16  # of one copy
 _CHANNELS = 64  # of a row of shared memory
@@ -53,6 +53,7 @@ class WgmmaArguments(Structure):
         ("table_stride", c_int32),
         ("sliding_window", c_int32),
         ("num_groups", c_int32),
+        ("num_tasks", c_int32),
         ("scale", c_float),
     )
 
@@ -66,7 +67,9 @@ def wgmma_tile(shape: AttentionShape) -> WgmmaTile | None:
         return None
     if shape.key.dtype.itemsize != shape.value.dtype.itemsize:
         return None
-    return WgmmaTile(warpgroups=3) if shape.head_dim == 64 and shape.key.dtype.itemsize == 2 else WgmmaTile()
+    if shape.key.dtype.itemsize == 1:
+        return WgmmaTile()
+    return WgmmaTile(warpgroups=3) if shape.head_dim == 64 else WgmmaTile(tokens=160)
 
 
 def shared_bytes(shape: AttentionShape, tile: WgmmaTile) -> int:
@@ -74,7 +77,8 @@ def shared_bytes(shape: AttentionShape, tile: WgmmaTile) -> int:
     row = shape.head_dim * 2
     codes = tile.staged * tile.tokens * shape.head_dim if shape.key.dtype.itemsize == 1 else 0
     barriers = 8 * (4 * tile.stages + tile.staged)
-    return row * (tile.warpgroups * 64 + 2 * tile.stages * tile.tokens) + codes + barriers + 1024
+    buffers = 1 if codes else 2  # of queries
+    return row * (buffers * tile.warpgroups * 64 + 2 * tile.stages * tile.tokens) + codes + barriers + 1024
 
 
 class WgmmaPrefill:
@@ -87,6 +91,7 @@ class WgmmaPrefill:
         macros = {**shape.macros(), **tile.macros(), **element_macro(dtype)}
         self._kernel = cuda_kernel("attention_prefill_wgmma.cu", "attention_prefill_wgmma", macros)
         self._shared_bytes = shared_bytes(shape, tile)
+        self._max_blocks = _multiprocessors()
         self._maps: dict[tuple[int, torch.Size], TensorMap] = {}  # of the cache's layers
 
     def launch(
@@ -103,6 +108,7 @@ class WgmmaPrefill:
         programmatic: bool,
     ) -> None:
         """As PagedPrefill; `sliding_window` 0: none."""
+        num_tasks = tiles.shape[0] * self._shape.num_kv_heads
         arguments = WgmmaArguments(
             queries.data_ptr(),
             cache.keys.data_ptr(),
@@ -117,10 +123,11 @@ class WgmmaPrefill:
             block_tables.stride(0),
             sliding_window,
             cache.keys.numel() // (_GROUP_TOKENS * self._shape.head_dim),
+            num_tasks,
             self._scale,
         )
         self._kernel.launch(
-            grid=(tiles.shape[0], self._shape.num_kv_heads, 1),
+            grid=(min(num_tasks, self._max_blocks), 1, 1),
             block=((self._tile.warpgroups + 1) * 128, 1, 1),
             args=[self._map(cache.keys), self._map(cache.values), arguments],
             shared_bytes=self._shared_bytes,
@@ -143,3 +150,10 @@ def page_map(side: Tensor) -> TensorMap:
     groups = side.view(-1, _GROUP_TOKENS, head_dim // _CHANNELS, _CHANNELS).transpose(1, 2)
     box = (_PAGE_TOKENS // _GROUP_TOKENS, head_dim // _CHANNELS, _GROUP_TOKENS, _CHANNELS)
     return TensorMap.of(groups, box, swizzle=128)
+
+
+def _multiprocessors() -> int:
+    """Blocks that run at the same time."""
+    if not torch.cuda.is_available():
+        return 3  # where kernels are emulated
+    return int(torch.cuda.get_device_properties().multi_processor_count)

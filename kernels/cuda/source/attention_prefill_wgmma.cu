@@ -10,10 +10,14 @@
 // the softmax; and warpgroups start their products in turn, so that one's softmax falls into the products of another.
 // The walk goes from the newest tokens to the oldest: what needs a mask comes first.
 //
+// A block takes tile after tile: while it ends one, the keys and values of the next are fetched already, and its queries
+// since it began the last.
+//
 // Macros: HEAD_DIM (64 or 128), GROUP, NUM_KV_HEADS, BLOCK_SIZE, KEY_FORMAT, VALUE_FORMAT (attention_cache.cuh),
 // WARPGROUPS, TILE, STAGES, STAGED (fetched ahead of widening), and that of fused_elements.cuh.
 #include "attention_cache.cuh"
 #include "fused_elements.cuh"
+#include "ptx/async_copy.cuh"
 #include "ptx/barrier.cuh"
 #include "ptx/bulk_copy.cuh"
 #include "ptx/dynamic_shared.cuh"
@@ -47,13 +51,14 @@ constexpr int NUM_HEADS = GROUP * NUM_KV_HEADS;
 constexpr int PAGE_TOKENS = 16;  // of one copy
 constexpr int PAGES = TILE / PAGE_TOKENS;
 
-// Shared memory. Queries: a warpgroup's 64 rows in halves of 64 channels, [halves][64][128 bytes]. Keys and values:
-// [TILE / 8][halves][8 tokens][128 bytes].
+// Shared memory. Queries, and later results: a warpgroup's 64 rows in halves of 64 channels, [halves][64][128 bytes]. Keys
+// and values: [TILE / 8][halves][8 tokens][128 bytes].
 constexpr int HALVES = HEAD_DIM / 64;
+constexpr int QUERY_BUFFERS = item_bytes(KEY_FORMAT) == 1 ? 1 : 2;
 constexpr int QUERY_BYTES = 64 * HEAD_DIM * 2;  // of a warpgroup
 constexpr int GROUP_BYTES = 8 * HEAD_DIM * 2;   // of eight tokens
 constexpr int SIDE_BYTES = TILE * HEAD_DIM * 2;
-constexpr int KEYS_PLACE = WARPGROUPS * QUERY_BYTES;
+constexpr int KEYS_PLACE = QUERY_BUFFERS * WARPGROUPS * QUERY_BYTES;
 constexpr int VALUES_PLACE = KEYS_PLACE + STAGES * SIDE_BYTES;
 // Codes of an 8-bit cache, [TILE][HEAD_DIM], before they are widened.
 constexpr bool IS_WIDENED = item_bytes(KEY_FORMAT) == 1;
@@ -87,29 +92,36 @@ struct Arguments {
   int table_stride;
   int sliding_window;          // 0: none
   int num_groups;              // of eight tokens in the cache, over all pages and heads
+  int num_tasks;               // tiles times KV heads
   float scale;                 // of the scores, times log2(e)
 };
 
-// What a block computes.
+// The tasks of this block, in turns from both sides: those with much context stand first.
+__device__ __forceinline__ int task_index(int round) {
+  return round * gridDim.x + (round % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
+}
+
+// One tile of one KV head.
 struct Task {
-  int sequence, first_row, kv_head, query_begin, query_len, context_len, window;
+  int sequence, first_row, kv_head, query_begin, context_len;
   int first_position, num_rows;
   int lowest, highest;  // positions of the first and the last row
   int begin, end;       // tiles of the context
 
-  __device__ __forceinline__ explicit Task(const Arguments& arguments) {
-    sequence = arguments.tiles[2 * blockIdx.x];
-    first_row = arguments.tiles[2 * blockIdx.x + 1];
-    kv_head = blockIdx.y;
+  __device__ __forceinline__ Task(const Arguments& arguments, int index) {
+    const int* tile = arguments.tiles + index / NUM_KV_HEADS * 2;
+    sequence = tile[0];
+    first_row = tile[1];
+    kv_head = index % NUM_KV_HEADS;
     query_begin = arguments.query_start[sequence];
-    query_len = arguments.query_start[sequence + 1] - query_begin;
     context_len = arguments.context_lens[sequence];
-    window = arguments.sliding_window > 0 ? arguments.sliding_window : 0x40000000;
+    const int query_len = arguments.query_start[sequence + 1] - query_begin;
     first_position = context_len - query_len;
     num_rows = query_len * GROUP;
     lowest = first_position + first_row / GROUP;
     highest = first_position + (min(first_row + ROWS, num_rows) - 1) / GROUP;
-    begin = max(0, lowest - window + 1) / TILE;
+    const int window = arguments.sliding_window;
+    begin = window > 0 ? max(0, lowest - window + 1) / TILE : 0;
     end = (highest + TILE) / TILE;
   }
 };
@@ -135,144 +147,198 @@ struct Barriers {
 };
 
 // A warp that fetches one side: each lane looks up and copies one page of a stage.
-__device__ __forceinline__ void fetch_side(const Arguments& arguments, const TensorMap* map, const Task& task,
-                                           const Barriers& barriers, int side) {
+__device__ __forceinline__ void fetch_side(const Arguments& arguments, const TensorMap* map, const Barriers& barriers,
+                                           int side) {
   const int lane = threadIdx.x % 32;
-  const int* table = arguments.block_tables + static_cast<long long>(task.sequence) * arguments.table_stride;
-  const auto look_up = [&](int tile) {
-    const int token = tile * TILE + lane * PAGE_TOKENS;
-    if (lane >= PAGES || token >= task.context_len || tile < task.begin) return -1;
-    return table[token / BLOCK_SIZE];
-  };
   const uint32_t place = barriers.shared + (side ? VALUES_PLACE : KEYS_PLACE);
   Ring<STAGES> ring;
-  int page = look_up(task.end - 1);
-  for (int tile = task.end - 1; tile >= task.begin; --tile, ring.advance()) {
-    const int next_page = look_up(tile - 1);
-    const uint32_t barrier = barriers.full(side, ring.stage);
-    mbarrier_wait(barriers.empty(side, ring.stage), ring.phase ^ 1);
-    if (lane == 0) mbarrier_arrive_expect(barrier, SIDE_BYTES);
-    __syncwarp();
-    if (lane < PAGES) {
+#pragma unroll 1
+  for (int round = 0; task_index(round) < arguments.num_tasks; ++round) {
+    const Task task(arguments, task_index(round));
+    const int* table = arguments.block_tables + static_cast<long long>(task.sequence) * arguments.table_stride;
+    const auto look_up = [&](int tile) {
       const int token = tile * TILE + lane * PAGE_TOKENS;
-      const int group = page < 0 ? arguments.num_groups  // outside: zeros
-                                 : ((page * NUM_KV_HEADS + task.kv_head) * BLOCK_SIZE + token % BLOCK_SIZE) / 8;
-      tensor_load(place + ring.stage * SIDE_BYTES + lane * 2 * GROUP_BYTES, map, 0, 0, 0, group, barrier,
-                  kCacheEvictNormal);
+      if (lane >= PAGES || token >= task.context_len || tile < task.begin) return -1;
+      return table[token / BLOCK_SIZE];
+    };
+    int page = look_up(task.end - 1);
+#pragma unroll 1
+    for (int tile = task.end - 1; tile >= task.begin; --tile, ring.advance()) {
+      const int next_page = look_up(tile - 1);
+      const uint32_t barrier = barriers.full(side, ring.stage);
+      mbarrier_wait(barriers.empty(side, ring.stage), ring.phase ^ 1);
+      if (lane == 0) mbarrier_arrive_expect(barrier, SIDE_BYTES);
+      __syncwarp();
+      if (lane < PAGES) {
+        const int token = tile * TILE + lane * PAGE_TOKENS;
+        const int group = page < 0 ? arguments.num_groups  // outside: zeros
+                                   : ((page * NUM_KV_HEADS + task.kv_head) * BLOCK_SIZE + token % BLOCK_SIZE) / 8;
+        tensor_load(place + ring.stage * SIDE_BYTES + lane * 2 * GROUP_BYTES, map, 0, 0, 0, group, barrier,
+                    kCacheEvictNormal);
+      }
+      page = next_page;
     }
-    page = next_page;
   }
 }
 
-// The order in which consumers need sides: K0, K1, V0, K2, V1, ..., the tiles counted from the newest.
-struct Part {
-  int side, tile;
-  __device__ __forceinline__ Part(const Task& task, int index) {
-    const int last = 2 * (task.end - task.begin) - 1;
-    side = index == last || (index > 0 && index % 2 == 0);
-    tile = task.end - 1 - (index == last ? last / 2 : side ? index / 2 - 1 : (index + 1) / 2);
+// A walk over what consumers need of an 8-bit cache, task by task: K0, K1, V0, K2, V1, ..., tiles counted from the newest.
+struct Parts {
+  const Arguments& arguments;
+  int round = 0, index = 0;
+  Task task;
+
+  __device__ __forceinline__ explicit Parts(const Arguments& own)
+      : arguments(own), task(own, task_index(0)) {}
+  __device__ __forceinline__ bool more() const { return task_index(round) < arguments.num_tasks; }
+  __device__ __forceinline__ void next() {
+    if (++index < 2 * (task.end - task.begin)) return;
+    index = 0;
+    ++round;
+    if (more()) task = Task(arguments, task_index(round));
   }
+  __device__ __forceinline__ bool is_last() const { return index == 2 * (task.end - task.begin) - 1; }
+  __device__ __forceinline__ int side() const { return is_last() || (index > 0 && index % 2 == 0); }
+  __device__ __forceinline__ int tile() const {
+    return task.end - 1 - (is_last() ? index / 2 : side() ? index / 2 - 1 : (index + 1) / 2);
+  }
+  __device__ __forceinline__ int num_tokens() const { return min(task.context_len - tile() * TILE, TILE); }
 };
 
 // A warp fetches the codes of a part: each lane one page.
-__device__ __forceinline__ void fetch_codes(const Arguments& arguments, const Task& task, const Barriers& barriers,
-                                            const Part& part, int stage) {
-  const int lane = threadIdx.x % 32, token = part.tile * TILE + lane * PAGE_TOKENS;
-  const int num_tokens = min(task.context_len - part.tile * TILE, TILE);
-  const int num_pages = (num_tokens + PAGE_TOKENS - 1) / PAGE_TOKENS;
+__device__ __forceinline__ void fetch_codes(const Arguments& arguments, const Barriers& barriers, const Parts& part,
+                                            int stage) {
+  const int lane = threadIdx.x % 32, token = part.tile() * TILE + lane * PAGE_TOKENS;
+  const int num_pages = (part.num_tokens() + PAGE_TOKENS - 1) / PAGE_TOKENS;
   const uint32_t barrier = barriers.staged(stage);
   if (lane == 0) mbarrier_arrive_expect(barrier, num_pages * PAGE_TOKENS * HEAD_DIM);
   __syncwarp();
   if (lane >= num_pages) return;
-  const int page = arguments.block_tables[static_cast<long long>(task.sequence) * arguments.table_stride + token / BLOCK_SIZE];
-  const long long vector = (static_cast<long long>(page) * NUM_KV_HEADS + task.kv_head) * BLOCK_SIZE + token % BLOCK_SIZE;
+  const long long entry = static_cast<long long>(part.task.sequence) * arguments.table_stride + token / BLOCK_SIZE;
+  const long long page = arguments.block_tables[entry];
+  const long long vector = (page * NUM_KV_HEADS + part.task.kv_head) * BLOCK_SIZE + token % BLOCK_SIZE;
   bulk_load(barriers.shared + STAGED_PLACE + stage * STAGED_BYTES + lane * PAGE_TOKENS * HEAD_DIM,
-            (part.side ? arguments.values : arguments.keys) + vector * HEAD_DIM, PAGE_TOKENS * HEAD_DIM, barrier,
+            (part.side() ? arguments.values : arguments.keys) + vector * HEAD_DIM, PAGE_TOKENS * HEAD_DIM, barrier,
             kCacheEvictNormal);
 }
 
 // A warpgroup turns codes into swizzled rows of fp16; zeros behind the end of the context.
 template <int FORMAT>
 __device__ __forceinline__ void widen_codes(unsigned char* target, const unsigned char* source, int num_tokens) {
-  constexpr int UNITS = HEAD_DIM / 16;  // of 16 codes
-#pragma unroll 2
-  for (int index = threadIdx.x % 128; index < TILE * UNITS; index += 128) {
-    const int row = index / UNITS, unit = index % UNITS;
-    Vector<unsigned, 4> codes = *reinterpret_cast<const Vector<unsigned, 4>*>(source + index * 16);
-    if (row >= num_tokens) codes = {};
-    unsigned char* line = target + row / 8 * GROUP_BYTES + unit / 4 * 1024 + row % 8 * 128;
+  constexpr int UNITS = HEAD_DIM / 16;  // of 16 codes in a row
+  constexpr int PASS_ROWS = 128 / UNITS, PASSES = TILE / PASS_ROWS;
+  constexpr int BATCH = PASSES % 4 == 0 ? 4 : PASSES % 3 == 0 ? 3 : PASSES % 2 == 0 ? 2 : 1;  // loads in flight
+  static_assert(TILE % PASS_ROWS == 0 && PASS_ROWS % 8 == 0, "a thread's rows have the same place in their groups");
+  const int thread = threadIdx.x % 128, row = thread / UNITS, unit = thread % UNITS;
+  const int first = unit / 4 == 0 ? 0 : 1;  // lanes of both halves of a row then meet no bank conflict
+  unsigned char* line = target + row / 8 * GROUP_BYTES + unit / 4 * 1024 + row % 8 * 128;
+  unsigned char* const places[2] = {line + ((unit % 4 * 2 + first) ^ row % 8) * 16,
+                                    line + ((unit % 4 * 2 + 1 - first) ^ row % 8) * 16};
+  source += thread * 16;
+#pragma unroll 1
+  for (int pass = 0; pass < PASSES; pass += BATCH) {
+    Vector<unsigned, 4> codes[BATCH];
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int half = unit / 4 == 0 ? i : 1 - i;  // lanes of both halves of a row then meet no bank conflict
-      Vector<unsigned, 4> wide;
+    for (int i = 0; i < BATCH; ++i) {
+      codes[i] = *reinterpret_cast<const Vector<unsigned, 4>*>(source + (pass + i) * 2048);
+      if (row + (pass + i) * PASS_ROWS >= num_tokens) codes[i] = {};
+    }
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const unsigned word = half ? codes.items[2 + j / 2] : codes.items[j / 2];
-        if constexpr (item_bytes(FORMAT) == 1) wide.items[j] = decode_pair<FORMAT>(word >> j % 2 * 16);
+    for (int i = 0; i < BATCH; ++i) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        Vector<unsigned, 4> wide;
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const unsigned word = half == first ? codes[i].items[j / 2] : codes[i].items[2 + j / 2];
+          if constexpr (item_bytes(FORMAT) == 1) wide.items[j] = decode_pair<FORMAT>(word >> j % 2 * 16);
+        }
+        *reinterpret_cast<Vector<unsigned, 4>*>(places[half] + (pass + i) * (PASS_ROWS / 8) * GROUP_BYTES) = wide;
       }
-      *reinterpret_cast<Vector<unsigned, 4>*>(line + ((unit % 4 * 2 + half) ^ row % 8) * 16) = wide;
     }
   }
 }
 
 // The warpgroup that brings what consumers need from an 8-bit cache.
-__device__ __forceinline__ void widen_sides(const Arguments& arguments, const Task& task, const Barriers& barriers,
-                                            unsigned char* memory) {
-  const int num_parts = 2 * (task.end - task.begin), warp = threadIdx.x % 128 / 32;
-  if (warp == 0) {
-    for (int index = 0; index < STAGED && index < num_parts; ++index)
-      fetch_codes(arguments, task, barriers, Part(task, index), index);
-  }
+__device__ __forceinline__ void widen_sides(const Arguments& arguments, const Barriers& barriers, unsigned char* memory) {
+  const bool is_fetcher = threadIdx.x % 128 < 32;
+  Parts part(arguments), ahead(arguments);
   Ring<STAGED> staged;
   Ring<STAGES> rings[2];
+  for (int stage = 0; is_fetcher && stage < STAGED && ahead.more(); ++stage, ahead.next())
+    fetch_codes(arguments, barriers, ahead, stage);
 #pragma unroll 1
-  for (int index = 0; index < num_parts; ++index, staged.advance()) {
-    const Part part(task, index);
-    const Ring<STAGES> ring = part.side ? rings[1] : rings[0];
+  for (; part.more(); part.next(), staged.advance()) {
+    const int side = part.side(), num_tokens = part.num_tokens();
+    const Ring<STAGES> ring = side ? rings[1] : rings[0];
     mbarrier_wait(barriers.staged(staged.stage), staged.phase);
-    mbarrier_wait(barriers.empty(part.side, ring.stage), ring.phase ^ 1);
+    mbarrier_wait(barriers.empty(side, ring.stage), ring.phase ^ 1);
     const unsigned char* source = memory + STAGED_PLACE + staged.stage * STAGED_BYTES;
-    unsigned char* target = memory + (part.side ? VALUES_PLACE : KEYS_PLACE) + ring.stage * SIDE_BYTES;
-    const int num_tokens = task.context_len - part.tile * TILE;
+    unsigned char* target = memory + (side ? VALUES_PLACE : KEYS_PLACE) + ring.stage * SIDE_BYTES;
     if constexpr (KEY_FORMAT == VALUE_FORMAT) {
       widen_codes<KEY_FORMAT>(target, source, num_tokens);
-    } else if (part.side) {
+    } else if (side) {
       widen_codes<VALUE_FORMAT>(target, source, num_tokens);
     } else {
       widen_codes<KEY_FORMAT>(target, source, num_tokens);
     }
     fence_shared_to_async_proxy();
-    named_barrier_sync(1 + 2 * WARPGROUPS, 128);  // all codes are read, all rows written
-    if (threadIdx.x % 128 == 0) mbarrier_arrive(barriers.full(part.side, ring.stage));
-    if (part.side) {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) mbarrier_arrive(barriers.full(side, ring.stage));
+    if (side) {
       rings[1].advance();
     } else {
       rings[0].advance();
     }
-    if (warp == 0 && index + STAGED < num_parts)
-      fetch_codes(arguments, task, barriers, Part(task, index + STAGED), staged.stage);
+    named_barrier_sync(1 + 2 * WARPGROUPS, 128);  // all codes are read
+    if (is_fetcher && ahead.more()) {
+      fetch_codes(arguments, barriers, ahead, staged.stage);
+      ahead.next();
+    }
   }
 }
 
-// A warpgroup's 64 queries as rows of shared memory, zeros where there is none.
-__device__ __forceinline__ void place_queries(const Arguments& arguments, const Task& task, unsigned char* target,
-                                              int first_row) {
+// The vector of queries or results that belongs to a row of the task.
+__device__ __forceinline__ long long vector_of(const Task& task, int row) {
+  const long long token = task.query_begin + row / GROUP;
+  return token * NUM_HEADS + task.kv_head * GROUP + row % GROUP;
+}
+
+// Where a chunk of 16 bytes of a row of queries or results lies, behind the warpgroup's buffer.
+__device__ __forceinline__ int chunk_place(int row, int chunk) {
+  return chunk / 8 * 8192 + row * 128 + (chunk % 8 ^ row % 8) * 16;
+}
+
+// Brings a warpgroup's 64 queries to shared memory, zeros where there is none; end_queries waits for them.
+__device__ __forceinline__ void begin_queries(const Arguments& arguments, const Task& task, unsigned char* target,
+                                              int warpgroup) {
   constexpr int CHUNKS = HEAD_DIM / 8;  // of 16 bytes
+  const int first_row = task.first_row + warpgroup * 64;
 #pragma unroll 4
   for (int index = threadIdx.x % 128; index < 64 * CHUNKS; index += 128) {
     const int row = index / CHUNKS, chunk = index % CHUNKS;
-    float values[8] = {};
-    if (first_row + row < task.num_rows) {
-      const long long token = task.query_begin + (first_row + row) / GROUP;
-      const long long head = token * NUM_HEADS + task.kv_head * GROUP + (first_row + row) % GROUP;
-      load(arguments.queries + head * HEAD_DIM + chunk * 8, values);
-    }
-    Vector<unsigned, 4> packed;
+    const bool exists = first_row + row < task.num_rows;
+    const Element* source =
+        arguments.queries + (exists ? vector_of(task, first_row + row) * HEAD_DIM + chunk * 8 : 0);
+    unsigned char* place = target + chunk_place(row, chunk);
+    if constexpr (multiplies_bf16(KEY_FORMAT) == ELEMENT_IS_BF16) {
+      copy_async<16>(place, source, exists);
+    } else {
+      float values[8] = {};
+      if (exists) load(source, values);
+      Vector<unsigned, 4> packed;
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
-      packed.items[i] = pack_pair<multiplies_bf16(KEY_FORMAT)>(values[2 * i], values[2 * i + 1]);
-    *reinterpret_cast<Vector<unsigned, 4>*>(target + chunk / 8 * 8192 + row * 128 + (chunk % 8 ^ row % 8) * 16) = packed;
+      for (int i = 0; i < 4; ++i)
+        packed.items[i] = pack_pair<multiplies_bf16(KEY_FORMAT)>(values[2 * i], values[2 * i + 1]);
+      *reinterpret_cast<Vector<unsigned, 4>*>(place) = packed;
+    }
   }
+  copy_async_commit();
+}
+
+__device__ __forceinline__ void end_queries(int warpgroup) {
+  copy_async_wait<0>();
+  fence_shared_to_async_proxy();
+  named_barrier_sync(1 + WARPGROUPS + warpgroup, 128);
 }
 
 __device__ __forceinline__ void start_scores(float (&scores)[TILE / 2], uint32_t queries, uint32_t keys) {
@@ -370,13 +436,14 @@ __device__ __forceinline__ void pack_weights(const float (&scores)[TILE / 2], ui
 
 // A multiplying warpgroup.
 struct Consumer {
-  const Task& task;
   const Barriers& barriers;
-  uint32_t queries, keys, values;  // addresses
-  int warpgroup, lane;
+  uint32_t keys, values;  // addresses
+  int warpgroup, lane, window;
   float scale;
-  int positions[2];
   Ring<STAGES> key_ring, value_ring;
+  uint32_t queries;
+  int positions[2];
+  bool is_last_task;
   Softmax softmax;
   float scores[TILE / 2];
   float result[HEAD_DIM / 2];
@@ -386,9 +453,9 @@ struct Consumer {
   __device__ __forceinline__ void await_turn() const {
     if (TURNS && WARPGROUPS > 1) named_barrier_sync(1 + warpgroup, 256);
   }
-  __device__ __forceinline__ void end_turn(int tile) const {
-    if (TURNS && WARPGROUPS > 1 && (warpgroup != WARPGROUPS - 1 || tile != task.begin))
-      named_barrier_arrive(1 + (warpgroup + 1) % WARPGROUPS, 256);
+  __device__ __forceinline__ void end_turn(bool is_last_tile) const {
+    const bool is_last = is_last_task && is_last_tile && warpgroup == WARPGROUPS - 1;  // nobody's turn comes after it
+    if (TURNS && WARPGROUPS > 1 && !is_last) named_barrier_arrive(1 + (warpgroup + 1) % WARPGROUPS, 256);
   }
 
   __device__ __forceinline__ void release(int side, Ring<STAGES>& ring) const {
@@ -396,43 +463,53 @@ struct Consumer {
     ring.advance();
   }
 
-  __device__ __forceinline__ void weigh(int tile) {
-    const bool whole = (tile + 1) * TILE <= task.lowest + 1 && tile * TILE > task.highest - task.window;
+  __device__ __forceinline__ void weigh(const Task& task, int tile) {
+    const bool whole = (tile + 1) * TILE <= task.lowest + 1 && tile * TILE > task.highest - window;
     if (!whole) {
       const int first = tile * TILE + lane % 4 * 2;
       const int columns[2] = {positions[0] - first, positions[1] - first};
-      mask_scores(scores, columns, task.window);
+      mask_scores(scores, columns, window);
     }
     softmax.update(scores, scale);
   }
 
   // Values behind the end of the context may be anything, even no numbers.
-  __device__ __forceinline__ void clear_end(unsigned char* memory) const {
+  __device__ __forceinline__ void clear_end(const Task& task, unsigned char* memory) const {
     const int first = task.context_len - (task.end - 1) * TILE;  // in the tile
     if (IS_WIDENED || first >= TILE || first % PAGE_TOKENS == 0) return;
     const int rows = PAGE_TOKENS - first % PAGE_TOKENS;
     for (int index = threadIdx.x % 128; index < rows * HALVES * 8; index += 128) {
       const int row = first + index / (HALVES * 8), half = index / 8 % HALVES;
       const Vector<unsigned, 4> zeros = {};
-      *reinterpret_cast<Vector<unsigned, 4>*>(memory + VALUES_PLACE + row / 8 * GROUP_BYTES + half * 1024 + row % 8 * 128 +
-                                              index % 8 * 16) = zeros;
+      unsigned char* line = memory + VALUES_PLACE + value_ring.stage * SIDE_BYTES + row / 8 * GROUP_BYTES + half * 1024;
+      *reinterpret_cast<Vector<unsigned, 4>*>(line + row % 8 * 128 + index % 8 * 16) = zeros;
     }
     fence_shared_to_async_proxy();
     named_barrier_sync(1 + WARPGROUPS + warpgroup, 128);
   }
 
-  __device__ __forceinline__ void run(unsigned char* memory) {
+  // The sums of a task: `result`, and `softmax.sums` of each lane.
+  __device__ __forceinline__ void run(const Task& task, unsigned char* memory) {
+    const int row = task.first_row + warpgroup * 64 + threadIdx.x % 128 / 32 * 16 + lane / 4;  // and that plus 8
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      positions[i] = task.first_position + min(row + i * 8, task.num_rows - 1) / GROUP;
+      softmax.maxima[i] = LOWEST;
+      softmax.sums[i] = 0.0f;
+    }
+#pragma unroll
+    for (int i = 0; i < HEAD_DIM / 2; ++i) result[i] = 0.0f;
     int tile = task.end - 1;
     mbarrier_wait(barriers.full(0, key_ring.stage), key_ring.phase);
     await_turn();
     start_scores(scores, queries, keys + key_ring.stage * SIDE_BYTES);
-    end_turn(tile);
+    end_turn(tile == task.begin);
     wgmma_wait<0>();
     pin(scores);
     release(0, key_ring);
-    weigh(tile);
+    weigh(task, tile);
     mbarrier_wait(barriers.full(1, value_ring.stage), value_ring.phase);
-    clear_end(memory);
+    clear_end(task, memory);
     // The loop begins where the products of the last values end: a wait in its middle would be moved in front of the
     // softmax by the compiler, which sees no dependency.
 #pragma unroll 1
@@ -448,59 +525,71 @@ struct Consumer {
       start_scores(scores, queries, keys + key_ring.stage * SIDE_BYTES);
       mbarrier_wait(barriers.full(1, value_ring.stage), value_ring.phase);
       start_mix(result, weights, values + value_ring.stage * SIDE_BYTES);
-      end_turn(tile);
+      end_turn(tile == task.begin);
       wgmma_wait<1>();
       pin(scores);
       release(0, key_ring);
-      weigh(tile);
+      weigh(task, tile);
     }
     mbarrier_wait(barriers.full(1, value_ring.stage), value_ring.phase);
     start_mix(result, weights, values + value_ring.stage * SIDE_BYTES);
     wgmma_wait<0>();
     pin(result);
+    release(1, value_ring);
+  }
+
+  // The results of a task, by way of the memory of its queries.
+  __device__ __forceinline__ void put_out(const Arguments& arguments, const Task& task, unsigned char* buffer) const {
+    const float value_scale = scales_heads(VALUE_FORMAT) ? arguments.value_scales[task.kv_head] : 1.0f;
+    const int row = threadIdx.x % 128 / 32 * 16 + lane / 4;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      float sum = softmax.sums[i];
+      sum += __shfl_xor_sync(ALL_LANES, sum, 1);
+      sum += __shfl_xor_sync(ALL_LANES, sum, 2);
+      const float factor = value_scale / sum;
+#pragma unroll
+      for (int j = 0; j < HEAD_DIM / 8; ++j) {
+        const float pair[2] = {result[4 * j + 2 * i] * factor, result[4 * j + 2 * i + 1] * factor};
+        store(reinterpret_cast<Element*>(buffer + chunk_place(row + i * 8, j) + lane % 4 * 4), pair);
+      }
+    }
+    named_barrier_sync(1 + WARPGROUPS + warpgroup, 128);
+    constexpr int CHUNKS = HEAD_DIM / 8;
+    const int first_row = task.first_row + warpgroup * 64;
+#pragma unroll 4
+    for (int index = threadIdx.x % 128; index < 64 * CHUNKS; index += 128) {
+      const int own = index / CHUNKS, chunk = index % CHUNKS;
+      if (first_row + own >= task.num_rows) break;
+      *reinterpret_cast<Vector<Element, 8>*>(arguments.output + vector_of(task, first_row + own) * HEAD_DIM + chunk * 8) =
+          *reinterpret_cast<const Vector<Element, 8>*>(buffer + chunk_place(own, chunk));
+    }
   }
 };
 
-__device__ __forceinline__ void consume(const Arguments& arguments, const Task& task, const Barriers& barriers,
-                                        unsigned char* memory) {
+__device__ __forceinline__ void consume(const Arguments& arguments, const Barriers& barriers, unsigned char* memory) {
   const int warpgroup = threadIdx.x / 128, lane = threadIdx.x % 32;
-  const int first_row = task.first_row + warpgroup * 64;
-  place_queries(arguments, task, memory + warpgroup * QUERY_BYTES, first_row);
-  fence_shared_to_async_proxy();
-  named_barrier_sync(1 + WARPGROUPS + warpgroup, 128);
-
-  // This lane's two rows: lane / 4 of its warp's 16, and that plus 8.
-  const int row = first_row + threadIdx.x % 128 / 32 * 16 + lane / 4;
-  Consumer consumer = {task, barriers,
-                       barriers.shared + warpgroup * QUERY_BYTES, barriers.shared + KEYS_PLACE,
-                       barriers.shared + VALUES_PLACE, warpgroup, lane,
-                       arguments.scale * (scales_heads(KEY_FORMAT) ? arguments.key_scales[task.kv_head] : 1.0f)};
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    consumer.positions[i] = task.first_position + min(row + i * 8, task.num_rows - 1) / GROUP;
-    consumer.softmax.maxima[i] = LOWEST;
-    consumer.softmax.sums[i] = 0.0f;
-  }
-#pragma unroll
-  for (int i = 0; i < HEAD_DIM / 2; ++i) consumer.result[i] = 0.0f;
+  const auto buffer_place = [&](int round) {
+    return (round % QUERY_BUFFERS * WARPGROUPS + warpgroup) * QUERY_BYTES;
+  };
+  Consumer consumer = {barriers, barriers.shared + KEYS_PLACE, barriers.shared + VALUES_PLACE, warpgroup, lane,
+                       arguments.sliding_window > 0 ? arguments.sliding_window : 0x40000000};
   if (TURNS && WARPGROUPS > 1 && warpgroup == WARPGROUPS - 1) named_barrier_arrive(1, 256);
-  consumer.run(memory);
-
-  const float value_scale = scales_heads(VALUE_FORMAT) ? arguments.value_scales[task.kv_head] : 1.0f;
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    float sum = consumer.softmax.sums[i];
-    sum += __shfl_xor_sync(ALL_LANES, sum, 1);
-    sum += __shfl_xor_sync(ALL_LANES, sum, 2);
-    if (row + i * 8 >= task.num_rows) continue;
-    const long long token = task.query_begin + (row + i * 8) / GROUP;
-    const long long head = token * NUM_HEADS + task.kv_head * GROUP + (row + i * 8) % GROUP;
-    const float factor = value_scale / sum;
-#pragma unroll
-    for (int j = 0; j < HEAD_DIM / 8; ++j) {
-      const float pair[2] = {consumer.result[4 * j + 2 * i] * factor, consumer.result[4 * j + 2 * i + 1] * factor};
-      store(arguments.output + head * HEAD_DIM + j * 8 + lane % 4 * 2, pair);
-    }
+  if (QUERY_BUFFERS == 2) begin_queries(arguments, Task(arguments, task_index(0)), memory + buffer_place(0), warpgroup);
+#pragma unroll 1
+  for (int round = 0; task_index(round) < arguments.num_tasks; ++round) {
+    const Task task(arguments, task_index(round));
+    unsigned char* buffer = memory + buffer_place(round);
+    consumer.is_last_task = task_index(round + 1) >= arguments.num_tasks;
+    if (QUERY_BUFFERS == 1) begin_queries(arguments, task, buffer, warpgroup);
+    end_queries(warpgroup);
+    if (QUERY_BUFFERS == 2 && !consumer.is_last_task)
+      begin_queries(arguments, Task(arguments, task_index(round + 1)), memory + buffer_place(round + 1), warpgroup);
+    consumer.queries = barriers.shared + buffer_place(round);
+    consumer.scale = arguments.scale * (scales_heads(KEY_FORMAT) ? arguments.key_scales[task.kv_head] : 1.0f);
+    consumer.run(task, memory);
+    consumer.put_out(arguments, task, buffer);
+    if (QUERY_BUFFERS == 1) named_barrier_sync(1 + WARPGROUPS + warpgroup, 128);  // all results have been read
   }
 }
 
@@ -513,7 +602,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   if (threadIdx.x == 0) {
     for (int side = 0; side < 2; ++side) {
       for (int stage = 0; stage < STAGES; ++stage) {
-        mbarrier_init(barriers.full(side, stage), 1);
+        mbarrier_init(barriers.full(side, stage), IS_WIDENED ? 4 : 1);
         mbarrier_init(barriers.empty(side, stage), WARPGROUPS * 4);
       }
     }
@@ -523,17 +612,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   __syncthreads();
   grid_dependency_launch();
   grid_dependency_wait();
-  const Task task(arguments);
   if (threadIdx.x >= CONSUMERS) {
     warpgroup_give_registers<PRODUCER_REGISTERS>();
     const int warp = (threadIdx.x - CONSUMERS) / 32;
     if constexpr (IS_WIDENED) {
-      widen_sides(arguments, task, barriers, memory);
+      widen_sides(arguments, barriers, memory);
     } else if (warp < 2) {
-      fetch_side(arguments, warp ? &values : &keys, task, barriers, warp);
+      fetch_side(arguments, warp ? &values : &keys, barriers, warp);
     }
   } else {
     warpgroup_take_registers<CONSUMER_REGISTERS>();
-    consume(arguments, task, barriers, memory);
+    consume(arguments, barriers, memory);
   }
 }

@@ -19,13 +19,14 @@ typedef unsigned long long Key;
 #define ALL_LANES 0xffffffffu
 constexpr int WARPS = THREADS / 32;
 constexpr int BINS = 2048;
+constexpr int CUT_BATCH = 4;  // loads of a thread at once
 constexpr int MAX_LISTED = 2048;
 constexpr float UNIT = 1099511627776.0f;  // 2^40: weights are in units of 2^-40
 constexpr float LEAST_WEIGHT_BITS = 41.0f;
 static_assert(THREADS % 32 == 0 && THREADS <= 1024, "whole warps");
 
 __device__ __forceinline__ Key key_of(float logit, int token) {
-  const unsigned bits = __float_as_uint(logit);
+  const unsigned bits = __float_as_uint(logit + 0.0f);  // of both zeros the positive one
   const unsigned ordered = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
   return static_cast<Key>(ordered) << 32 | (0xffffffffu - static_cast<unsigned>(token));
 }
@@ -48,7 +49,8 @@ struct Shared {
   Key keys[WARPS];
   Mass sums[WARPS];
   Mass before;
-  int num_listed, bin;
+  int bin;
+  int num_listed;
 };
 
 __device__ __forceinline__ Mass warp_sum(Mass value) {
@@ -113,24 +115,31 @@ __device__ __forceinline__ Mass block_sum_before(Mass own, Mass& total, Shared& 
   return sum - own + warp_sum(lane < warp ? own_warps : 0);
 }
 
-// visit(logit, token) for this thread's share of a row, 16 bytes at a time where the row is aligned.
-template <typename Visit>
+// visit(logit, token) for this thread's share of a row, 16 bytes at a time where the row is aligned. BATCH of them are on
+// their way at once: a single one leaves the memory idle.
+template <int BATCH, typename Visit>
 __device__ __forceinline__ void each_token(const float* logits, int vocab_size, Visit visit) {
   const int whole = vocab_size % 4 == 0 ? vocab_size : 0;
-  int token = threadIdx.x * 4;
-  float4 next = {};
-  if (token < whole) next = *reinterpret_cast<const float4*>(logits + token);
 #pragma unroll 1
-  for (; token < whole; token += THREADS * 4) {
-    const float4 four = next;
-    if (token + THREADS * 4 < whole) next = *reinterpret_cast<const float4*>(logits + token + THREADS * 4);
-    visit(four.x, token);
-    visit(four.y, token + 1);
-    visit(four.z, token + 2);
-    visit(four.w, token + 3);
+  for (int first = threadIdx.x * 4; first < whole; first += BATCH * THREADS * 4) {
+    float4 fours[BATCH];
+#pragma unroll
+    for (int i = 0; i < BATCH; ++i) {
+      const int token = first + i * THREADS * 4;
+      if (token < whole) fours[i] = *reinterpret_cast<const float4*>(logits + token);
+    }
+#pragma unroll
+    for (int i = 0; i < BATCH; ++i) {
+      const int token = first + i * THREADS * 4;
+      if (token >= whole) break;
+      visit(fours[i].x, token);
+      visit(fours[i].y, token + 1);
+      visit(fours[i].z, token + 2);
+      visit(fours[i].w, token + 3);
+    }
   }
 #pragma unroll 1
-  for (token = whole + threadIdx.x; token < vocab_size; token += THREADS) visit(logits[token], token);
+  for (int token = whole + threadIdx.x; token < vocab_size; token += THREADS) visit(logits[token], token);
 }
 
 struct Row {
@@ -148,7 +157,7 @@ struct Row {
 
 // A range of keys in bins, the largest keys first: of equal width in the logits, or in the keys.
 struct Binning {
-  Key low, high;  // keys from low on, below high
+  Key low, high;  // keys from low on, below high; by logits: high is above all keys
   float peak, per_unit;
   int shift;  // of keys; negative: by logits
 
@@ -163,7 +172,7 @@ struct Binning {
     return {low, high, 0.0f, 0.0f, shift};
   }
 
-  __device__ __forceinline__ bool holds(Key key) const { return key >= low && key < high; }
+  __device__ __forceinline__ bool holds(Key key) const { return key >= low && (shift < 0 || key < high); }
 
   // Every operation is monotonic, so that a bin is a range of keys whatever rounding does.
   __device__ __forceinline__ int bin(Key key, float logit) const {
@@ -228,8 +237,8 @@ __device__ __forceinline__ Key cut_list(Shared& shared, const Amount& amount, Ke
   return low;
 }
 
-// The edge from which on the fewest tokens have an amount of `wanted(total)`, at least 1, where total is of all tokens
-// from `low` on. amount(logit) is monotonic.
+// The edge from which on the fewest tokens have an amount of `wanted(total)`, between 1 and the total, which is that of all
+// tokens from `low` on. amount(logit) is monotonic; tokens whose amount is 0 do not matter.
 template <typename Amount, typename Wanted>
 __device__ __forceinline__ Key cut(const Row& row, Key low, const Amount& amount, const Wanted& wanted, float lowest,
                                    Shared& shared) {
@@ -240,7 +249,7 @@ __device__ __forceinline__ Key cut(const Row& row, Key low, const Amount& amount
     for (int bin = threadIdx.x; bin < BINS; bin += THREADS) shared.low[bin] = shared.high[bin] = 0;
     if (threadIdx.x == 0) shared.num_listed = 0;
     __syncthreads();
-    each_token(row.logits, row.vocab_size, [&](float logit, int token) {
+    each_token<CUT_BATCH>(row.logits, row.vocab_size, [&](float logit, int token) {
       const Key key = key_of(logit, token);
       if (!binning.holds(key)) return;
       if (const Mass own = amount(logit)) add_to_bin(shared, binning.bin(key, logit), own);
@@ -250,11 +259,13 @@ __device__ __forceinline__ Key cut(const Row& row, Key low, const Amount& amount
                       : find_bin(shared, [goal](Mass) { return goal; }, above, goal);
     const int bin = shared.bin;
     Key largest = 0, smallest_inverse = 0;
-    each_token(row.logits, row.vocab_size, [&](float logit, int token) {
+    each_token<CUT_BATCH>(row.logits, row.vocab_size, [&](float logit, int token) {
       const Key key = key_of(logit, token);
       if (!binning.holds(key) || binning.bin(key, logit) != bin || !amount(logit)) return;
-      const int index = atomicAdd(&shared.num_listed, 1);
-      if (index < MAX_LISTED) shared.listed[index] = key;
+      if (shared.num_listed <= MAX_LISTED) {  // else there are too many already
+        const int index = atomicAdd(&shared.num_listed, 1);
+        if (index < MAX_LISTED) shared.listed[index] = key;
+      }
       largest = largest > key ? largest : key;
       smallest_inverse = smallest_inverse > ~key ? smallest_inverse : ~key;
     });

@@ -15,6 +15,8 @@ struct Draw {
   int top_k;          // 0: off
 };
 
+#define LARGEST 3.402823466e38f
+
 // The token in whose share of the kept mass `position` falls: first the warp, whose tokens are neighbours, then among
 // those the thread. For one thread of the block; -1 for all others.
 __device__ __forceinline__ int find_token(const Row& row, Key edge, double position, Shared& shared) {
@@ -55,21 +57,19 @@ extern "C" __global__ void __launch_bounds__(THREADS)
                   long long* __restrict__ tokens, int* __restrict__ next_tokens, int vocab_size) {
   __shared__ Shared shared;
   const float* own = logits + static_cast<long long>(rows ? rows[blockIdx.x] : blockIdx.x) * vocab_size;
-  Key best = 0, lowest_inverse = 0;
-  int bad = 0;
-  each_token(own, vocab_size, [&](float logit, int token) {
+  float peak = -LARGEST * 2.0f, lowest = LARGEST;  // minus infinity, if there is nothing above it
+  int first = 0, bad = 0;
+  each_token<4>(own, vocab_size, [&](float logit, int token) {
     bad |= logit != logit;
-    const Key key = key_of(logit, token);
-    best = best > key ? best : key;
-    const Key inverse = logit >= -3.402823466e38f ? ~key : 0;
-    lowest_inverse = lowest_inverse > inverse ? lowest_inverse : inverse;
+    if (logit > peak) peak = logit, first = token;
+    if (logit >= -LARGEST) lowest = fminf(lowest, logit);
   });
-  best = block_max(best, shared);
-  lowest_inverse = block_max(lowest_inverse, shared);
+  const Key best = block_max(key_of(peak, first), shared);
+  lowest = logit_of(~block_max(~key_of(lowest, 0), shared));
   const bool any_bad = block_sum({0, bad}, shared).count != 0;
   const int likeliest = static_cast<int>(0xffffffffu - static_cast<unsigned>(best));
-  const float peak = logit_of(best);
-  const bool valid = !any_bad && fabsf(peak) <= 3.402823466e38f;
+  peak = logit_of(best);
+  const bool valid = !any_bad && fabsf(peak) <= LARGEST;
   const Draw draw = draws ? draws[blockIdx.x] : Draw{0.0, 0.0f, 1.0f, 0.0f, 0};
   if (!valid || draw.temperature == 0.0f) {
     if (threadIdx.x == 0) {
@@ -79,15 +79,16 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     return;
   }
 
-  const float rate = 1.4426950408889634f / draw.temperature, lowest = logit_of(~lowest_inverse);
+  const float rate = 1.4426950408889634f / draw.temperature;
   const Row row = {own, vocab_size, peak, rate, static_cast<Mass>(draw.min_p * UNIT)};
   Key edge = 0;
   if (draw.top_k > 0 && draw.top_k < vocab_size) {
-    const Mass wanted = static_cast<Mass>(draw.top_k);
-    edge = cut(row, edge, [](float) { return Mass{1}; }, [=](Mass) { return wanted; }, lowest, shared);
+    const auto possible = [](float logit) { return Mass{logit >= -LARGEST}; };
+    const auto wanted = [=](Mass total) { return total < draw.top_k ? total : draw.top_k; };
+    edge = cut(row, edge, possible, wanted, lowest, shared);
   }
   if (draw.top_p < 1.0f) {
-    const auto wanted = [&](Mass total) {
+    const auto wanted = [=](Mass total) {
       const Mass mass = static_cast<Mass>(static_cast<double>(draw.top_p) * static_cast<double>(total));
       return mass > 0 ? mass : 1;
     };

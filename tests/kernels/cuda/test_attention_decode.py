@@ -95,7 +95,8 @@ def test_nan_in_one_sequence_stays_there(device: torch.device) -> None:
 
 
 def test_splits_fill_the_gpu_and_no_more() -> None:
-    assert num_splits(1, 8, 132) == 17
+    assert num_splits(1, 8, 132) == 16
+    assert num_splits(16, 8, 132) == 1
     assert num_splits(32, 8, 132) == 1
     assert num_splits(1000, 8, 132) == 1
     assert num_splits(1, 1, 132) == MAX_SPLITS
