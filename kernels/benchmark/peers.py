@@ -1,7 +1,7 @@
 """Other projects' kernels, timed beside ours on the same weight: what torch brings, and libraries in a folder.
 
-The folder may hold vLLM's compiled operators (vllm026*_C*.so or .so.xz, vllm033*) and Meta's MSLK (mslk*). Each takes
-the weight in a layout of its own, which is made here from the scheme's tensors.
+The folder may hold vLLM's compiled operators (vllm026*_C*.so or .so.xz, vllm033*), Meta's MSLK (mslk*) and the aqlm
+package's wheel. Each takes the weight in a layout of its own, which is made here from the scheme's tensors.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from aphroquant.errors import UsageError
+from aphroquant.kernels.benchmark import aqlm_peer
 from aphroquant.schemes import DenseScheme, FloatScheme, IntegerScheme, QuantizedWeight, Scheme
 
 Run = Callable[[Tensor], Tensor]
@@ -47,6 +48,8 @@ def find_peers(scheme: Scheme, dtype: torch.dtype, folder: Path | None) -> Itera
         yield Peer("torch._scaled_mm (inputs quantized before)", _scaled_mm)
         if folder is not None and load_vllm(folder):
             yield Peer("vLLM CUTLASS (inputs quantized before)", partial(_cutlass, dtype=dtype))
+    if folder is not None and aqlm_peer.takes(scheme, folder):
+        yield Peer("aqlm package", partial(aqlm_peer.prepare, folder=folder, dtype=dtype))
     if not _plain_int4(scheme):
         return
     if dtype == torch.bfloat16:
@@ -72,8 +75,9 @@ def check_peers(folder: Path) -> None:
     """UsageError unless there is something in the folder."""
     if not folder.is_dir():
         raise UsageError(f"--peers {folder} is no directory")
-    if not any(_files(folder, pattern) for pattern in ("vllm*_C*", "mslk*")):
-        raise UsageError(f"--peers {folder} holds none of the libraries vllm*_C*.so[.xz], mslk*.so[.xz]")
+    libraries = any(_files(folder, pattern) for pattern in ("vllm*_C*", "mslk*"))
+    if not libraries and not any(folder.glob(aqlm_peer.PATTERN)):
+        raise UsageError(f"--peers {folder} holds none of vllm*_C*.so[.xz], mslk*.so[.xz] and {aqlm_peer.PATTERN}")
 
 
 def _plain_int4(scheme: Scheme) -> bool:
