@@ -83,6 +83,11 @@ struct PairValue {
             return;
         }
         float exact[2];
+        load_exact(values, place, factor, exact);
+        set(exact[0], exact[1]);
+    }
+
+    __device__ __forceinline__ static void load_exact(const uint8_t* values, int place, float factor, float (&exact)[2]) {
         if (SCALE_TYPE == 2) {
             const float2 both = *reinterpret_cast<const float2*>(values + place * 4);
             exact[0] = both.x, exact[1] = both.y;
@@ -93,7 +98,7 @@ struct PairValue {
             const uint32_t both = *reinterpret_cast<const uint32_t*>(values + place * 2);
             exact[0] = number_of(both & 0xFFFF), exact[1] = number_of(both >> 16);
         }
-        set(exact[0] * factor, exact[1] * factor);
+        exact[0] *= factor, exact[1] *= factor;
     }
 };
 
@@ -104,7 +109,7 @@ struct GroupValues {
     PairValue scale;
     PairValue offset;
     ZeroPair<CODE_BITS, kIsBfloat> zeros;
-    uint32_t own[3];  // of super-blocks: two rows' scales of this lane's group, their rests, and offsets
+    uint32_t own[4];  // of super-blocks: two rows' scales of this lane's group, their rests, offsets, and zero points
 
     __device__ __forceinline__ void load(const uint8_t* weights, int group, int place, float factor) {
         if (kSupers) return load_super(weights, group, place, factor);
@@ -115,21 +120,43 @@ struct GroupValues {
             zeros.set(0, both & 0xFF);
             zeros.set(1, both >> 8);
         }
-        if (ZEROS == 2) {
-            zeros.set(0, 0);
-            zeros.set(1, 0);
-            offset.load(weights + kCodeBytes + kScaleStage + kZeroStage + group * 64 * kScaleBytes, place, factor);
-        }
+        if (ZEROS == 2) load_offsets(weights, group, place, factor);
     }
 
-    // Of super-blocks: codes become numbers around zero, so that what is left of the minimum is small, and its rounding too.
-    // The four lanes that hold the same rows make the values of one group each, for all groups of a chunk.
+    __device__ __forceinline__ void load_offsets(const uint8_t* weights, int group, int place, float factor) {
+        const uint8_t* const line = weights + kCodeBytes + kScaleStage + kZeroStage + group * 64 * kScaleBytes;
+        if (kScalesFit) {
+            zeros.set(0, 0);
+            zeros.set(1, 0);
+            return offset.load(line, place, factor);
+        }
+        float scales[2], offsets[2];
+        PairValue::load_exact(weights + kCodeBytes + group * 64 * kScaleBytes, place, factor, scales);
+        PairValue::load_exact(line, place, factor, offsets);
+        zeros.set(0, take_zero(scales[0], offsets[0]));
+        zeros.set(1, take_zero(scales[1], offsets[1]));
+        offset.set_rounded(round_both(offsets[0], offsets[1]));
+    }
+
+    // The zero point nearest to an offset. What it leaves of the offset is small, and its rounding counts for nothing.
+    __device__ __forceinline__ static uint32_t take_zero(float scale, float& offset) {
+        constexpr float kLargest = CODE_BITS == 8 ? 255 : 1 << CODE_BITS, kWhole = 8388608.0f;
+        const float zero = fminf(fmaxf(__fdividef(-offset, scale), 0.0f), kLargest) + kWhole;  // now a whole number
+        offset = fmaf(zero - kWhole, scale, offset);
+        return __float_as_uint(zero) & 0x1FF;
+    }
+
+    // Of super-blocks. The four lanes that hold the same rows make the values of one group each, for all of a chunk.
     __device__ __forceinline__ void load_super(const uint8_t* weights, int group, int place, float factor) {
         const int lane = threadIdx.x % 32, index = group % kShared, source = lane / 4 * 4 + index;
         if (index == 0) convert_super(weights, group + lane % kShared, place, factor);
         scale.set_rounded(__shfl_sync(0xFFFFFFFFu, own[0], source));
         scale.set_rest(__shfl_sync(0xFFFFFFFFu, own[1], source));
-        if (ZEROS == 2) offset.set_rounded(__shfl_sync(0xFFFFFFFFu, own[2], source));
+        if (ZEROS != 2) return;
+        offset.set_rounded(__shfl_sync(0xFFFFFFFFu, own[2], source));
+        const uint32_t both = __shfl_sync(0xFFFFFFFFu, own[3], source);
+        zeros.set(0, both & 0xFFFF);
+        zeros.set(1, both >> 16);
     }
 
     __device__ __forceinline__ void convert_super(const uint8_t* weights, int group, int place, float factor) {
@@ -140,8 +167,10 @@ struct GroupValues {
         own[1] = round_rests(scales[0], scales[1], own[0]);
         if (ZEROS != 2) return;
         load_pair(weights + kCodeBytes + kScaleStage + group * 64, weights + kSuperStart + 128, place, minima);
-        constexpr float kMiddle = 1 << (CODE_BITS - 1);
-        own[2] = round_both(fmaf(minima[0], -factor, scales[0] * kMiddle), fmaf(minima[1], -factor, scales[1] * kMiddle));
+        float offsets[2] = {minima[0] * -factor, minima[1] * -factor};
+        own[3] = take_zero(scales[0], offsets[0]);
+        own[3] |= take_zero(scales[1], offsets[1]) << 16;
+        own[2] = round_both(offsets[0], offsets[1]);
     }
 
     __device__ __forceinline__ static void load_pair(const uint8_t* line, const uint8_t* supers, int place,
@@ -156,25 +185,16 @@ struct GroupValues {
         for (int r = 0; r < (GROUP == 0 ? 0 : 4); ++r) {
             const int half = r % 2;
             const uint32_t code = fragment[r];
-            if (kScalesFit && ZEROS != 2) {
-                fragment[r] = multiply_pair(code, scale.rounded[half]);
-                continue;
-            }
-            if (kSupers && ZEROS == 2) {
-                const uint32_t sum = fused_multiply_add_pair<kIsBfloat>(code, scale.rest[half], offset.rounded[half]);
-                fragment[r] = fused_multiply_add_pair<kIsBfloat>(code, scale.rounded[half], sum);
+            if (kScalesFit) {
+                fragment[r] = ZEROS == 2
+                                  ? fused_multiply_add_pair<kIsBfloat>(code, scale.rounded[half], offset.rounded[half])
+                                  : multiply_pair(code, scale.rounded[half]);
                 continue;
             }
             // Smallest terms first, so that only the last rounding counts.
-            uint32_t sum = ZEROS == 2 && !kScalesFit ? offset.rest[half] : 0;
-            if (!kScalesFit) {
-                sum = ZEROS == 2 ? fused_multiply_add_pair<kIsBfloat>(code, scale.rest[half], sum)
-                                 : multiply_pair(code, scale.rest[half]);
-            }
-            if (ZEROS == 2) {
-                const uint32_t offsets = offset.rounded[half];
-                sum = kScalesFit ? offsets : fused_multiply_add_pair<kIsBfloat>(offsets, PairConstants<kIsBfloat>::kOne, sum);
-            }
+            const uint32_t sum = ZEROS == 2
+                                     ? fused_multiply_add_pair<kIsBfloat>(code, scale.rest[half], offset.rounded[half])
+                                     : multiply_pair(code, scale.rest[half]);
             fragment[r] = fused_multiply_add_pair<kIsBfloat>(code, scale.rounded[half], sum);
         }
     }
@@ -189,7 +209,7 @@ __device__ __forceinline__ void make_fragment(const LaneCodes<CODE_BITS>& codes,
 #elif CODE_FLOAT8
     dequantize_float8<kIsBfloat, STEP>(codes, fragment);
 #else
-    dequantize<CODE_BITS, kIsBfloat, ZEROS == 0 || kSupers, STEP>(codes, values.zeros, fragment);
+    dequantize<CODE_BITS, kIsBfloat, ZEROS == 0, STEP>(codes, values.zeros, fragment);
 #endif
     values.apply(fragment);
 }

@@ -23,8 +23,9 @@ from aphroquant.schemes.lookup import TABLES, TableName
 
 # Relative error in the norm: what rounding outputs does, and less than rounding the weight to the type of the inputs.
 TOLERANCE = {torch.bfloat16: 2.5e-3, torch.float16: 3e-4}
-# For batches, the product of a number and its scale is rounded too.
-BATCH_TOLERANCE = {torch.bfloat16: 3.5e-3, torch.float16: 5e-4}
+# Products for batches round the weight: they may be as wrong as products with the weight dequantized in that type, plus
+# what chance does to few outputs, and plus what rounding a table did (tables.py).
+BATCH_FACTOR = 1.25
 
 SCHEMES: dict[str, Scheme] = {
     "nf4": LookupScheme("nf4", 64, "float"),
@@ -83,6 +84,12 @@ def relative_error(found: Tensor, x: Tensor, weight: QuantizedWeight) -> float:
     return float((found.cpu().double() - expected).norm() / expected.norm())
 
 
+def batch_tolerance(x: Tensor, weight: QuantizedWeight) -> float:
+    rounded = x.double() @ weight.dequantize(x.dtype).double().T
+    error = relative_error(rounded.to(x.dtype), x, weight)
+    return max(TOLERANCE[x.dtype], BATCH_FACTOR * error)
+
+
 def columns_of(name: str, odd: int) -> int:
     """Super-blocks and blocks that run over rows have whole ones in a row."""
     return odd if not name.startswith("q") and "flat" not in name and "nested" not in name else -(-odd // 256) * 256
@@ -112,8 +119,8 @@ def test_the_mma_kernel_multiplies_every_format(name: str, dtype: torch.dtype, d
     x, packed = torch.randn(5, weight.shape[1]).to(dtype), packed_weight(weight, device)
     out = torch.full((5, 70), torch.nan, dtype=dtype, device=device)
     mma_multiply(packed, x.to(device), None, MmaTile(16, stages=3), scale_exponent(packed, dtype), out)
-    error = relative_error(out, x, weight)
-    assert error < BATCH_TOLERANCE[dtype], f"{error:.2e}"
+    error, tolerance = relative_error(out, x, weight), batch_tolerance(x, weight)
+    assert error < tolerance, f"{error:.2e} must be below {tolerance:.2e}"
 
 
 @pytest.mark.parametrize("name", ["nf4", "nvfp4", "q4_k", "q6_k"])
@@ -122,8 +129,8 @@ def test_the_wgmma_kernel_multiplies_every_kind(name: str, device: torch.device)
     x, packed = torch.randn(9, weight.shape[1]).bfloat16(), packed_weight(weight, device)
     out = torch.full((9, 130), torch.nan, dtype=x.dtype, device=device)
     wgmma_multiply(packed, x.to(device), None, WgmmaTile(16, warpgroups=1, stages=2), out=out, multiprocessors=3)
-    error = relative_error(out, x, weight)
-    assert error < BATCH_TOLERANCE[torch.bfloat16], f"{error:.2e}"
+    error, tolerance = relative_error(out, x, weight), batch_tolerance(x, weight)
+    assert error < tolerance, f"{error:.2e} must be below {tolerance:.2e}"
 
 
 @pytest.mark.parametrize("name", ["mxfp4", "nvfp4"])
@@ -175,8 +182,9 @@ def test_layers_multiply_any_number_of_tokens(name: str, tokens: int) -> None:
     x = torch.randn(tokens, weight.shape[1], device="cuda").to(dtype)
     layer = CudaLookupLinear(weight, None, dtype)
     out = layer(x)
-    error = float((out.double() - x.double() @ weight.dequantize(torch.float64).T).norm() / out.double().norm())
-    assert error < BATCH_TOLERANCE[dtype], f"{error:.2e}"
+    on_cpu = weight.to(torch.device("cpu"))
+    error, tolerance = relative_error(out, x.cpu(), on_cpu), batch_tolerance(x.cpu(), on_cpu)
+    assert error < tolerance, f"{error:.2e} must be below {tolerance:.2e}"
     assert torch.equal(layer(x), out)
     x[tokens // 2, 7] = torch.nan
     broken = layer(x)
