@@ -7,11 +7,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from aphroquant.checkpoint import open_checkpoint
+from aphroquant.checkpoint import Checkpoint, open_checkpoint
 from interop_lib.written import SETTINGS
 
 # Largest difference of logits, as a share of the largest logit, by what the library computes in.
 FLOAT32, FLOAT16, BFLOAT16, INT8_INPUTS = 1e-5, 2e-2, 6e-2, 0.1
+OUTLYING_INPUTS = 0.3  # rounded to 8 bits, as real models have them and random ones do not
 
 
 @dataclass(frozen=True)
@@ -283,11 +284,21 @@ _LOADING = ("dtype", "weights", "rounded_to", "method", "load_arguments", "devic
 def case_of_checkpoint(library: str, path: Path) -> Case:
     """A checkpoint of the user's, loaded by the library as its first case of that format is, else as its first."""
     loading = [case for case in CASES if case.library == library and case.ours is not None]
-    found = open_checkpoint(path).format_name
-    like = next((case for case in loading if _format_of(case) == found), loading[0])
+    opened = open_checkpoint(path)
+    like = next((case for case in loading if _is_like(case, opened)), loading[0])
+    rounds_inputs = any(getattr(scheme, "activations", None) is not None for scheme in opened.schemes().values())
+    tolerance = OUTLYING_INPUTS if rounds_inputs or like.tolerance >= INT8_INPUTS else FLOAT16  # that of most models
     settings = {key: value for key, value in like.settings.items() if key in _LOADING}
     like = replace(like, name=path.name, ours=Given(path), saves=False, settings=settings, note="", broken={})
-    return replace(like, tolerance=max(like.tolerance, FLOAT16))  # the dtype of most models
+    return replace(like, tolerance=max(like.tolerance, tolerance))
+
+
+def _is_like(case: Case, opened: Checkpoint) -> bool:
+    """Whether our checkpoint in a case is of the same format, and for bitsandbytes of the same of its two kinds."""
+    if _format_of(case) != opened.format_name:
+        return False
+    in_8bit = (opened.quantization_config or {}).get("load_in_8bit", False)
+    return opened.format_name != "bitsandbytes" or in_8bit == ("load_in_8bit" in case.settings["arguments"])
 
 
 def _format_of(case: Case) -> str | None:

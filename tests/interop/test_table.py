@@ -45,6 +45,7 @@ def test_every_case_has_an_environment_and_a_worker(interop: Any) -> None:
         ("transformers", "gptq", "gptqmodel", "unseen"),
         ("transformers", "awq", "gptqmodel", "unseen"),
         ("transformers", "compressed-tensors", "development", "plain"),
+        ("transformers", "bitsandbytes", "development", "dequantize"),
         ("transformers", "hqq", "development", "dequantize"),  # no case of it loads ours: as the first
         ("autoawq", "awq", "autoawq", None),
     ],
@@ -52,10 +53,12 @@ def test_every_case_has_an_environment_and_a_worker(interop: Any) -> None:
 def test_a_checkpoint_is_loaded_as_the_library_s_case_of_its_format_is(
     library: str, to: str, environment: str, weights: str | None, interop: Any, tiny_checkpoint: Any, tmp_path: Path
 ) -> None:
-    convert(tiny_checkpoint("llama"), to=to, out=tmp_path / "out", solver="rtn", samples=0)
+    options = {} if to == "bitsandbytes" else {"solver": "rtn", "samples": 0}
+    convert(tiny_checkpoint("llama"), to=to, out=tmp_path / "out", **options)
     case = interop("cases").case_of_checkpoint(library, tmp_path / "out")
     assert (case.environment, case.settings.get("weights")) == (environment, weights)
     assert not case.saves
+    assert (case.rounding > 0) == (to == "bitsandbytes")  # LLM.int8
 
 
 def test_names_of_cases_differ(interop: Any) -> None:

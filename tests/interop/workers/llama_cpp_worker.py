@@ -47,6 +47,7 @@ def main(request_path: str, logits_path: str) -> None:
     params = llama.llama_context_default_params()
     params.n_ctx = CONTEXT
     context = llama.llama_init_from_model(model, params)
+    llama.llama_set_n_threads(context, 1, 1)  # more than there are cores would wait for each other, spinning
     num_rows = llama.llama_vocab_n_tokens(vocab)
     rows = [step(llama, context, token, num_rows) for token in request["prompt"]]
     greedy: list[int] = []
@@ -66,6 +67,7 @@ def load_library() -> Any:
         "llama_model_load_from_file": (c_void_p, [c_char_p, ModelParams]),
         "llama_model_get_vocab": (c_void_p, [c_void_p]),
         "llama_init_from_model": (c_void_p, [c_void_p, ContextParams]),
+        "llama_set_n_threads": (None, [c_void_p, c_int32, c_int32]),
         "llama_vocab_n_tokens": (c_int32, [c_void_p]),
         "llama_batch_get_one": (Batch, [POINTER(c_int32), c_int32]),
         "llama_decode": (c_int32, [c_void_p, Batch]),
