@@ -107,16 +107,16 @@ def experts_error(
     found: Tensor, weights: Sequence[QuantizedWeight], x: Tensor, groups: TokenGroups, by_token: bool
 ) -> float:
     """As error_of, for the sorted results of several experts; x is that of tokens, or in the order of places."""
-    given = x[groups.rows.long()] if by_token else x
     ends, missed, total = groups.offsets.tolist(), 0.0, 0.0
     for expert, weight in enumerate(weights):
-        rows = given[ends[expert] : ends[expert + 1]]
+        places = slice(ends[expert], ends[expert + 1])
+        rows = x[groups.rows[places].long()] if by_token else x[places]
         if not rows.shape[0]:
             continue
         inputs = input_scheme(weight.scheme)
         exact = rows if inputs is None else quantize_dequantize(rows.float(), inputs, weight.tensors.get("input_scale"))
         expected = exact.double() @ _float64(weight).T
-        missed += float((found[ends[expert] : ends[expert + 1]].double() - expected).square().sum())
+        missed += float((found[places].double() - expected).square().sum())
         total += float(expected.square().sum())
     return float((missed / total) ** 0.5) if total else 0.0
 
