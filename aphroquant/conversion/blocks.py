@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -18,6 +18,7 @@ from aphroquant.conversion.activations import Activations, chunks, default_memor
 from aphroquant.conversion.ahead import in_order
 from aphroquant.conversion.calibration_block import CalibrationBlock, load_calibration_block
 from aphroquant.conversion.dataless import naming_modules, solve_in_pieces
+from aphroquant.conversion.experts import RoutedTokens
 from aphroquant.conversion.plan import ConversionPlan
 from aphroquant.conversion.refinement import BlockRefiner, Unrounded
 from aphroquant.conversion.scaling import SAMPLE_TOKENS, BlockScaler
@@ -56,7 +57,8 @@ def solve_without_data(plan: ConversionPlan) -> Iterator[SolvedBlock]:
 class CalibratedSolver:
     """Solves blocks in order. Between them it holds the hidden states of all windows, as the quantized model has them.
 
-    Within a block: q, k, v; then o; then gate, up; then down, each on inputs that those before it made. Then the whole
+    Within a block: q, k, v; then o; then gate, up; then down, each on inputs that those before it made; experts one
+    after another, each on its own tokens and without scaled channels. Then the whole
     block is refined, if the plan says so; the states of the source model are then carried along as well.
     """
 
@@ -100,7 +102,10 @@ class CalibratedSolver:
             self._pass_through(block, self._source)
         start = self._copy(self._hidden) if self._refiner is not None else None
         self._half(block, solved, INPUT_NORM, (Q, K, V), O)
-        self._half(block, solved, POST_ATTENTION_NORM, (GATE, UP), DOWN)
+        if block.block.router is None:
+            self._half(block, solved, POST_ATTENTION_NORM, (GATE, UP), DOWN)
+        else:
+            self._experts(block, solved)
         if start is not None and solved.solutions:
             self._refine(block, solved, start)
         solved.changed = {name: tensor.cpu() for name, tensor in block.changed.items()}
@@ -121,6 +126,45 @@ class CalibratedSolver:
         for rows in self._chunks():
             output = block.linears[last](inner.rows[rows].to(self._device))
             self._hidden.rows[rows] += output.to(self._hidden.rows.device)
+
+    def _experts(self, block: CalibrationBlock, solved: SolvedBlock) -> None:
+        """The router goes on choosing experts by inputs that the quantized layers in front have made."""
+        experts, width = block.block.spec.experts, block.block.spec.hidden_size
+        assert experts is not None
+        inputs = self._inner(block, POST_ATTENTION_NORM, lambda x: x)
+        self._check_inputs(f"{block.prefix}.{experts.router}", inputs)
+        routed = RoutedTokens(block.block, inputs, self._device)
+        for number in range(experts.num_experts):
+            inner = partial(block.block.expert_inner, number)
+            gate, up, down = experts.expert(number)
+            tokens = routed.tokens(number, width)
+            self._round(block, solved, (gate, up), self._collect(block, (gate, up), routed.inputs(tokens)))
+            self._round(block, solved, (down,), self._collect(block, (down,), map(inner, routed.inputs(tokens))))
+            for own, weights in routed.uses(number):
+                place = own.to(self._hidden.rows.device)
+                output = block.linears[down](inner(inputs.rows[own.to(inputs.rows.device)].to(self._device)))
+                self._hidden.rows.index_add_(0, place, (output * weights.to(self._device)[:, None]).to(place.device))
+            self._tell_tokens(block, solved, experts.expert(number), routed.report(number, width))
+        warning = routed.warning(experts.num_experts, width)
+        first = next((module for module in solved.solutions if experts.prefix in module), None)
+        if first is not None and warning is not None:
+            solution = solved.solutions[first]
+            solved.solutions[first] = replace(solution, warnings=(*solution.warnings, warning))
+
+    def _tell_tokens(
+        self, block: CalibrationBlock, solved: SolvedBlock, names: Sequence[str], report: dict[str, Any]
+    ) -> None:
+        for module in (f"{block.prefix}.{name}" for name in names):
+            if (solution := solved.solutions.get(module)) is not None:
+                solved.solutions[module] = replace(solution, details=solution.details | report)
+
+    def _check_inputs(self, module: str, inputs: Activations) -> None:
+        """InputError naming the first sample whose inputs are not finite."""
+        collector = StatisticsCollector(
+            module, inputs.rows.shape[1], self._window_len, second_moment=False, device=inputs.rows.device
+        )
+        for rows in self._chunks():
+            collector.update(inputs.rows[rows])
 
     def _refine(self, block: CalibrationBlock, solved: SolvedBlock, start: Activations) -> None:
         """Better numbers for a block with these states before it; the states behind it are made anew with them."""
@@ -161,6 +205,11 @@ class CalibratedSolver:
         self, block: CalibrationBlock, names: Sequence[str], inputs: Callable[[slice], Tensor]
     ) -> InputStatistics | None:
         """Statistics of the input that `names` share; None if none of them is to be quantized."""
+        return self._collect(block, names, (inputs(rows) for rows in self._chunks()))
+
+    def _collect(
+        self, block: CalibrationBlock, names: Sequence[str], parts: Iterable[Tensor]
+    ) -> InputStatistics | None:
         modules = [f"{block.prefix}.{name}" for name in names]
         if not any(module in self._plan.modules for module in modules):
             return None
@@ -169,8 +218,8 @@ class CalibratedSolver:
         collector = StatisticsCollector(
             modules[0], width, self._window_len, second_moment=second_moment, device=self._device
         )
-        for rows in self._chunks():
-            collector.update(inputs(rows))
+        for part in parts:
+            collector.update(part)
         return collector.finish()
 
     def _round(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -66,12 +66,12 @@ class CalibrationBlock:
     def replaced(self, weights: dict[str, Tensor]) -> CalibrationBlock:
         """The same block with other weights; this one is not modified."""
         linears = self.linears | {name: BlockLinear(w, self.linears[name].bias) for name, w in weights.items()}
-        block = DecoderBlock(self.block.spec, self.block.layer, dict(linears), self.block.norms)
+        block = replace(self.block, linears=dict(linears))
         return CalibrationBlock(block, linears, self.window_len)
 
     def _without(self, name: str) -> DecoderBlock:
         linears = {**self.block.linears, name: lambda x: x}
-        return DecoderBlock(self.block.spec, self.block.layer, linears, self.block.norms)
+        return replace(self.block, linears=linears)
 
     def _rope(self, x: Tensor) -> CosSin:
         spec = self.block.spec

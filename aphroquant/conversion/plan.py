@@ -110,7 +110,7 @@ def make_plan(checkpoint: Checkpoint, request: ConversionRequest) -> ConversionP
     target = format_type.for_schemes(dict.fromkeys(chosen, scheme), dense)
     target = target.for_model(model_dtype(checkpoint), checkpoint.format)
     dtype = _scale_dtype(checkpoint, request.to)
-    steps = training_steps(request, scheme, calibrates=calibrates)
+    steps = training_steps(request, scheme, calibrates=calibrates, has_experts=spec.experts is not None)
     plan = ConversionPlan(request, checkpoint, scheme, solver, target, shapes, dtype, calibrates, *steps)
     check_disk(request.out, plan.num_bytes)
     return plan

@@ -137,7 +137,7 @@ def needs_calibration(scheme: IntegerScheme | FloatScheme, solver: Solver, sampl
 
 
 def training_steps(
-    request: ConversionRequest, scheme: IntegerScheme | FloatScheme, *, calibrates: bool
+    request: ConversionRequest, scheme: IntegerScheme | FloatScheme, *, calibrates: bool, has_experts: bool = False
 ) -> tuple[int, int]:
     """Steps of (refinement, distillation): those asked for, or what the effort gives where training can help."""
     asked = (request.refine_steps, request.distill_steps)
@@ -146,6 +146,11 @@ def training_steps(
         option = "--refine-steps" if request.refine_steps else "--distill-steps"
         why = "--samples 0 gives none" if isinstance(scheme, IntegerScheme) else f"{scheme} has none"
         raise UsageError(f"{option} moves integer codes and scales by calibration text, but {why}")
+    if has_experts:
+        if any(asked):
+            option = "--refine-steps" if request.refine_steps else "--distill-steps"
+            raise UsageError(f"{option} trains no model whose blocks have experts", hint=f"leave out {option}")
+        return 0, 0
     effort = find_effort(request.effort)
     wanted = isinstance(scheme, IntegerScheme) and scheme.bits < NEARLY_EXACT_BITS and trains
     by_effort = (effort.refine_steps, effort.distill_steps) if wanted else (0, 0)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from aphroquant.kernels.reference.grouped import TokenGroups, combine, group_tokens
+from aphroquant.kernels.reference.grouped import combine, group_tokens
 from aphroquant.models.rope import rotate
 from aphroquant.models.spec import (
     DOWN,
@@ -85,18 +85,24 @@ class DecoderBlock:
         """The weighted sums [T, H] of each token's experts."""
         experts = self.spec.experts
         assert experts is not None
-        weights, groups = self.route(x)
+        weights, ids = self.choose(x)
+        groups = group_tokens(ids, experts.num_experts)
         y, ends, rows = x.new_empty(groups.num_pairs, x.shape[1]), groups.offsets.tolist(), groups.rows.long()
         for number in range(experts.num_experts):
             start, end = ends[number], ends[number + 1]
             if start < end:
-                gate, up, down = (self.linears[name] for name in experts.expert(number))
-                tokens = x[rows[start:end]]
-                y[start:end] = down(torch.nn.functional.silu(gate(tokens)) * up(tokens))
+                down = self.linears[experts.expert(number)[2]]
+                y[start:end] = down(self.expert_inner(number, x[rows[start:end]]))
         return combine(y, groups.places, weights)
 
-    def route(self, x: Tensor) -> tuple[Tensor, TokenGroups]:
-        """The weights [T, k] of each token's experts, and the tokens by expert."""
+    def expert_inner(self, number: int, x: Tensor) -> Tensor:
+        """The input [T, I] of an expert's down projection for its inputs x [T, H]."""
+        assert self.spec.experts is not None
+        gate, up, _ = self.spec.experts.expert(number)
+        return torch.nn.functional.silu(self.linears[gate](x)) * self.linears[up](x)
+
+    def choose(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The weights [T, k] of each token's experts, and their numbers."""
         experts = self.spec.experts
         assert experts is not None and self.router is not None
         logits = self.router(x)
@@ -104,7 +110,7 @@ class DecoderBlock:
         weights, ids = shares.topk(experts.top_k)
         if experts.normalizes:
             weights = weights / weights.sum(-1, keepdim=True)
-        return weights, group_tokens(ids, experts.num_experts)
+        return weights, ids
 
 
 def causal_attention(spec: DecoderSpec, window_len: int) -> Attend:
