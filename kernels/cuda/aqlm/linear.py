@@ -111,7 +111,7 @@ class CudaAdditiveLinear:
         multiprocessors = gpu(layer.device).multiprocessors
         if gathers(layer, tokens):
             tiles = tiles_for(tokens)
-            gather = gather_plan(layer, tiles)
+            gather = gather_plan(layer, tokens)
             gather_multiply(self.packed, x, self.bias, out, tiles, gather, multiprocessors * gather.blocks)
             return
         dequantize_multiply(self.packed, x, self.bias, out, dequantize_plan(layer, tokens), multiprocessors)

@@ -61,7 +61,7 @@ def sliced_plan(layer: Layer, units: int) -> SlicedPlan:
 def runs_one_by_one(layer: Layer, tokens: int, table: str) -> bool:
     """Whether so many launches of the kernel for one token are faster than gathering for all of them at once."""
     one = tuned_entry(table, layer.problem(1), layer.device)
-    gathered = tuned_entry(GATHER, layer.problem(TOKENS_OF_TILE), layer.device)
+    gathered = tuned_entry(GATHER, layer.problem(gathered_as(tokens)), layer.device)
     if one is None or gathered is None or _size(one.problem) != _size(gathered.problem):
         return tokens == 1
     return tokens < TOKENS_OF_TILE and tokens * one.microseconds < gathered.microseconds
@@ -72,13 +72,13 @@ def _size(problem: Problem) -> tuple[int, int]:
 
 
 @lru_cache(maxsize=8192)
-def gather_plan(layer: Layer, token_tiles: int) -> GatherPlan:
+def gather_plan(layer: Layer, tokens: int) -> GatherPlan:
     """As measured, where the codebooks fit as the plan wants them."""
     limit = shared_limit(gpu(layer.device).capability)
-    plan = tuned(GATHER, GatherPlan, layer.problem(token_tiles * TOKENS_OF_TILE), layer.device)
+    plan = tuned(GATHER, GatherPlan, layer.problem(gathered_as(tokens)), layer.device)
     if plan is not None and plan.shared_bytes(layer.scheme) <= limit // plan.blocks - 1024:
         return plan
-    return estimate_gather(layer.scheme, token_tiles, limit)
+    return estimate_gather(layer.scheme, tiles_for(tokens), limit)
 
 
 def estimate_gather(scheme: AdditiveScheme, token_tiles: int, shared_bytes: int) -> GatherPlan:
@@ -100,12 +100,16 @@ def gathers(layer: Layer, tokens: int) -> bool:
     """Whether gathering is faster than dequantizing, judged by the nearest products that were measured with both."""
     if tokens > MAX_GATHERED:
         return False
-    tiles = tiles_for(tokens)
-    gathered = tuned_entry(GATHER, layer.problem(tiles * TOKENS_OF_TILE), layer.device)
-    dense = tuned_entry(DEQUANTIZE, layer.problem(tiles * TOKENS_OF_TILE), layer.device)
-    if gathered is None or dense is None or gathered.problem != dense.problem:
+    gathered = tuned_entry(GATHER, layer.problem(gathered_as(tokens)), layer.device)
+    dense = tuned_entry(DEQUANTIZE, layer.problem(tokens), layer.device)
+    if gathered is None or dense is None or _size(gathered.problem) != _size(dense.problem):
         return tokens <= _ESTIMATED_CROSSOVER
     return gathered.microseconds < dense.microseconds
+
+
+def gathered_as(tokens: int) -> int:
+    """The number of tokens whose plan gathers for so many: one, or whole tiles."""
+    return 1 if tokens == 1 else tiles_for(tokens) * TOKENS_OF_TILE
 
 
 def tiles_for(tokens: int) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor
 from aphroquant.kernels.benchmark.layer_shapes import layer_shapes
 from aphroquant.kernels.cuda.aqlm import dequantize, gather, lookup, sliced
 from aphroquant.kernels.cuda.aqlm.dequantize import DequantizePlan, dequantize_multiply
-from aphroquant.kernels.cuda.aqlm.gather import TOKENS_OF_TILE, GatherPlan, gather_multiply
+from aphroquant.kernels.cuda.aqlm.gather import GatherPlan, gather_multiply
 from aphroquant.kernels.cuda.aqlm.lookup import LookupLinear, LookupPlan
 from aphroquant.kernels.cuda.aqlm.packing import CodeLayout, PackedAdditive, pack_additive
 from aphroquant.kernels.cuda.aqlm.plans import DEQUANTIZE, GATHER, LOOKUP, SLICED, kind_of, tiles_for
@@ -29,7 +29,7 @@ from aphroquant.schemes import AdditiveScheme
 _SCHEMES = {kind_of(scheme): scheme for scheme in (AdditiveScheme(2, 8), AdditiveScheme(1, 16))}
 _KINDS_2X8, _KINDS_1X16 = ((kind,) for kind in _SCHEMES)
 _MODELS, _MODEL = ("llama-3-8b", "llama-3-70b"), ("llama-3-8b",)
-_GATHER_TOKENS, _DENSE_TOKENS = (8, 16, 32, 64), (16, 32, 64, 256, 1024)
+_GATHER_TOKENS, _DENSE_TOKENS = (1, 8, 16, 32, 64), (16, 32, 64, 256, 1024)
 _DTYPE = torch.bfloat16
 _WORKSPACES = (32, 512)  # MiB
 
@@ -130,7 +130,7 @@ def _sliced_plans(problem: Problem) -> list[SlicedPlan]:
 
 
 def _gather_plans(problem: Problem) -> list[GatherPlan]:
-    tiles, copies = problem.tokens // TOKENS_OF_TILE, 8 if _SCHEMES[problem.kind].code_bits <= 8 else 0
+    tiles, copies = tiles_for(problem.tokens), 8 if _SCHEMES[problem.kind].code_bits <= 8 else 0
     if tiles >= 4:
         return [GatherPlan(8, blocks, copies) for blocks in ((1, 2) if tiles == 4 else (1,))]
     shapes = ((16, 1), (24, 1), (12, 2), (16, 2))
