@@ -61,6 +61,7 @@ SOLVERS: Mapping[str, Solver] = {
             scales_channels=True,
             needs_second_moment=True,
         ),
+        Solver("aqlm", "sums of codebook vectors, for AQLM", _lazy("aqlm.solve"), needs_second_moment=True),
     )
 }
 FP8_ROUNDING = _lazy("fp8")

@@ -61,7 +61,8 @@ TARGETS = (
 @click.option(
     "--scheme",
     metavar="NAME",
-    help="w4a16, w8a16, w8a8-int8, fp8-dynamic, fp8-static, fp8-block; gguf: q4_k_m, q5_k_m or a type: q4_0, q6_k ...",
+    help="w4a16, w8a16, w8a8-int8, fp8-dynamic, fp8-static, fp8-block; aqlm: aqlm-2x8, aqlm-1x16 or as 4x8g16; "
+    "gguf: q4_k_m, q5_k_m or a type: q4_0, q6_k ...",
 )
 @click.option(
     "--effort",
@@ -72,7 +73,7 @@ TARGETS = (
     + "; ".join(f"{effort.name} {effort.cost}" for effort in EFFORTS.values())
     + ".",
 )
-@click.option("--solver", metavar="rtn|gptq|awq|awq-gptq", help="How to choose the numbers. Default: awq-gptq.")
+@click.option("--solver", metavar="rtn|gptq|awq|awq-gptq", help="How to choose integers. Default: awq-gptq.")
 @click.option(
     "--calibration",
     multiple=True,

@@ -25,7 +25,7 @@ from aphroquant.conversion.scaling import SAMPLE_TOKENS, BlockScaler
 from aphroquant.errors import InputError
 from aphroquant.models.loader import load_embedding
 from aphroquant.models.spec import DOWN, GATE, INPUT_NORM, POST_ATTENTION_NORM, UP, K, O, Q, V
-from aphroquant.schemes import IntegerScheme
+from aphroquant.schemes import FloatScheme, IntegerScheme
 
 CPU = torch.device("cpu")
 
@@ -68,7 +68,7 @@ class CalibratedSolver:
         self._window_len = windows.shape[1]
         keeps_source = plan.refine_steps > 0 or plan.distill_steps > 0
         self._memory_limit = default_memory_limit(4 if keeps_source else 2)
-        self._rounding = FP8_ROUNDING() if not isinstance(plan.scheme, IntegerScheme) else plan.solver.load()
+        self._rounding = FP8_ROUNDING() if isinstance(plan.scheme, FloatScheme) else plan.solver.load()
         self._scaler = self._make_scaler()
         self._refiner = BlockRefiner(plan, self._window_len, device) if plan.refine_steps else None
         self._unrounded = Unrounded()

@@ -23,6 +23,7 @@ from aphroquant.conversion.request import ConversionRequest
 from aphroquant.conversion.sizes import module_bytes
 from aphroquant.conversion.soundness import finite_pieces
 from aphroquant.conversion.targets import (
+    TargetScheme,
     check_target,
     needs_calibration,
     resolve_scheme,
@@ -33,7 +34,7 @@ from aphroquant.errors import ResourceError, UsageError
 from aphroquant.formats import format_class
 from aphroquant.formats.base import Format
 from aphroquant.models.spec import EMBEDDING, LM_HEAD, DecoderSpec
-from aphroquant.schemes import DenseScheme, FloatScheme, IntegerScheme, Scheme
+from aphroquant.schemes import DenseScheme, Scheme
 
 DEQUANTIZED_DTYPE = torch.float16  # of quantized embeddings and heads, which the targets keep dense
 EXACT_DTYPE = torch.float32  # of the same where no bit may change: it holds whatever they dequantize to
@@ -51,7 +52,7 @@ class ConversionPlan:
 
     request: ConversionRequest
     checkpoint: Checkpoint
-    scheme: IntegerScheme | FloatScheme
+    scheme: TargetScheme
     solver: Solver
     format: Format
     modules: dict[str, tuple[int, int]]

@@ -8,21 +8,24 @@ import torch
 from torch import Tensor
 
 from aphroquant.formats.base import Format
-from aphroquant.schemes import FloatScheme, IntegerScheme, QuantizedWeight
+from aphroquant.schemes import AdditiveScheme, FloatScheme, IntegerScheme, QuantizedWeight
 
 
 def empty_weight(
-    scheme: IntegerScheme | FloatScheme, shape: tuple[int, int], scale_dtype: torch.dtype
+    scheme: IntegerScheme | FloatScheme | AdditiveScheme, shape: tuple[int, int], scale_dtype: torch.dtype
 ) -> QuantizedWeight:
     """A weight of zeros."""
-    code_dtype = torch.uint8 if isinstance(scheme, IntegerScheme) else scheme.dtype
-    dtypes = {"codes": code_dtype, "zeros": torch.uint8, "scales": scale_dtype}
+    if isinstance(scheme, AdditiveScheme):
+        dtypes = {"codebooks": scale_dtype, "scales": scale_dtype, **scheme.dtypes()}
+    else:
+        code_dtype = torch.uint8 if isinstance(scheme, IntegerScheme) else scheme.dtype
+        dtypes = {"codes": code_dtype, "zeros": torch.uint8, "scales": scale_dtype}
     tensors: dict[str, Tensor] = {
         name: torch.zeros(size, dtype=dtypes[name]) for name, size in scheme.shapes(*shape).items()
     }
     if isinstance(scheme, FloatScheme):
         tensors["scales"] = tensors["scales"].float()
-    if scheme.activations is not None and not scheme.activations.dynamic:
+    if not isinstance(scheme, AdditiveScheme) and scheme.activations is not None and not scheme.activations.dynamic:
         tensors["input_scale"] = torch.ones(())
     return QuantizedWeight(scheme, tensors, shape)
 
@@ -30,7 +33,7 @@ def empty_weight(
 def module_bytes(
     target: Format,
     modules: Mapping[str, tuple[int, int]],
-    scheme: IntegerScheme | FloatScheme,
+    scheme: IntegerScheme | FloatScheme | AdditiveScheme,
     scale_dtype: torch.dtype,
 ) -> dict[str, int]:
     """Stored bytes of each module. UsageError from the format if it cannot hold one of the shapes."""

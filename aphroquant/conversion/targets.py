@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Callable, Mapping
 
 from aphroquant.calibration.effort import find_effort
@@ -11,13 +12,16 @@ from aphroquant.calibration.solvers import SOLVERS, Solver, find_solver
 from aphroquant.conversion.request import PER_ROW, ConversionRequest
 from aphroquant.errors import UsageError
 from aphroquant.formats import FORMATS
-from aphroquant.schemes import ActivationScheme, FloatScheme, IntegerScheme
+from aphroquant.schemes import ActivationScheme, AdditiveScheme, FloatScheme, IntegerScheme
+
+TargetScheme = IntegerScheme | FloatScheme | AdditiveScheme
 
 DEFAULT_BITS = 4
 # Marlin, the kernel that engines use for 4 and 8 bits, knows 32, 64 and 128 (and whole rows); the largest that fits.
 AUTOMATIC_GROUP_SIZES = (128, 64, 32)
+ADDITIVE_SOLVER = "aqlm"
 NEARLY_EXACT_BITS = 8  # where rounding to nearest leaves nothing to gain
-DEFAULT_SCHEMES = {"fp8": "fp8-dynamic", "modelopt": "fp8-static", "bitsandbytes": "int8"}
+DEFAULT_SCHEMES = {"fp8": "fp8-dynamic", "modelopt": "fp8-static", "bitsandbytes": "int8", "aqlm": "aqlm-2x8"}
 # transformers 5.23 with compressed-tensors 0.20 runs packed weights with zero points only dequantized.
 SYMMETRIC_BY_DEFAULT = ("compressed-tensors",)
 
@@ -31,7 +35,7 @@ _FP8_ROWS = FloatScheme("channel", activations=_TOKEN_INPUTS["float"])
 ONLY_READ = ("exl3",)
 
 # Scheme names that fix everything, by target. Weight-only integers ("w4a16") leave group size and symmetry open.
-FIXED_SCHEMES: Mapping[str, Mapping[str, IntegerScheme | FloatScheme]] = {
+FIXED_SCHEMES: Mapping[str, Mapping[str, TargetScheme]] = {
     "awq": {},
     "gptq": {},
     "fp8": {
@@ -49,6 +53,7 @@ FIXED_SCHEMES: Mapping[str, Mapping[str, IntegerScheme | FloatScheme]] = {
     "hqq": {},
     "modelopt": {"fp8-static": _FP8_STATIC, "fp8-dynamic": _FP8_ROWS},
     "bitsandbytes": {"int8": IntegerScheme(8, None, True)},
+    "aqlm": {"aqlm-2x8": AdditiveScheme(2, 8), "aqlm-1x16": AdditiveScheme(1, 16)},
 }
 WEIGHT_ONLY_BITS: Mapping[str, tuple[int, ...]] = {
     "awq": (4,),
@@ -59,7 +64,10 @@ WEIGHT_ONLY_BITS: Mapping[str, tuple[int, ...]] = {
     "hqq": (2, 3, 4, 8),
     "modelopt": (),
     "bitsandbytes": (),
+    "aqlm": (),
 }
+_CODEBOOKS = re.compile(r"(?:aqlm-)?(\d+)x(\d+)(?:g(\d+))?")
+_MAX_CODEBOOK_BITS = 16  # of a code, for books that are sought; files may have more
 
 
 def check_known(target: str) -> None:
@@ -96,10 +104,13 @@ def scheme_names(target: str) -> list[str]:
     return [f"w{bits}a16" for bits in WEIGHT_ONLY_BITS[target]] + list(FIXED_SCHEMES[target])
 
 
-def resolve_scheme(request: ConversionRequest, widths: Mapping[str, int]) -> IntegerScheme | FloatScheme:
+def resolve_scheme(request: ConversionRequest, widths: Mapping[str, int]) -> TargetScheme:
     """The scheme that a request means for modules with these in_features. UsageError naming what does not fit."""
     target = request.to
     name = request.scheme or DEFAULT_SCHEMES.get(target)
+    if target == "aqlm" and name is not None and (match := _CODEBOOKS.fullmatch(name)):
+        _refuse_contradictions(request, name)
+        return _additive_scheme(match, widths)
     if name is not None and name not in scheme_names(target):
         raise UsageError(f"{target} has no scheme {name!r}", hint=_suggestion(name, scheme_names(target)))
     if name is not None and name in FIXED_SCHEMES[target]:
@@ -111,33 +122,42 @@ def resolve_scheme(request: ConversionRequest, widths: Mapping[str, int]) -> Int
     return IntegerScheme(bits, size, symmetric)
 
 
-def resolve_solver(request: ConversionRequest, scheme: IntegerScheme | FloatScheme) -> Solver:
+def resolve_solver(request: ConversionRequest, scheme: TargetScheme) -> Solver:
     """The solver for a scheme. UsageError if the one asked for cannot make it."""
     if isinstance(scheme, FloatScheme):
         if request.solver not in (None, "rtn"):
             find_solver(request.solver or "")
             raise UsageError(f"solver {request.solver} makes integer codes, not FP8", hint="leave --solver out")
         return SOLVERS["rtn"]
-    default = "rtn" if scheme.bits == NEARLY_EXACT_BITS else find_effort(request.effort).solver
-    if request.samples == 0 and request.solver is None:
-        default = "rtn"
+    if isinstance(scheme, AdditiveScheme):
+        default = ADDITIVE_SOLVER
+    else:
+        default = "rtn" if scheme.bits == NEARLY_EXACT_BITS else find_effort(request.effort).solver
+        if request.samples == 0 and request.solver is None:
+            default = "rtn"
     solver = find_solver(request.solver or default)
+    if (solver.name == ADDITIVE_SOLVER) != isinstance(scheme, AdditiveScheme):
+        made = "integer codes" if isinstance(scheme, AdditiveScheme) else "sums of codebook vectors"
+        raise UsageError(f"solver {solver.name} makes {made}, not {scheme}", hint="leave --solver out")
     if request.samples == 0 and solver.name != "rtn":
         raise UsageError(
-            f"solver {solver.name} needs calibration, but samples = 0", hint="only rtn works without calibration data"
+            f"solver {solver.name} needs calibration, but samples = 0",
+            hint="only rtn works without calibration data" if isinstance(scheme, IntegerScheme) else None,
         )
     return solver
 
 
-def needs_calibration(scheme: IntegerScheme | FloatScheme, solver: Solver, samples: int) -> bool:
+def needs_calibration(scheme: TargetScheme, solver: Solver, samples: int) -> bool:
     """Whether activations have to be seen. At 8 bits rtn takes each range as it is."""
     if isinstance(scheme, FloatScheme):
         return scheme.activations is not None and not scheme.activations.dynamic
+    if isinstance(scheme, AdditiveScheme):
+        return True
     return samples > 0 and not (solver.name == "rtn" and scheme.bits == NEARLY_EXACT_BITS)
 
 
 def training_steps(
-    request: ConversionRequest, scheme: IntegerScheme | FloatScheme, *, calibrates: bool, has_experts: bool = False
+    request: ConversionRequest, scheme: TargetScheme, *, calibrates: bool, has_experts: bool = False
 ) -> tuple[int, int]:
     """Steps of (refinement, distillation): those asked for, or what the effort gives where training can help."""
     asked = (request.refine_steps, request.distill_steps)
@@ -156,6 +176,18 @@ def training_steps(
     by_effort = (effort.refine_steps, effort.distill_steps) if wanted else (0, 0)
     refine, distill = (given if own is None else own for own, given in zip(asked, by_effort, strict=True))
     return refine, distill
+
+
+def _additive_scheme(match: re.Match[str], widths: Mapping[str, int]) -> AdditiveScheme:
+    """As its name says: codebooks x bits of a code, and g with the inputs of a group (8 unless given)."""
+    books, bits, group = int(match[1]), int(match[2]), int(match[3] or AdditiveScheme.in_group)
+    if bits > _MAX_CODEBOOK_BITS:
+        raise UsageError(f"--scheme {match[0]}: codes may have at most {_MAX_CODEBOOK_BITS} bits, not {bits}")
+    scheme = AdditiveScheme(books, bits, 1, group)
+    module = _misfit(group, widths)
+    if module is not None:
+        raise UsageError(f"{module}: in_features = {widths[module]} must be divisible by the group of {group} inputs")
+    return scheme
 
 
 def _bits(request: ConversionRequest, name: str | None) -> int:

@@ -9,7 +9,7 @@ from aphroquant.errors import UsageError
 
 
 def test_every_solver_loads() -> None:
-    assert set(SOLVERS) == {"rtn", "gptq", "awq", "awq-gptq"}
+    assert set(SOLVERS) == {"rtn", "gptq", "awq", "awq-gptq", "aqlm"}
     for name, solver in SOLVERS.items():
         assert solver.name == name
         assert callable(solver.load())
@@ -18,4 +18,4 @@ def test_every_solver_loads() -> None:
 def test_an_unknown_name_suggests_and_lists() -> None:
     with pytest.raises(UsageError) as caught:
         find_solver("gtpq")
-    assert caught.value.hint == "Did you mean 'gptq'? the solvers are rtn, gptq, awq, awq-gptq"
+    assert caught.value.hint == "Did you mean 'gptq'? the solvers are rtn, gptq, awq, awq-gptq, aqlm"

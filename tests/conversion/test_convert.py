@@ -36,6 +36,7 @@ COMBINATIONS = [
     ("compressed-tensors", "w8a16", None),
     ("compressed-tensors", "w8a8-int8", "gptq"),
     ("gptq", "w3a16", None),
+    ("aqlm", "2x5", None),
 ]
 
 
@@ -335,7 +336,11 @@ def test_a_target_in_capitals_suggests_its_name(tiny_checkpoint: Tiny, tmp_path:
     [
         ({"to": "gguf2"}, "unknown format"),
         ({"to": "exl3"}, "exl3 can be read, but not written"),
-        ({"to": "aqlm"}, "aqlm only takes over numbers that the source already has"),
+        ({"to": "mxfp4"}, "mxfp4 only takes over numbers that the source already has"),
+        ({"to": "aqlm", "solver": "gptq"}, "solver gptq makes integer codes, not additive 2x8 g8"),
+        ({"to": "awq", "solver": "aqlm"}, "solver aqlm makes sums of codebook vectors"),
+        ({"to": "aqlm", "samples": 0}, "solver aqlm needs calibration"),
+        ({"to": "aqlm", "scheme": "1x20"}, "at most 16 bits"),
         ({"to": "awq", "group_size": 48}, "must be divisible by group_size = 48"),
         ({"to": "awq", "seq_len": 1000}, "longer than the model's context of 512"),
         ({"to": "awq", "ignore": ["nothing"]}, "--ignore nothing matches no module"),
