@@ -49,7 +49,9 @@ def check_mma(
     assert error < TOLERANCE[dtype], f"{error:.2e}"
 
 
-@pytest.mark.parametrize(("bits", "kind"), [(2, "zeros"), (3, "offsets"), (4, "symmetric"), (8, "zeros")])
+@pytest.mark.parametrize(
+    ("bits", "kind"), [(2, "zeros"), (3, "offsets"), (4, "symmetric"), (5, "zeros"), (6, "offsets"), (8, "zeros")]
+)
 def test_mma_multiplies_every_kind_of_codes(bits: int, kind: str, device: torch.device) -> None:
     check_mma((70, 136, 5), MmaTile(16, stages=3), device, bits=bits, kind=kind)
 

@@ -70,7 +70,7 @@ def test_every_kind_of_codes(bits: int, kind: str, device: torch.device) -> None
 
 
 @pytest.mark.parametrize(("kind", "dtype"), [("symmetric", torch.float16), ("zeros", torch.bfloat16)])
-@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("bits", [2, 4, 6, 8])
 def test_the_other_type_of_inputs(bits: int, kind: str, dtype: torch.dtype, device: torch.device) -> None:
     check(integer_weight(bits, (64, 128, 64), **KINDS[kind]), dtype, 3, DecodePlan(1, 1, 1, 2, 2), device)
 

@@ -46,7 +46,7 @@ def integer_weight(bits: int, shape: tuple[int, int, int | None], **kind: bool) 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 8])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 6, 7, 8])
 def test_the_packed_weight_is_the_same_weight(bits: int, shape: tuple[int, int, int | None], kind: str) -> None:
     weight = integer_weight(bits, shape, **KINDS[kind])
     assert torch.equal(unpack(pack(weight), torch.float64), weight.dequantize(torch.float64))
@@ -67,7 +67,7 @@ def test_zero_points_far_from_the_codes_become_offsets() -> None:
     assert torch.equal(unpack(packed, torch.float64), weight.dequantize(torch.float64))
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
 def test_codes_survive_packing(bits: int) -> None:
     codes = torch.randint(0, 2**bits, (128, 256), dtype=torch.uint8)
     packed = pack_codes(codes, bits, 0, None, 256)
