@@ -23,6 +23,7 @@ CODE_TRAVEL = 1.0  # codes, that a position may move in all steps together
 CURVATURE_DRAWS = 8  # of random signs
 SCALE_STEP = 1e-3  # relative, of scales and gains at the beginning; all steps fall linearly to 0
 _HELD_OUT = 16  # one window in so many is not trained on
+_SMALLEST_SIZE = 1e-6
 _CHECKS = 4  # comparisons on them, evenly spread over the steps
 
 Values = Mapping[str, Tensor]
@@ -124,8 +125,7 @@ class _Stepper:
         values = {name: weight.value() for name, weight in self._weights.items()}
         gains = {name: gain.value() for name, gain in self._gains.items()}
         with torch.enable_grad():
-            output = self._forward(values, gains, self._inputs)
-            (output - self._expected).square().mean().backward()  # type: ignore[no-untyped-call]
+            _loss(self._forward(values, gains, self._inputs), self._expected).backward()  # type: ignore[no-untyped-call]
         for name, weight in self._weights.items():
             gradient = values.pop(name).grad
             assert gradient is not None
@@ -152,8 +152,9 @@ def _curvatures(
     gain_values = {name: gain.value().detach() for name, gain in gains.items()}
     for drawn in batches(windows, CURVATURE_DRAWS, BATCH_WINDOWS, seed):
         values = {name: weight.value() for name, weight in weights.items()}
+        inputs, expected = batch(drawn)
         with torch.enable_grad():
-            output = forward(values, gain_values, batch(drawn)[0])
+            output = forward(values, gain_values, inputs) / _size(expected)
         signs = torch.randint(0, 2, output.shape, generator=random, dtype=torch.int8).mul_(2).sub_(1)
         output.backward(signs.to(output.device, output.dtype))  # type: ignore[no-untyped-call]
         num_terms += output.numel()
@@ -172,12 +173,22 @@ def _rounded(weights: Mapping[str, TrainedWeight], gains: Mapping[str, TrainedGa
 
 @torch.no_grad()
 def _loss_of(numbers: Numbers, forward: Forward, batch: Batch, windows: Sequence[int]) -> float:
-    """Mean squared error over windows, a batch at a time."""
+    """The loss over windows, a batch at a time."""
     weights = {name: weight.dequantize() for name, weight in numbers.weights.items()}
     gains = {name: gain.float() for name, gain in numbers.gains.items()}
     total = 0.0
     for start in range(0, len(windows), BATCH_WINDOWS):
         part = windows[start : start + BATCH_WINDOWS]
         inputs, expected = batch(part)
-        total += float((forward(weights, gains, inputs) - expected).square().mean()) * len(part)
+        total += float(_loss(forward(weights, gains, inputs), expected)) * len(part)
     return total / len(windows)
+
+
+def _loss(output: Tensor, expected: Tensor) -> Tensor:
+    """Mean squared error relative to each token's size, which the norm in front of the next block divides by."""
+    return ((output - expected) / _size(expected)).square().mean()
+
+
+def _size(states: Tensor) -> Tensor:
+    """The root mean square of each token's states, [T, 1]."""
+    return states.square().mean(-1, keepdim=True).sqrt().clamp(min=_SMALLEST_SIZE)
