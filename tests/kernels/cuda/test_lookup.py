@@ -45,6 +45,7 @@ CASES = [
     *((name, torch.bfloat16) for name in SCHEMES),
     *((name, torch.float16) for name in ("nf4 nested", "mxfp4", "nvfp4", "q5_k")),
 ]
+SAME_KERNELS = ("nf4", "fp4 flat", "iq4_nl", "q3_k")  # as others of the list, in the kernels for batches
 
 
 def any_weight(scheme: Scheme, rows: int, columns: int) -> QuantizedWeight:
@@ -113,7 +114,7 @@ def test_the_decode_kernel_multiplies_any_number_of_tokens(name: str, tokens: in
     assert error < TOLERANCE[torch.bfloat16], f"{error:.2e}"
 
 
-@pytest.mark.parametrize(("name", "dtype"), CASES)
+@pytest.mark.parametrize(("name", "dtype"), [case for case in CASES if case[0] not in SAME_KERNELS])
 def test_the_mma_kernel_multiplies_every_format(name: str, dtype: torch.dtype, device: torch.device) -> None:
     weight = any_weight(SCHEMES[name], 70, columns_of(name, 136))
     x, packed = torch.randn(5, weight.shape[1]).to(dtype), packed_weight(weight, device)
@@ -191,6 +192,24 @@ def test_layers_multiply_any_number_of_tokens(name: str, tokens: int) -> None:
     assert broken[tokens // 2].isnan().all()
     broken[tokens // 2] = out[tokens // 2]
     assert torch.equal(broken, out)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [2, 48])
+@pytest.mark.parametrize("name", ["nf4", "q4_k"])
+def test_layers_are_captured_in_graphs(name: str, tokens: int) -> None:
+    if reason := obstacle():
+        pytest.skip(reason)
+    weight = any_weight(SCHEMES[name], 256, 1024)
+    layer = CudaLookupLinear(weight, None, torch.bfloat16)
+    x = torch.randn(tokens, 1024, device="cuda").to(torch.bfloat16)
+    layer(x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = layer(x)
+    x.copy_(torch.randn(tokens, 1024, device="cuda"))
+    graph.replay()
+    assert torch.equal(captured, layer(x))
 
 
 def test_blocks_that_cross_rows_are_cut() -> None:
