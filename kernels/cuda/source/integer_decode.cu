@@ -302,6 +302,14 @@ __device__ __forceinline__ void load_input(uint8_t* input, const Inputs& x, cons
 // Whether codes become numbers around zero, which offsets then have to undo; minima of super-blocks take codes as they are.
 constexpr bool kCentered = ZERO_KIND == 0 || (ZERO_KIND == 2 && !kSupers);
 
+// Products of e2m1 numbers and e4m3 scales are exact in the inputs' type: less work than to scale the products of a group
+// where these are of more than one tile of tokens.
+#ifndef SCALED_CODES
+#define SCALED_CODES (TOKEN_TILES > 1)
+#endif
+constexpr bool kScaledCodes = SCALE_TYPE == kScaleE4M3 && HAS_CODE_TABLE && !kRowScales && SCALED_CODES;
+constexpr bool kScaledSums = !kRowScales && !kScaledCodes;
+
 using Sums = float[PART_TILES][TOKEN_TILES][4];
 
 // Scales and zero points of one group for a lane's rows: row half `i % 2` of tile `i / 2`.
@@ -309,7 +317,21 @@ struct Group {
     float scales[PART_TILES * 2];
     float offsets[PART_TILES * 2];
     ZeroPair<CODE_BITS, kBf16> zeros[PART_TILES];
+    uint32_t pairs[PART_TILES * 2];  // with kScaledCodes: scales in the inputs' type, each twice
 };
+
+// e4m3 scales of the lane's rows, from their bytes.
+__device__ __forceinline__ void load_pairs(const uint8_t* line, uint32_t (&pairs)[PART_TILES * 2]) {
+    constexpr uint32_t kUnbias = kBf16 ? 0x7B807B80u : 0x5C005C00u, kNegativeZero = 0x80008000u;  // 2^120 or 2^8, twice
+#pragma unroll
+    for (int tile = 0; tile < PART_TILES; ++tile) {
+        const uint32_t word = reinterpret_cast<const uint32_t*>(line)[tile / 2];
+        const uint32_t both =
+            fused_multiply_add_pair<kBf16>(widen_e4m3_pair<kBf16>(word, tile % 2), kUnbias, kNegativeZero);
+        pairs[tile * 2] = __byte_perm(both, 0, 0x1010);
+        pairs[tile * 2 + 1] = __byte_perm(both, 0, 0x3232);
+    }
+}
 
 // Scales (KIND 0) or offsets (1), which begin at `lines`. `first` is the place of the lane's values in a line of 64.
 template <int KIND>
@@ -325,6 +347,7 @@ __device__ __forceinline__ void load_scales(const uint8_t* slot, const uint8_t* 
 
 __device__ __forceinline__ void load_group(const uint8_t* slot, int group, int first, Group& values) {
     if (kRowScales) return;
+    if constexpr (kScaledCodes) return load_pairs(slot + kCodeBytes + group * 64 + first, values.pairs);
     load_scales<0>(slot, slot + kCodeBytes, group, first, values.scales);
     const uint8_t* zeros = slot + kCodeBytes + kScaleBytes;
     if (ZERO_KIND == 1) {
@@ -407,12 +430,18 @@ __device__ __forceinline__ void multiply_steps(const uint8_t* slot, const uint8_
         uint32_t fragment[4];
 #if HAS_CODE_TABLE
         look_up<STEP % 4>(at.codes[tile], fragment);
+        if constexpr (kScaledCodes) {
+#pragma unroll
+            for (int r = 0; r < 4; ++r) {
+                fragment[r] = fused_multiply_add_pair<kBf16>(fragment[r], at.group.pairs[tile * 2 + r % 2], 0x80008000u);
+            }
+        }
 #else
         dequantize<CODE_BITS, kBf16, kCentered, STEP % 4>(at.codes[tile], at.group.zeros[tile], fragment);
 #endif
 #pragma unroll
         for (int token_tile = 0; token_tile < TOKEN_TILES; ++token_tile) {
-            float(&target)[4] = kRowScales ? sums[tile][token_tile] : at.products[tile][token_tile];
+            float(&target)[4] = kScaledSums ? at.products[tile][token_tile] : sums[tile][token_tile];
             multiply_add<kBf16>(target, fragment, at.inputs[token_tile][STEP % 2 * 2],
                                 at.inputs[token_tile][STEP % 2 * 2 + 1]);
         }
@@ -426,7 +455,7 @@ __device__ __forceinline__ void multiply_steps(const uint8_t* slot, const uint8_
                                 at.inputs[token_tile][STEP % 2 * 2 + 1]);
         }
     }
-    if constexpr ((STEP + 1) % kGroupSteps == 0 && !kRowScales) add_products(at, sums);
+    if constexpr ((STEP + 1) % kGroupSteps == 0 && kScaledSums) add_products(at, sums);
     if constexpr (STEP + 1 < UNIT_CHUNKS * 4) multiply_steps<STEP + 1>(slot, input, lane, first, at, sums);
 }
 

@@ -13,11 +13,11 @@ constexpr int kScaleSuper = 5;  // int8, to be multiplied by the fp16 number of 
 
 __device__ constexpr int stored_bytes(int type) { return type == kScaleFloat ? 4 : type == kScaleHalf || type == kScaleBfloat ? 2 : 1; }
 
-// Two e4m3 numbers in the low bytes of `both`, in bf16 (or fp16) but for a factor of 2^-120 (2^-8). The exponent's and the
+// Two e4m3 numbers, in the bytes 2 `pair` and 2 `pair` + 1 of a word, in bf16 (or fp16) but for a factor of 2^-120 (2^-8). The exponent's and the
 // mantissa's bits are those of the wider type, subnormals included.
 template <bool IS_BF16>
-__device__ __forceinline__ uint32_t widen_e4m3_pair(uint32_t both) {
-    const uint32_t high = __byte_perm(both, 0, 0x1404);
+__device__ __forceinline__ uint32_t widen_e4m3_pair(uint32_t word, int pair = 0) {
+    const uint32_t high = __byte_perm(word, 0, 0x1404 + pair * 0x2020);
     return IS_BF16 ? high >> 4 & 0x07F007F0u : high >> 1 & 0x3F803F80u;
 }
 
