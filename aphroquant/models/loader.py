@@ -89,14 +89,19 @@ def _vocabulary_matrix(checkpoint: Checkpoint, module: str, tied_to: str) -> Qua
     return _weight(checkpoint, module, (spec.vocab_size, spec.hidden_size))
 
 
-def _router(checkpoint: Checkpoint, layer: int, dtype: torch.dtype) -> Linear | None:
-    """What chooses the experts, computed in `dtype` whatever linears do: a small error here is another expert."""
+def load_router(checkpoint: Checkpoint, layer: int) -> QuantizedWeight | None:
+    """The weight [experts, H] of what chooses the experts, in a block that has them."""
     experts = checkpoint.spec.experts
     if experts is None or not experts.layers[layer]:
         return None
     module = f"{checkpoint.spec.block_prefix(layer)}.{experts.router}"
-    weight = _weight(checkpoint, module, (experts.num_experts, checkpoint.spec.hidden_size))
-    return dense_linear(module, weight, None, dtype)
+    return _weight(checkpoint, module, (experts.num_experts, checkpoint.spec.hidden_size))
+
+
+def _router(checkpoint: Checkpoint, layer: int, dtype: torch.dtype) -> Linear | None:
+    """Computed in `dtype` whatever linears do: a small error here is another expert."""
+    weight = load_router(checkpoint, layer)
+    return None if weight is None else dense_linear("", weight, None, dtype)
 
 
 def _norm_sizes(spec: DecoderSpec) -> dict[str, int]:

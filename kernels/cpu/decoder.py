@@ -66,6 +66,8 @@ class NativeDecoder:
             return reason
         if spec.head_dim % 2:
             return f"head_dim {spec.head_dim} is odd"
+        if spec.experts is not None:
+            return "the compiled decoder has no experts"
         modules = [*spec.modules(), EMBEDDING, LM_HEAD]
         reasons = (unsupported(schemes[module]) for module in modules if module in schemes)
         return next((reason for reason in reasons if reason), None)

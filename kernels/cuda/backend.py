@@ -47,6 +47,10 @@ def prepare_grouped(
 ) -> PreparedGroupedLinear:
     """The experts' layers in one layout, on torch's current GPU, where there is a kernel for them."""
     device = torch.device("cuda", torch.cuda.current_device())
+    if isinstance(weights[0].scheme, DenseScheme):
+        from aphroquant.kernels.cuda.grouped.dense import CudaGroupedDenseLinear
+
+        return CudaGroupedDenseLinear(weights, biases, device)
     if isinstance(weights[0].scheme, IntegerScheme):
         from aphroquant.kernels.cuda.grouped.integer import CudaGroupedIntegerLinear
 
@@ -61,10 +65,14 @@ def grouped_fallback_reason(weights: Sequence[QuantizedWeight], dtype: torch.dty
     from aphroquant.kernels.cuda.grouped.routing import MAX_EXPERTS
 
     scheme = weights[0].scheme
-    if not isinstance(scheme, IntegerScheme | FloatScheme):
+    if not isinstance(scheme, IntegerScheme | FloatScheme | DenseScheme):
         return f"there is no grouped CUDA kernel for {scheme}"
     if len(weights) > MAX_EXPERTS:
         return f"{len(weights)} experts are more than the {MAX_EXPERTS} that the grouped CUDA kernels take"
+    if isinstance(scheme, DenseScheme):
+        from aphroquant.kernels.cuda.grouped.dense import unsupported
+
+        return unsupported(weights, dtype)
     return fallback_reason(scheme, dtype)
 
 

@@ -7,9 +7,10 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from aphroquant.engine.cuda.experts import Experts
 from aphroquant.engine.cuda.linears import Linear, codes_linear
 from aphroquant.engine.cuda.metadata import StepInputs
-from aphroquant.engine.cuda.weights import DecoderWeights, LayerWeights
+from aphroquant.engine.cuda.weights import DecoderWeights, LayerWeights, MlpWeights
 from aphroquant.engine.kv_cache import KVCache, KVScheme
 from aphroquant.kernels.cuda.attention.decode import DecodeWorkspace, PagedDecode
 from aphroquant.kernels.cuda.attention.prefill import PagedPrefill
@@ -44,7 +45,7 @@ class CudaDecoder:
         self._embed = FusedEmbedding(weights.embedding)
         self._norm = FusedRmsNorm(spec.hidden_size, spec.norm_eps, dtype)
         self._activation = FusedGatedActivation(spec.intermediate_size, dtype)
-        if any(codes_linear(linear) for layer in weights.layers for linear in (layer.qkv, layer.gate_up, layer.down)):
+        if any(codes_linear(linear) for layer in weights.layers for linear in _code_layers(layer)):
             self._code_norm = FusedRmsNorm(spec.hidden_size, spec.norm_eps, dtype, OutputFormat.FLOAT8)
             self._code_activation = FusedGatedActivation(spec.intermediate_size, dtype, output=OutputFormat.FLOAT8)
         self._rotary = FusedRotaryCache(self.shape, dtype, has_norm=spec.qk_norm)
@@ -62,10 +63,14 @@ class CudaDecoder:
             qkv = self._normed_product(layer.qkv, residual, delta, layer.input_norm)
             mixed = self._attention(qkv, inputs, cache, workspace, number, layer)
             delta = layer.o(mixed.view(inputs.num_tokens, -1))
-            gate_up = self._normed_product(layer.gate_up, residual, delta, layer.post_attention_norm)
-            delta = self._activated_product(layer.down, gate_up)
+            delta = self._mlp(layer.mlp, residual, delta, layer.post_attention_norm)
         last = self._normed(residual, delta, self.weights.final_norm, inputs.logits_rows)  # [R, H]
         return self.weights.head(last)
+
+    def _mlp(self, mlp: MlpWeights | Experts, residual: Tensor, delta: Tensor, gain: Tensor) -> Tensor:
+        if isinstance(mlp, Experts):
+            return mlp(self._normed(residual, delta, gain))
+        return self._activated_product(mlp.down, self._normed_product(mlp.gate_up, residual, delta, gain))
 
     def _normed(self, residual: Tensor, delta: Tensor | None, gain: Tensor, rows: Tensor | None = None) -> Tensor:
         return cast(Tensor, self._norm(residual, delta, gain, rows=rows, programmatic=True))
@@ -126,3 +131,10 @@ class CudaDecoder:
                 programmatic=True,
             )
         return mixed
+
+
+def _code_layers(layer: LayerWeights) -> tuple[Linear, ...]:
+    """Those whose inputs this decoder computes, and so may quantize."""
+    if isinstance(layer.mlp, Experts):
+        return (layer.qkv,)
+    return layer.qkv, layer.mlp.gate_up, layer.mlp.down

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from aphroquant.engine.cuda.choice import GpuChoice
 from aphroquant.engine.cuda.decoder import CudaDecoder
+from aphroquant.engine.cuda.experts import PrepareGrouped
 from aphroquant.engine.cuda.linears import Linear, Prepare
 from aphroquant.engine.cuda.runner import CudaRunner
 from aphroquant.engine.cuda.weights import DecoderWeights, load_weights
@@ -18,7 +19,8 @@ from aphroquant.engine.kv_cache import KVCache, KVScales
 from aphroquant.engine.kv_scales import checkpoint_kv_scales
 from aphroquant.engine.memory import plan_kv_blocks
 from aphroquant.engine.types import EngineConfig
-from aphroquant.errors import ResourceError
+from aphroquant.errors import ResourceError, UsageError
+from aphroquant.kernels.dispatch import PreparedGroupedLinear
 from aphroquant.schemes import QuantizedWeight
 
 if TYPE_CHECKING:
@@ -35,7 +37,8 @@ def load_runner(config: EngineConfig, checkpoint: Checkpoint, gpu: GpuChoice) ->
     """The runner, its cache, and max_model_len. ResourceError if the memory is too small."""
     device = torch.device("cuda", torch.cuda.current_device())
     try:
-        weights = load_weights(checkpoint, linear_preparer(gpu.dtype), device, gpu.dtype)
+        prepare_grouped = grouped_preparer(gpu.dtype)
+        weights = load_weights(checkpoint, linear_preparer(gpu.dtype), device, gpu.dtype, prepare_grouped)
         needs_scales = "head" in (gpu.scheme.key.scaling, gpu.scheme.value.scaling)
         scales = checkpoint_kv_scales(checkpoint) if needs_scales else None
         runner, cache, max_model_len = place(config, checkpoint.spec, weights, gpu, scales)
@@ -85,6 +88,18 @@ def linear_preparer(dtype: torch.dtype) -> Prepare:
     return prepared
 
 
+def grouped_preparer(dtype: torch.dtype) -> PrepareGrouped:
+    """Puts the weights of a layer's experts into the layout of their kernels on the current GPU."""
+    from aphroquant.kernels.cuda.backend import grouped_fallback_reason, prepare_grouped
+
+    def prepared(weights: Sequence[QuantizedWeight]) -> PreparedGroupedLinear:
+        if reason := grouped_fallback_reason(weights, dtype):
+            raise UsageError(f"the GPU cannot run the experts: {reason}", hint="run with --device cpu")
+        return prepare_grouped(weights, None, dtype)
+
+    return prepared
+
+
 def cache_room(config: EngineConfig, spec: DecoderSpec, free: int, total: int) -> int:
     """Bytes for the KV cache once the weights are loaded, so that a step of the largest batch still fits beside it."""
     unused = int((1 - config.gpu_memory_utilization) * total)
@@ -95,6 +110,9 @@ def activation_bytes(config: EngineConfig, spec: DecoderSpec) -> int:
     """A bound on what a step holds at once: rows of the widest layers, and logits with what sampling makes of them."""
     tokens = max(config.max_num_batched_tokens or BATCHED_TOKENS, config.max_num_seqs)
     heads = spec.num_heads + 2 * spec.num_kv_heads
-    row = 4 * spec.hidden_size + 2 * (3 * spec.hidden_size + 3 * spec.intermediate_size + 3 * heads * spec.head_dim)
+    inner = spec.intermediate_size
+    if spec.experts is not None:  # each of a token's experts makes its own, and an output
+        inner = max(inner, spec.experts.top_k * (spec.experts.intermediate_size + spec.hidden_size))
+    row = 4 * spec.hidden_size + 2 * (3 * spec.hidden_size + 3 * inner + 3 * heads * spec.head_dim)
     sampling = 8 * 4  # weights, order and running sums of a row of logits, some of them 8 bytes wide
     return tokens * row + config.max_num_seqs * spec.vocab_size * sampling

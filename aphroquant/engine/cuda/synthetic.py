@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,16 +11,18 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from aphroquant.engine.cuda.choice import GpuChoice, gpu_choice, gpu_obstacle
+from aphroquant.engine.cuda.experts import Experts
 from aphroquant.engine.cuda.linears import Head, Prepare
-from aphroquant.engine.cuda.loading import BATCHED_TOKENS, linear_preparer, place
-from aphroquant.engine.cuda.weights import DecoderWeights, LayerWeights
+from aphroquant.engine.cuda.loading import BATCHED_TOKENS, grouped_preparer, linear_preparer, place
+from aphroquant.engine.cuda.weights import DecoderWeights, LayerWeights, MlpWeights
 from aphroquant.engine.engine import Engine
 from aphroquant.engine.loading import LoadedModel
 from aphroquant.engine.runner import RunnerChoice
 from aphroquant.engine.types import EngineConfig
 from aphroquant.errors import UsageError
+from aphroquant.kernels.dispatch import PreparedGroupedLinear
 from aphroquant.kernels.random_weights import random_weight
-from aphroquant.models.spec import DOWN, GATE, DecoderSpec, K, O, Q, V, decoder_spec
+from aphroquant.models.spec import DOWN, GATE, DecoderSpec, ExpertsSpec, K, O, Q, V, decoder_spec
 from aphroquant.schemes import DenseScheme, IntegerScheme, QuantizedWeight, Scheme
 
 
@@ -61,6 +64,8 @@ SYNTHETIC_MODELS: dict[str, dict[str, Any]] = {
     "qwen2.5-7b": _config("qwen2", 3584, 28, 28, 4, 18944, 152064, theta=1e6),
     "qwen3-8b": _config("qwen3", 4096, 36, 32, 8, 12288, 151936, theta=1e6),
     "qwen3-32b": _config("qwen3", 5120, 64, 64, 8, 25600, 151936, theta=1e6),
+    "mixtral-8x7b": _config("mixtral", 4096, 32, 32, 8, 14336, 32000, theta=1e6),
+    "qwen3-30b-a3b": _config("qwen3_moe", 2048, 48, 32, 4, 6144, 151936, theta=1e6) | {"norm_topk_prob": True},
     "smollm2-135m": _config("llama", 576, 30, 9, 3, 1536, 49152, head_dim=64, tied=True),
 }
 
@@ -108,13 +113,21 @@ def random_weights(
     head = table
     if not spec.tie_word_embeddings:
         head = torch.randn(spec.vocab_size, spec.hidden_size, device=device, dtype=dtype) * 0.02
-    layers = [_random_layer(spec, scheme, prepare, device, dtype) for _ in range(spec.num_layers)]
+    experts = None if spec.experts is None else _random_experts(spec, spec.experts, scheme, device, dtype)
+    layers = [
+        _random_layer(spec, scheme, prepare, device, dtype, copy.deepcopy(experts)) for _ in range(spec.num_layers)
+    ]
     final_norm = torch.ones(spec.hidden_size, device=device)
     return DecoderWeights(table, layers, final_norm, Head(QuantizedWeight.dense(head), prepare, device, dtype))
 
 
 def _random_layer(
-    spec: DecoderSpec, scheme: Scheme, prepare: Prepare, device: torch.device, dtype: torch.dtype
+    spec: DecoderSpec,
+    scheme: Scheme,
+    prepare: Prepare,
+    device: torch.device,
+    dtype: torch.dtype,
+    experts: Experts | None,
 ) -> LayerWeights:
     def layer(*names: str) -> Any:
         rows = sum(spec.linear_shape(name)[0] for name in names)
@@ -127,13 +140,26 @@ def _random_layer(
     return LayerWeights(
         qkv=layer(Q, K, V),
         o=layer(O),
-        gate_up=layer(GATE, GATE),
-        down=layer(DOWN),
+        mlp=experts or MlpWeights(layer(GATE, GATE), layer(DOWN)),
         input_norm=gain(spec.hidden_size),
         post_attention_norm=gain(spec.hidden_size),
         q_norm=gain(spec.head_dim) if spec.qk_norm else None,
         k_norm=gain(spec.head_dim) if spec.qk_norm else None,
     )
+
+
+def _random_experts(
+    spec: DecoderSpec, experts: ExpertsSpec, scheme: Scheme, device: torch.device, dtype: torch.dtype
+) -> Experts:
+    """Those of one layer; every layer gets a copy, as packing thousands of them takes minutes."""
+    prepare = grouped_preparer(dtype)
+
+    def layer(rows: int, columns: int) -> PreparedGroupedLinear:
+        return prepare([_weight(scheme, rows, columns, device, dtype) for _ in range(experts.num_experts)])
+
+    hidden, inner = spec.hidden_size, experts.intermediate_size
+    router = torch.randn(experts.num_experts, hidden, device=device, dtype=dtype) * hidden**-0.5
+    return Experts(experts, router, layer(2 * inner, hidden), layer(hidden, inner))
 
 
 def _weight(scheme: Scheme, rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> QuantizedWeight:

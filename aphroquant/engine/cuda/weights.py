@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from aphroquant.engine.cuda.experts import Experts, PrepareGrouped, make_experts
 from aphroquant.engine.cuda.linears import Head, Linear, Part, Prepare, joint_linear
-from aphroquant.models.loader import load_block, load_embedding, load_final_norm
+from aphroquant.models.loader import load_block, load_embedding, load_final_norm, load_router
 from aphroquant.models.spec import (
     DOWN,
     GATE,
@@ -31,13 +32,20 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class MlpWeights:
+    """Gate and up joined, and down."""
+
+    gate_up: Linear
+    down: Linear
+
+
+@dataclass(frozen=True)
 class LayerWeights:
     """One block: joint projections, and gains in float32."""
 
     qkv: Linear
     o: Linear
-    gate_up: Linear
-    down: Linear
+    mlp: MlpWeights | Experts
     input_norm: Tensor
     post_attention_norm: Tensor
     q_norm: Tensor | None
@@ -54,10 +62,21 @@ class DecoderWeights:
     head: Head
 
 
-def load_weights(checkpoint: Checkpoint, prepare: Prepare, device: torch.device, dtype: torch.dtype) -> DecoderWeights:
-    """Read tensor by tensor: besides the model on the device, the host holds one block at a time."""
+def load_weights(
+    checkpoint: Checkpoint,
+    prepare: Prepare,
+    device: torch.device,
+    dtype: torch.dtype,
+    prepare_grouped: PrepareGrouped | None = None,
+) -> DecoderWeights:
+    """Read tensor by tensor: besides the model on the device, the host holds one block at a time.
+
+    `prepare_grouped`: for models with experts.
+    """
     spec = checkpoint.spec
-    layers = [load_layer(checkpoint, layer, prepare, device, dtype) for layer in range(spec.num_layers)]
+    layers = [
+        load_layer(checkpoint, layer, prepare, device, dtype, prepare_grouped) for layer in range(spec.num_layers)
+    ]
     embedding = load_embedding(checkpoint, dtype).to(device)
     if LM_HEAD in checkpoint.schemes():
         head = Head(checkpoint.weight(LM_HEAD), prepare, device, dtype)
@@ -67,9 +86,15 @@ def load_weights(checkpoint: Checkpoint, prepare: Prepare, device: torch.device,
 
 
 def load_layer(
-    checkpoint: Checkpoint, layer: int, prepare: Prepare, device: torch.device, dtype: torch.dtype
+    checkpoint: Checkpoint,
+    layer: int,
+    prepare: Prepare,
+    device: torch.device,
+    dtype: torch.dtype,
+    prepare_grouped: PrepareGrouped | None = None,
 ) -> LayerWeights:
     """One block, checked against the spec as every runner does."""
+    experts, router = checkpoint.spec.experts, load_router(checkpoint, layer)
     prefix = f"{checkpoint.spec.block_prefix(layer)}."
     found: dict[str, Part] = {}
 
@@ -82,11 +107,15 @@ def load_layer(
     def joint(*names: str) -> Linear:
         return joint_linear([found.pop(name) for name in names], prepare, device, dtype)
 
+    if router is None:
+        mlp: MlpWeights | Experts = MlpWeights(joint(GATE, UP), joint(DOWN))
+    else:
+        assert experts is not None and prepare_grouped is not None
+        mlp = make_experts(experts, router.dequantize(), found, prepare_grouped, device, dtype, prefix.rstrip("."))
     return LayerWeights(
         qkv=joint(Q, K, V),
         o=joint(O),
-        gate_up=joint(GATE, UP),
-        down=joint(DOWN),
+        mlp=mlp,
         input_norm=norms[INPUT_NORM],
         post_attention_norm=norms[POST_ATTENTION_NORM],
         q_norm=norms.get(Q_NORM),

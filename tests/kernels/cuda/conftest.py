@@ -33,6 +33,7 @@ WRAPPERS = [
         "fused.rotary_cache",
         "float8.quantize",
         "float8.wgmma",
+        "grouped.choosing",
         "grouped.inputs",
         "grouped.multiply",
         "grouped.routing",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from collections.abc import Sequence as Layers
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,14 @@ from aphroquant.engine.kv_cache import KVCache, KVScheme
 from aphroquant.engine.runner import ReferenceRunner
 from aphroquant.engine.sequence import Sequence
 from aphroquant.kernels.dispatch import select_backend
+from aphroquant.kernels.reference.grouped import LoopedGroupedLinear
 from aphroquant.kernels.reference.linear import ReferenceLinear
+from aphroquant.schemes import QuantizedWeight
 
 TinyCheckpoint = Callable[..., Path]
 CPU = torch.device("cpu")
 BLOCK_SIZE = 16
+QWEN3_EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "mlp_only_layers": [1]}
 
 
 def sequence(tokens: list[int], blocks: list[int]) -> Sequence:
@@ -32,9 +36,13 @@ def sequence(tokens: list[int], blocks: list[int]) -> Sequence:
     return made
 
 
+def looped(weights: Layers[QuantizedWeight]) -> LoopedGroupedLinear:
+    return LoopedGroupedLinear([ReferenceLinear(weight, None) for weight in weights], *weights[0].shape)
+
+
 def emulated_runner(path: Path, kv_cache_dtype: str, dtype: torch.dtype, max_num_seqs: int) -> CudaRunner:
     checkpoint = open_checkpoint(str(path))
-    weights = load_weights(checkpoint, ReferenceLinear, CPU, dtype)
+    weights = load_weights(checkpoint, ReferenceLinear, CPU, dtype, looped)
     scheme = KVScheme.named(kv_cache_dtype)
     decoder = CudaDecoder(checkpoint.spec, weights, scheme, block_size=BLOCK_SIZE, max_positions=128, dtype=dtype)
     cache = KVCache(checkpoint.spec, scheme, 16, BLOCK_SIZE)
@@ -43,7 +51,16 @@ def emulated_runner(path: Path, kv_cache_dtype: str, dtype: torch.dtype, max_num
 
 @pytest.mark.parametrize(
     ("family", "overrides"),
-    [("llama", {}), ("qwen3", {}), ("qwen2", {}), ("mistral", {"sliding_window": 12})],
+    [
+        ("llama", {}),
+        ("qwen3", {}),
+        ("qwen2", {}),
+        ("mistral", {"sliding_window": 12}),
+        ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+        ("qwen3_moe", QWEN3_EXPERTS),
+        ("qwen3_moe", QWEN3_EXPERTS | {"num_experts_per_tok": 6, "mlp_only_layers": []}),
+        ("qwen3_moe", QWEN3_EXPERTS | {"num_experts_per_tok": 6, "mlp_only_layers": [0], "norm_topk_prob": True}),
+    ],
 )
 def test_emulated_forwards_agree_with_the_reference_runner(
     emulated_kernels: None, tiny_checkpoint: TinyCheckpoint, family: str, overrides: dict[str, Any]

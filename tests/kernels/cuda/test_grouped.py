@@ -10,6 +10,7 @@ from torch import Tensor
 
 from aphroquant.kernels.cuda.float8.quantize import Granularity
 from aphroquant.kernels.cuda.float8.wgmma import Float8Tile
+from aphroquant.kernels.cuda.grouped.choosing import choose_experts
 from aphroquant.kernels.cuda.grouped.inputs import gather_inputs, quantize_inputs
 from aphroquant.kernels.cuda.grouped.multiply import decode_multiply, float8_multiply, mma_multiply, wgmma_multiply
 from aphroquant.kernels.cuda.grouped.routing import TILE_SIZES, CudaTokenGroups, combine, group_tokens
@@ -115,6 +116,29 @@ def check_tiles(groups: CudaTokenGroups) -> None:
         ]
         assert tiles == expected
         assert all(tile[3] % 4 == 0 for tile in tiles)
+
+
+@pytest.mark.parametrize("normalizes", [False, True])
+@pytest.mark.parametrize(("tokens", "experts", "top_k"), [(1, 8, 2), (9, 128, 8), (6, 40, 1), (3, 5, 5)])
+def test_experts_are_those_of_the_largest_logits(
+    tokens: int, experts: int, top_k: int, normalizes: bool, device: torch.device
+) -> None:
+    logits = torch.randn(tokens, experts, device=device) * 3
+    found = choose_experts(logits, top_k, normalizes)
+    expected = logits.topk(top_k).indices
+    assert torch.equal(found.ids.long(), expected)
+    shares = torch.softmax(logits.double(), -1).gather(1, expected)
+    if normalizes:
+        shares /= shares.sum(1, keepdim=True)
+    torch.testing.assert_close(found.weights.double(), shares, rtol=1e-5, atol=1e-7)
+
+
+def test_equal_logits_take_the_lower_experts_and_broken_ones_none(device: torch.device) -> None:
+    logits = torch.zeros(2, 40, device=device)
+    logits[1] = torch.nan
+    found = choose_experts(logits, 3, True)
+    assert found.ids.cpu().tolist() == [[0, 1, 2], [-1, -1, -1]]
+    assert found.weights[0].isfinite().all() and found.weights[1].isnan().all()
 
 
 @pytest.mark.parametrize(("top_k", "columns"), [(1, 40), (3, 8), (8, 37)])
