@@ -15,7 +15,7 @@ factors exp(a) of what they were, so that one step size fits them all.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -82,7 +82,23 @@ class CurvatureEstimate:
         return Curvature(self._rows / mean, self._columns * (2 / num_terms))
 
 
-class TrainedWeight:
+class TrainedWeight(Protocol):
+    """The numbers of a quantized weight [N, K] that steps move."""
+
+    def value(self) -> Tensor:
+        """The weight [N, K] as it is now, float32, a leaf to differentiate by."""
+
+    def step(self, gradient: Tensor, size: Tensor) -> None:
+        """One step of what is continuous, of this relative size, against the gradient [N, K] by `value()`."""
+
+    def step_codes(self, gradient: Tensor, curvature: Curvature, size: Tensor) -> None:
+        """One step of the codes, if they are moved."""
+
+    def rounded(self) -> QuantizedWeight:
+        """The weight that would be stored."""
+
+
+class TrainedInteger:
     """The numbers of an integer weight [N, K]. Without the `dense` weight that it stands for, its codes are fixed."""
 
     def __init__(self, weight: QuantizedWeight, dense: Tensor | None = None) -> None:

@@ -23,7 +23,7 @@ from aphroquant.calibration.training import TrainedGain, TrainedWeight
 from aphroquant.conversion.blocks import SolvedBlock
 from aphroquant.conversion.calibration_block import CalibrationBlock, load_calibration_block
 from aphroquant.conversion.plan import ConversionPlan
-from aphroquant.conversion.training import WindowForward, trained_norms
+from aphroquant.conversion.training import WindowForward, trained_norms, trained_weight
 from aphroquant.errors import InputError
 from aphroquant.models.decoder import rms_norm
 from aphroquant.models.loader import load_embedding, load_final_norm, load_head
@@ -96,7 +96,7 @@ class Distiller:
             bias = solved.changed.get(f"{module}.bias")
             own.bias = own.bias if bias is None else bias.float().to(self._device)
             if module in solved.solutions:
-                weights[name] = TrainedWeight(solved.solutions[module].weight.to(self._device))
+                weights[name] = trained_weight(solved.solutions[module].weight.to(self._device))
                 own.weight = torch.empty(0)
         gains = {}
         for norm, gain in frame.norms.items():

@@ -13,11 +13,11 @@ from aphroquant.calibration.differentiable import repeatable_training
 from aphroquant.calibration.refine import Numbers, Values, refine
 from aphroquant.calibration.solution import Solution, relative_error
 from aphroquant.calibration.statistics import InputStatistics
-from aphroquant.calibration.training import TrainedGain, TrainedWeight
+from aphroquant.calibration.training import TrainedGain
 from aphroquant.conversion.calibration_block import CalibrationBlock
 from aphroquant.conversion.dataless import naming_modules
 from aphroquant.conversion.plan import ConversionPlan
-from aphroquant.conversion.training import WindowForward, trained_norms
+from aphroquant.conversion.training import WindowForward, trained_norms, trained_weight
 
 
 class Unrounded:
@@ -49,7 +49,7 @@ class BlockRefiner:
         """
         names = {name: f"{block.prefix}.{name}" for name in unrounded.weights}
         weights = {
-            name: TrainedWeight(solutions[module].weight.to(self._device), unrounded.weights[name])
+            name: trained_weight(solutions[module].weight.to(self._device), unrounded.weights[name])
             for name, module in names.items()
         }
         gains = {

@@ -161,18 +161,19 @@ def training_steps(
 ) -> tuple[int, int]:
     """Steps of (refinement, distillation): those asked for, or what the effort gives where training can help."""
     asked = (request.refine_steps, request.distill_steps)
-    trains = calibrates and isinstance(scheme, IntegerScheme)
+    trains = calibrates and not isinstance(scheme, FloatScheme)
     if not trains and any(asked):
         option = "--refine-steps" if request.refine_steps else "--distill-steps"
         why = "--samples 0 gives none" if isinstance(scheme, IntegerScheme) else f"{scheme} has none"
-        raise UsageError(f"{option} moves integer codes and scales by calibration text, but {why}")
+        raise UsageError(f"{option} moves codes, codebooks and scales by calibration text, but {why}")
     if has_experts:
         if any(asked):
             option = "--refine-steps" if request.refine_steps else "--distill-steps"
             raise UsageError(f"{option} trains no model whose blocks have experts", hint=f"leave out {option}")
         return 0, 0
     effort = find_effort(request.effort)
-    wanted = isinstance(scheme, IntegerScheme) and scheme.bits < NEARLY_EXACT_BITS and trains
+    nearly_exact = isinstance(scheme, IntegerScheme) and scheme.bits >= NEARLY_EXACT_BITS
+    wanted = trains and not nearly_exact
     by_effort = (effort.refine_steps, effort.distill_steps) if wanted else (0, 0)
     refine, distill = (given if own is None else own for own, given in zip(asked, by_effort, strict=True))
     return refine, distill

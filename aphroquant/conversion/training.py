@@ -8,7 +8,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from aphroquant.calibration.aqlm.training import TrainedAdditive
 from aphroquant.calibration.differentiable import linear
+from aphroquant.calibration.training import TrainedInteger, TrainedWeight
 from aphroquant.conversion.calibration_block import CalibrationBlock
 from aphroquant.models.decoder import CosSin, DecoderBlock, causal_attention
 from aphroquant.models.rope import cos_sin
@@ -26,6 +28,7 @@ from aphroquant.models.spec import (
     Q,
     V,
 )
+from aphroquant.schemes import AdditiveScheme, QuantizedWeight
 
 # A gain is moved only if all that reads it is quantized: what stays dense is carried over as it is.
 NORM_READERS = {INPUT_NORM: (Q, K, V), POST_ATTENTION_NORM: (GATE, UP), Q_NORM: (Q,), K_NORM: (K,)}
@@ -59,6 +62,13 @@ class WindowForward:
             cos, sin = cos_sin(self._spec.rope, self._spec.head_dim, positions)
             self._ropes[num_windows] = cos.to(self._device), sin.to(self._device)
         return self._ropes[num_windows]
+
+
+def trained_weight(weight: QuantizedWeight, dense: Tensor | None = None) -> TrainedWeight:
+    """What steps move of a weight. Codes of integers move where the `dense` weight that they stand for is given."""
+    if isinstance(weight.scheme, AdditiveScheme):
+        return TrainedAdditive(weight)
+    return TrainedInteger(weight, dense)
 
 
 def trained_norms(block: CalibrationBlock, quantized: Callable[[str], bool]) -> list[str]:

@@ -10,7 +10,8 @@ import torch
 from aphroquant.calibration.refine import BATCH_WINDOWS
 from aphroquant.checkpoint.disk import size_text
 from aphroquant.conversion.plan import ConversionPlan
-from aphroquant.schemes import IntegerScheme
+from aphroquant.conversion.targets import TargetScheme
+from aphroquant.schemes import AdditiveScheme, IntegerScheme
 
 _COPIES_OF_A_BLOCK = 3  # its dense weights, their gradients, and one of them on its way
 _COPIES_OF_INNER = 8  # of what a block makes of its input and keeps for the way back, in hidden and inner sizes
@@ -31,17 +32,27 @@ def refusal(plan: ConversionPlan, window_len: int, device: torch.device) -> str 
 def distillation_bytes(plan: ConversionPlan, window_len: int) -> int:
     """About what a distillation holds at once: codes, scales, head, states between blocks, and one block's work."""
     spec, scheme = plan.spec, plan.scheme
-    assert isinstance(scheme, IntegerScheme)
     shapes = list(plan.modules.values())
-    codes = sum(rows * columns for rows, columns in shapes)
-    groups = sum(rows * scheme.num_groups(columns) for rows, columns in shapes)
+    weights = sum(rows * columns for rows, columns in shapes)
     tokens = BATCH_WINDOWS * window_len
     states = tokens * spec.hidden_size * (spec.num_layers + 2) * 4
     vocabulary = 2 * spec.vocab_size * spec.hidden_size * 4
-    block = codes // spec.num_layers * 4 * _COPIES_OF_A_BLOCK
+    block = weights // spec.num_layers * 4 * _COPIES_OF_A_BLOCK
     inner = tokens * (spec.hidden_size + spec.intermediate_size) * 4 * _COPIES_OF_INNER
     attention = BATCH_WINDOWS * spec.num_heads * window_len**2 * 4 * _ATTENTION_COPIES
-    return codes + groups * 4 * _NUMBERS_A_GROUP + states + vocabulary + block + inner + attention + _LOGITS_BYTES
+    trained = sum(_trained_bytes(scheme, *shape) for shape in shapes)
+    return trained + states + vocabulary + block + inner + attention + _LOGITS_BYTES
+
+
+def _trained_bytes(scheme: TargetScheme, rows: int, columns: int) -> int:
+    """Of what is kept of one weight between its steps."""
+    if isinstance(scheme, IntegerScheme):
+        return rows * columns + rows * scheme.num_groups(columns) * 4 * _NUMBERS_A_GROUP
+    assert isinstance(scheme, AdditiveScheme)
+    codes = rows * columns // scheme.in_group * scheme.num_codebooks
+    entries: int = scheme.num_codebooks * 2**scheme.code_bits * scheme.in_group
+    code_bytes: int = scheme.dtypes()["codes"].itemsize + 8  # and that of their order, int64
+    return codes * code_bytes + entries * 4 * _NUMBERS_A_GROUP
 
 
 def free_memory(device: torch.device) -> int:

@@ -14,8 +14,9 @@ from aphroquant.calibration.aqlm.codes import first_codes, group_metric, improve
 from aphroquant.calibration.aqlm.kmeans import kmeans, nearest, residual_kmeans
 from aphroquant.calibration.aqlm.solve import AqlmSettings, damped_moment, first_state, solve, solve_one
 from aphroquant.calibration.aqlm.state import Additive, output_error, sum_by_code
+from aphroquant.calibration.aqlm.training import TrainedAdditive
 from aphroquant.calibration.statistics import InputStatistics
-from aphroquant.schemes import AdditiveScheme, IntegerScheme
+from aphroquant.schemes import AdditiveScheme, IntegerScheme, QuantizedWeight
 
 SMALL = AdditiveScheme(2, 4)
 
@@ -185,3 +186,49 @@ def test_weights_of_any_size_fit_into_the_stored_numbers(size: float) -> None:
     [solution] = solve([weight], None, AdditiveScheme(1, 6), torch.float16)
     assert solution.relative_error < 0.35
     assert not solution.weight.dequantize()[3].abs().max() > 0.5 * size
+
+
+def quantized(weight: Tensor, statistics: InputStatistics | None = None) -> QuantizedWeight:
+    return solve([weight], statistics, AdditiveScheme(2, 5), torch.float16)[0].weight
+
+
+def test_gradients_by_codebooks_and_scales_are_those_of_autograd() -> None:
+    weight = quantized(torch.randn(12, 32))
+    trained, gradient = TrainedAdditive(weight), torch.randn(12, 32)
+    books = weight["codebooks"][:, :, 0].double().requires_grad_()
+    scales = weight["scales"].double().requires_grad_()
+    sums = sum(books[m][weight["codes"][..., m].long()] for m in range(2))
+    (sums * scales[:, None, None]).flatten(1).backward(gradient.double())
+    trained.step(gradient, torch.tensor(1e-3))
+    assert books.grad is not None
+    assert scales.grad is not None
+    moved = trained.value().detach() - weight.dequantize()
+    step = (
+        torch.where(books.grad != 0, -books.grad.sign(), 0)
+        * 1e-3
+        * books.detach().square().mean((1, 2)).sqrt()[:, None, None]
+    )
+    factors = torch.exp(-1e-3 * scales.grad.sign())
+    books_after, scales_after = books.detach() + step, scales.detach() * factors
+    expected = sum(books_after[m][weight["codes"][..., m].long()] for m in range(2)) * scales_after[:, None, None]
+    torch.testing.assert_close(
+        moved.double(), expected.flatten(1) - weight.dequantize(torch.float64), rtol=2e-3, atol=1e-6
+    )
+
+
+def test_training_brings_the_output_nearer_to_another_target() -> None:
+    weight, target, x = quantized(torch.randn(24, 64)), torch.randn(24, 64) * 0.1, torch.randn(300, 64)
+    target = weight.dequantize() + target
+    trained = TrainedAdditive(weight)
+    losses = []
+    for _ in range(60):
+        value = trained.value()
+        loss = ((value - target) @ x.T).square().mean()
+        loss.backward()
+        assert value.grad is not None
+        trained.step(value.grad, torch.tensor(3e-3))
+        losses.append(float(loss.detach()))
+    stored = trained.rounded()
+    stored.check("layer")
+    assert torch.equal(stored["codes"], weight["codes"])
+    assert float(((stored.dequantize() - target) @ x.T).square().mean()) < 0.9 * losses[0]

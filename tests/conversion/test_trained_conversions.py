@@ -13,7 +13,7 @@ import torch
 import aphroquant
 from aphroquant.calibration.data import DEFAULT_TEXTS, calibration_windows
 from aphroquant.calibration.effort import EFFORTS
-from aphroquant.calibration.training import TrainedWeight
+from aphroquant.calibration.training import TrainedInteger
 from aphroquant.checkpoint import open_checkpoint
 from aphroquant.conversion import ConversionResult, training_memory
 from aphroquant.conversion.plan import make_plan
@@ -51,6 +51,16 @@ def test_each_stage_of_training_lowers_the_divergence(tiny_checkpoint: Tiny, tmp
     assert found[2] < found[1]
 
 
+def test_training_moves_codebooks_too(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
+    source, found = tiny_checkpoint("llama"), []
+    for refine, distill in ((0, 0), (40, 40)):
+        out = tmp_path / f"{refine}-{distill}"
+        options = {"to": "aqlm", "scheme": "2x2", "bits": None, "group_size": None}
+        converted(source, out, refine_steps=refine, distill_steps=distill, **options)
+        found.append(divergence(source, out))
+    assert found[1] < found[0]
+
+
 def test_the_same_seed_trains_to_the_same_bytes(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
     files = []
     for name in ("a", "b"):
@@ -85,13 +95,13 @@ def test_the_gradient_that_goes_back_block_by_block_is_that_of_the_whole_model(
     tiny_checkpoint: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     taken: dict[int, list[torch.Tensor]] = {}
-    original = TrainedWeight.step
+    original = TrainedInteger.step
 
-    def watched(self: TrainedWeight, gradient: torch.Tensor, size: torch.Tensor) -> None:
+    def watched(self: TrainedInteger, gradient: torch.Tensor, size: torch.Tensor) -> None:
         taken.setdefault(id(self), []).append(gradient.clone())
         original(self, gradient, size)
 
-    monkeypatch.setattr(TrainedWeight, "step", watched)
+    monkeypatch.setattr(TrainedInteger, "step", watched)
     source = tiny_checkpoint("llama")
     converted(source, tmp_path / "out", samples=1, seq_len=16, distill_steps=1, solver="rtn", ignore=["v_proj"])
     monkeypatch.undo()
