@@ -1,8 +1,8 @@
 """Writing a GGUF file so that a file of its name is either complete or not there.
 
 The header holds the place of every tensor and stands first, so shapes and types are planned before any data comes; then
-each tensor is written to its place, in any order, and memory holds one at a time. The file has another name until it is
-complete and on the disk.
+each tensor is written to its place, in any order, and memory holds one, or a piece of one, at a time. The file has
+another name until it is complete and on the disk.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from aphroquant.checkpoint.gguf_names import ROPE_FACTORS, gguf_name, permuted_h
 from aphroquant.checkpoint.gguf_tokenizer_metadata import tokenizer_metadata
 from aphroquant.checkpoint.hashes import FileRecord, GrowingFileHash
 from aphroquant.checkpoint.leftovers import claim, partial_path, remove_leftovers
-from aphroquant.errors import ResourceError, UsageError
+from aphroquant.checkpoint.tensor_io import write_bytes
+from aphroquant.errors import UsageError
 from aphroquant.formats.fp4 import stored_factor
 from aphroquant.formats.gguf import BlockType, block_type, decode, encode, exact_type, in_type, quantize
 from aphroquant.models.spec import decoder_spec
@@ -42,10 +43,19 @@ class GgufTensorPlan(NamedTuple):
     type: str
 
 
+class EncodedRows(NamedTuple):
+    """Consecutive rows as bytes [N, bytes of a row] in the order of the file, and NVFP4's scale of the whole tensor."""
+
+    num_rows: int
+    data: Tensor
+    global_scale: Tensor | None
+
+
 class GgufWriter:
     """Writes the model of `config` (config.json) and `tokenizer` to the file `path`, atomically.
 
-    Use as a context manager: `plan` once, `add` every planned tensor under its Hugging Face name, end with `finish`.
+    Use as a context manager: `plan` once, `add` every planned tensor under its Hugging Face name (or `add_rows`, if it
+    is too large to be whole in memory), end with `finish`.
     Leaving without it, or on an exception, removes what was written. An existing file is replaced only with
     `overwrite`, by the last rename. `name` is the model's, for people.
 
@@ -78,6 +88,7 @@ class GgufWriter:
         self.removed: list[str] = []
         self._planned: dict[str, PlacedTensor] = {}  # by the name in the file
         self._missing: set[str] = set()
+        self._num_rows: dict[str, int] = {}  # written so far, of matrices that come in pieces
         self._descriptor: int | None = None
         self._made_parent = False
         self._data_begin = 0
@@ -135,51 +146,65 @@ class GgufWriter:
         header = encode_header(metadata, self._planned)
         self._data_begin = len(header)
         with self._disk_errors_told():
-            self._write_at(0, memoryview(header))
+            write_bytes(self._descriptor, self.path, 0, torch.frombuffer(bytearray(header), dtype=torch.uint8))
             os.ftruncate(self._descriptor, self.num_bytes)
         self._hash, self._filled = GrowingFileHash(self._descriptor), len(header)
         self._hash.reached(self._filled)
         if factors is not None:
-            self._put(ROPE_FACTORS, factors.view(torch.uint8))
+            self._put(ROPE_FACTORS, 0, factors)
 
     def add(self, name: str, value: Tensor | QuantizedWeight, *, importance: Tensor | None = None) -> None:
-        """Store one planned tensor. Dense values are cast or quantized to the planned type (`importance`: see
-        `formats.gguf.quantize`); quantized ones must fit it to the last bit, else it is a UsageError."""
-        stored = self._stored_name(name)
-        assert stored in self._planned, f"{name} was not planned"
-        kind, shape = self._planned[stored].block_type, self._planned[stored].shape
+        """Store one planned tensor whole: `encoded` and `add_rows`."""
         found = value.shape if isinstance(value, QuantizedWeight) else tuple(value.shape)
+        shape = self._planned_tensor(name).shape
         if found != shape:
             raise UsageError(f"{name} has shape {list(found)}, but {list(shape)} was planned")
-        weight = value if isinstance(value, QuantizedWeight) else QuantizedWeight.dense(value.reshape(-1, shape[-1]))
+        self.add_rows(name, 0, self.encoded(name, value, importance=importance))
+
+    def encoded(self, name: str, value: Tensor | QuantizedWeight, *, importance: Tensor | None = None) -> EncodedRows:
+        """Consecutive rows of a planned matrix (of a q or k projection whole heads), or a vector, as they are stored.
+
+        Dense values are cast or quantized to the planned type (`importance`: see `formats.gguf.quantize`); quantized
+        ones must fit it to the last bit, else it is a UsageError. Nothing is changed: any thread may call it.
+        """
+        planned = self._planned_tensor(name)
+        kind, columns = planned.block_type, planned.shape[-1]
+        weight = value if isinstance(value, QuantizedWeight) else QuantizedWeight.dense(value.reshape(-1, columns))
         if isinstance(weight.scheme, DenseScheme):
             held = quantize(kind, weight["weight"], importance, name=name)
         else:
             held = _held(name, weight, kind)
         data = encode(kind, held)  # [N, bytes of a row]
-        heads = permuted_heads(name, self._config, self._architecture)
-        if heads is not None:
-            per_row = data.view(shape[0], -1)  # a bias is one row of data
-            data = per_row[permuted_rows(name, shape[0], heads)]
-        self._put(stored, data)
-        if kind.name == "NVFP4":
-            self._put(_scale_name(stored), held["global_scale"].reshape(1).view(torch.uint8))
+        count = value.shape[0]
+        heads = self._heads(name, count)
+        if heads is not None:  # a bias is one row of data
+            data = data.view(count, -1)[permuted_rows(name, count, heads)]
+        scale = held["global_scale"].reshape(1) if kind.name == "NVFP4" else None
+        return EncodedRows(count, data, scale)
 
-    def stored(self, name: str) -> QuantizedWeight:
-        """A matrix that was added, read back from the file as a reader of it will find it."""
-        stored = self._stored_name(name)
-        tensor = self._planned[stored]
-        assert stored not in self._missing, f"{name} was not added yet"
-        rows, columns = tensor.shape
-        data = torch.frombuffer(bytearray(self._read_back(tensor)), dtype=torch.uint8)
-        heads = permuted_heads(name, self._config, self._architecture)
+    def decoded(self, name: str, encoded: EncodedRows) -> QuantizedWeight:
+        """The rows of a matrix as a reader of the file will find them."""
+        planned = self._planned_tensor(name)
+        count, data, scale = encoded
+        heads = self._heads(name, count)
         if heads is not None:
-            data = data.view(rows, -1)[unpermuted_rows(name, rows, heads)].flatten()
-        weight = decode(tensor.block_type, data, (rows, columns))
-        if tensor.block_type.name != "NVFP4":
+            data = data[unpermuted_rows(name, count, heads)]
+        weight = decode(planned.block_type, data.flatten(), (count, planned.shape[1]))
+        if scale is None:
             return weight
-        scale = torch.frombuffer(bytearray(self._read_back(self._planned[_scale_name(stored)])), dtype=torch.float32)
         return replace(weight, tensors={**weight.tensors, "global_scale": scale.double().reshape(())})
+
+    def add_rows(self, name: str, start: int, encoded: EncodedRows) -> None:
+        """Store rows from `start` on; a tensor's rows come in order. ResourceError unless they can be read back."""
+        stored = self._stored_name(name)
+        planned = self._planned_tensor(name)
+        assert start == self._num_rows.get(stored, 0), f"{name}: row {start} is not the next"
+        end = start + encoded.num_rows
+        assert end <= planned.shape[0], f"{name} has more than the planned {planned.shape[0]} rows"
+        self._put(stored, planned.nbytes // planned.shape[0] * start, encoded.data)
+        self._num_rows[stored] = end
+        if encoded.global_scale is not None and start == 0:
+            self._put(_scale_name(stored), 0, encoded.global_scale)
 
     def finish(self) -> Path:
         """Complete the file, put it into place, and return its path."""
@@ -206,35 +231,34 @@ class GgufWriter:
             raise UsageError(f"{name}: llama.cpp's {self._architecture} has no such tensor")
         return stored
 
-    def _put(self, stored: str, data: Tensor) -> None:
-        """Write the bytes of one tensor to its place."""
+    def _planned_tensor(self, name: str) -> PlacedTensor:
+        stored = self._stored_name(name)
+        assert stored in self._planned, f"{name} was not planned"
+        return self._planned[stored]
+
+    def _heads(self, name: str, count: int) -> int | None:
+        """How many heads that many rows are, if they are stored in another order."""
+        heads, rows = permuted_heads(name, self._config, self._architecture), self._planned_tensor(name).shape[0]
+        if heads is None:
+            return None
+        assert count * heads % rows == 0, f"{name}: {count} rows are no whole heads"
+        return count * heads // rows
+
+    def _put(self, stored: str, begin: int, data: Tensor) -> None:
+        """Write bytes of one tensor to their place in it; they end it, or more will come."""
         tensor = self._planned[stored]
         assert stored in self._missing, f"{stored} was added before"
-        assert data.numel() == tensor.nbytes, f"{stored} has {data.numel()} bytes, {tensor.nbytes} were planned"
+        assert self._descriptor is not None
+        position = self._data_begin + tensor.begin + begin
         with self._disk_errors_told():
-            self._write_at(self._data_begin + tensor.begin, data.cpu().contiguous().view(-1).numpy().data)
-        self._missing.remove(stored)
-        self._num_written += tensor.nbytes
-        if self._data_begin + tensor.begin - self._filled < ALIGNMENT and self._hash is not None:  # the next in order
-            self._filled = max(self._filled, self._data_begin + tensor.begin + tensor.nbytes)
+            end = write_bytes(self._descriptor, self.path, position, data)
+        self._num_written += end - position
+        assert end <= self._data_begin + tensor.begin + tensor.nbytes, f"{stored} has more bytes than were planned"
+        if end == self._data_begin + tensor.begin + tensor.nbytes:
+            self._missing.remove(stored)
+        if position - self._filled < ALIGNMENT and self._hash is not None:  # the next in order
+            self._filled = max(self._filled, end)
             self._hash.reached(self._filled)
-
-    def _write_at(self, position: int, content: memoryview) -> None:
-        assert self._descriptor is not None
-        while content:  # one call writes at most 2 GiB
-            count = os.pwrite(self._descriptor, content, position)
-            position, content = position + count, content[count:]
-
-    def _read_back(self, tensor: PlacedTensor) -> bytes:
-        assert self._descriptor is not None
-        parts, position, left = [], self._data_begin + tensor.begin, tensor.nbytes
-        while left:  # one call reads at most 2 GiB
-            part = os.pread(self._descriptor, left, position)
-            if not part:
-                raise ResourceError(f"{self.path}: what was written cannot be read back")
-            parts.append(part)
-            position, left = position + len(part), left - len(part)
-        return b"".join(parts)
 
     def _disk_errors_told(self) -> AbstractContextManager[None]:
         return telling_disk_errors(self.path, lambda: self._num_written)

@@ -19,14 +19,12 @@ import torch
 from torch import Tensor
 
 from aphroquant.checkpoint.safetensors_header import StoredTensor, encode_header
-from aphroquant.errors import ResourceError
-from aphroquant.numbers import same_bytes
+from aphroquant.checkpoint.tensor_io import write_bytes
 
 HEADER_ROOM = 2 * 2**20  # some 15 000 tensors
 SMALL_BYTES = 64 * HEADER_ROOM  # below it, a shard is copied together
 _METADATA = {"format": "pt"}  # transformers refuses files without it
 _ALIGNMENT = 8  # of the widest dtype
-_STEP = 2**20  # bytes written and read again at a time: what is compared is then in the processor's cache
 
 
 class Shard:
@@ -52,7 +50,7 @@ class Shard:
         target = self._opened() if aligned else self._opened_spool()
         begin = target.tell()
         for chunk in chunks:
-            _write(target, chunk)
+            target.seek(write_bytes(target.fileno(), Path(target.name), target.tell(), chunk))
         assert target.tell() - begin == nbytes, f"{name}: its pieces are no {shape} of {dtype}"
         (self._direct if aligned else self._spooled)[name] = StoredTensor(dtype, shape, begin, nbytes)
         self.nbytes += nbytes
@@ -112,20 +110,6 @@ class Shard:
 
 def _widest_first(item: tuple[str, StoredTensor]) -> tuple[int, str]:
     return -item[1].dtype.itemsize, item[0]
-
-
-def _write(file: BinaryIO, chunk: Tensor) -> None:
-    """Append the tensor's bytes. ResourceError unless they can be read back."""
-    content = chunk.detach().cpu().contiguous().flatten().view(torch.uint8)
-    stored = torch.empty(min(_STEP, content.numel()), dtype=torch.uint8)
-    for part in content.split(_STEP):  # type: ignore[no-untyped-call]
-        begin, again = file.tell(), stored[: part.numel()]
-        _write_all(file, part.numpy().data)
-        if os.preadv(file.fileno(), [again.numpy().data], begin) != part.numel() or not same_bytes(again, part):
-            raise ResourceError(
-                f"{file.name}: what was written is not what can be read back",
-                hint="the disk, or the memory, is faulty; give another --out",
-            )
 
 
 def _write_all(file: BinaryIO, content: memoryview) -> None:

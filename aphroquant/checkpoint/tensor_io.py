@@ -1,8 +1,12 @@
-"""Bytes of a file as a tensor. Each read opens, seeks and reads just its range into fresh memory: nothing is shared
-with the file, so a caller may change the tensor, and a file that shrinks meanwhile is an error, not a crash."""
+"""Bytes of a file as a tensor. Each read opens, seeks and reads just its range into memory of its own.
+
+Nothing is shared with the file, so a caller may change the tensor, and a file that shrinks meanwhile is an error, not a
+crash. What is written is read again at once.
+"""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -10,7 +14,10 @@ from torch import Tensor
 
 from aphroquant import buffers
 from aphroquant.checkpoint.files import opened
-from aphroquant.errors import InputError
+from aphroquant.errors import InputError, ResourceError
+from aphroquant.numbers import same_bytes
+
+_STEP = 2**20  # bytes written and read again at a time: what is compared is then in the processor's cache
 
 
 def read_bytes(path: Path, name: str, begin: int, nbytes: int) -> Tensor:
@@ -31,3 +38,28 @@ def read_bytes(path: Path, name: str, begin: int, nbytes: int) -> Tensor:
 def as_tensor(buffer: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
     """The bytes uint8 [n] seen as `dtype` and `shape`, without a copy."""
     return torch.empty(shape, dtype=dtype) if buffer.numel() == 0 else buffer.view(dtype).view(shape)
+
+
+def write_bytes(descriptor: int, path: Path, position: int, tensor: Tensor) -> int:
+    """Write the tensor's bytes to this place of a file open for both, and return where they end. ResourceError naming
+    `path` unless the file then holds them."""
+    content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+    stored = torch.empty(min(_STEP, content.numel()), dtype=torch.uint8)
+    for start in range(0, content.numel(), _STEP):
+        part = content[start : start + _STEP]
+        again = stored[: part.numel()]
+        _write_all(descriptor, position, part)
+        if os.preadv(descriptor, [again.numpy().data], position) != part.numel() or not same_bytes(again, part):
+            raise ResourceError(
+                f"{path}: what was written is not what can be read back",
+                hint="the disk, or the memory, is faulty; give another --out",
+            )
+        position += part.numel()
+    return position
+
+
+def _write_all(descriptor: int, position: int, part: Tensor) -> None:
+    content = part.numpy().data
+    while content:
+        count = os.pwrite(descriptor, content, position)
+        position, content = position + count, content[count:]

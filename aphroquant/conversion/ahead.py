@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TypeVar
+
+import torch
 
 from aphroquant import buffers
 
@@ -26,7 +28,8 @@ def in_order(
     An error comes up where its item would; what was begun after it is finished and dropped.
     """
     waiting: deque[tuple[Item, int, Future[Result]]] = deque()
-    with buffers.reused(), ThreadPoolExecutor(max_workers=min(MAX_WORKERS, os.cpu_count() or 1)) as pool:
+    num_workers = min(MAX_WORKERS, torch.get_num_threads())
+    with buffers.reused(), _sharing_threads(num_workers), ThreadPoolExecutor(max_workers=num_workers) as pool:
         try:
             for item, size in items:
                 while waiting and (len(waiting) > MAX_WORKERS or sum(each[1] for each in waiting) + size > at_once):
@@ -37,6 +40,17 @@ def in_order(
         finally:
             for _, _, future in waiting:
                 future.cancel()
+
+
+@contextmanager
+def _sharing_threads(num_workers: int) -> Iterator[None]:
+    """torch's operations get a share of the processor each: more threads than cores wait for each other."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, num_threads // num_workers))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)
 
 
 def _first(waiting: deque[tuple[Item, int, Future[Result]]]) -> tuple[Item, Result]:

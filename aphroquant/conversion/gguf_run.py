@@ -6,10 +6,10 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from aphroquant.calibration.data import CalibrationData
@@ -17,13 +17,14 @@ from aphroquant.checkpoint import Checkpoint, GgufWriter
 from aphroquant.checkpoint.disk import fsync, telling_disk_errors
 from aphroquant.checkpoint.gguf import GgufCheckpoint
 from aphroquant.checkpoint.hashes import FileHashes
+from aphroquant.conversion.ahead import in_order
 from aphroquant.conversion.conversion import Conversion
-from aphroquant.conversion.gguf_plan import make_gguf_plan, weight_only
-from aphroquant.conversion.gguf_types import is_dense, label
+from aphroquant.conversion.gguf_plan import make_gguf_plan
+from aphroquant.conversion.gguf_rows import encoded_rows, pieces
+from aphroquant.conversion.gguf_types import label
 from aphroquant.conversion.importance import gather_importance, read_windows
 from aphroquant.conversion.loss import (
     DENSE_OUTCOME,
-    LossError,
     repacked,
     requantized,
     would_be_repacked,
@@ -32,9 +33,8 @@ from aphroquant.conversion.manifest import manifest
 from aphroquant.conversion.progress import Progress
 from aphroquant.conversion.request import ConversionRequest
 from aphroquant.conversion.result import ConversionResult
-from aphroquant.conversion.soundness import check_carried, check_codes, check_complete
-from aphroquant.errors import AphroquantError, UsageError
-from aphroquant.schemes import DenseScheme, QuantizedWeight
+from aphroquant.conversion.soundness import check_carried, check_complete
+from aphroquant.errors import UsageError
 
 PROVENANCE = ".aphroquant.json"  # after the file's name
 # About the tensors of the old file, or about how they were placed.
@@ -86,43 +86,16 @@ class GgufConversion(Conversion):
         return result
 
     def _write_tensors(self, writer: GgufWriter, importance: Mapping[str, Tensor]) -> None:
-        total = len(self.plan.tensors)
+        total, done, name = len(self.plan.tensors), 0, ""
         self.progress.stage("repacking" if self.plan.exact else "encoding")
-        for number, name in enumerate(self.plan.tensors, 1):
-            module = name.removesuffix(".weight")
-            if module in self.plan.exact:
-                self._repack(writer, name, module)
-            elif module in self.plan.types:
-                self._encode(writer, name, module, importance.get(module))
-            else:
-                writer.add(name, self.checkpoint.read(name).float())
-            self.progress.block(number, total)
-
-    def _repack(self, writer: GgufWriter, name: str, module: str) -> None:
-        """Write the module's numbers as they are, and compare what the file then holds."""
-        weight = weight_only(self.checkpoint.weight(module))
-        check_codes(self.checkpoint, module, weight.tensors.values())
-        if self.plan.types[module] == "F32":
-            writer.add(name, weight.dequantize())
-        else:
-            try:
-                writer.add(name, weight)
-            except UsageError as error:
-                raise LossError(error.message) from error
-        stored = writer.stored(name)
-        if not stored.same_values(weight):
-            raise AphroquantError(f"{module}: repacking changed its values; nothing was written")
-        self._num_rescaled += not _same_global_scale(stored, weight)
-
-    def _encode(self, writer: GgufWriter, name: str, module: str, importance: Tensor | None) -> None:
-        source = self.checkpoint.weight(module)
-        check_codes(self.checkpoint, module, source.tensors.values())
-        weight = source["weight"] if isinstance(source.scheme, DenseScheme) else source.dequantize()
-        writer.add(name, weight, importance=importance)
-        if not is_dense(self.plan.types[module]):
-            error = writer.stored(name).dequantize().sub_(weight)
-            self._squared[0] += float(error.square_().sum(dtype=torch.float64))
-            self._squared[1] += float(weight.float().square().sum(dtype=torch.float64))
+        work = partial(encoded_rows, self.checkpoint, self.plan, writer, importance)
+        for piece, rows in in_order(pieces(self.checkpoint, self.plan), work):
+            if piece.name != name:
+                name, done = piece.name, done + 1
+                self.progress.block(done, total)
+            writer.add_rows(piece.name, piece.start, rows.encoded)
+            self._squared = [mine + its for mine, its in zip(self._squared, rows.squares, strict=True)]
+            self._num_rescaled += rows.rescaled
 
     def _importance(self) -> tuple[CalibrationData | None, Mapping[str, Tensor]]:
         """E[x**2] of every layer's inputs, if calibration text is given and something is encoded."""
@@ -212,10 +185,6 @@ class GgufConversion(Conversion):
             count = len(self.plan.exact)
             return repacked(count, self._num_rescaled) if done else would_be_repacked(count)
         return DENSE_OUTCOME if self.reason is None else requantized(self.reason)
-
-
-def _same_global_scale(stored: QuantizedWeight, weight: QuantizedWeight) -> bool:
-    return "global_scale" not in weight.tensors or torch.equal(stored["global_scale"], weight["global_scale"])
 
 
 def _quantizes_inputs(checkpoint: Checkpoint, module: str) -> bool:
