@@ -32,7 +32,7 @@ def test_answers_are_likeliest_by_the_reference(
     if reason := gpu_obstacle():
         pytest.skip(reason)
     source = tiny_checkpoint(family, **FAMILIES[family])
-    group = {"group_size": 32} if scheme.startswith("w") else {}
+    group: dict[str, Any] = {"group_size": 32} if scheme.startswith("w") else {}
     convert(source, out=tmp_path / "out", to="compressed-tensors", scheme=scheme, samples=0, **group)
     llm = LLM(str(tmp_path / "out"), device="cuda", num_kv_blocks=64, dtype="float16")
     prompts = [[5, 9, 77, 30], list(range(3, 43)), *([3 + i, 40 + i, 9] for i in range(6))]
