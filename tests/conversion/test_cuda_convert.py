@@ -41,3 +41,30 @@ def test_both_devices_measure_the_same_divergence(tiny_checkpoint: TinyCheckpoin
         for device in ("cpu", "cuda")
     ]
     assert found[1].mean_kld == pytest.approx(found[0].mean_kld, rel=1e-3)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_training_on_a_gpu_repeats_exactly_and_helps_as_on_a_cpu(
+    tiny_checkpoint: TinyCheckpoint, tmp_path: Path, family: str
+) -> None:
+    source = tiny_checkpoint(family)
+    found = {}
+    for name, device, steps in (("plain", "cuda", 0), ("a", "cuda", 40), ("b", "cuda", 40), ("cpu", "cpu", 40)):
+        convert(
+            source,
+            to="gptq",
+            bits=2,
+            out=tmp_path / name,
+            group_size=32,
+            solver="rtn",
+            samples=32,
+            seq_len=32,
+            device=device,
+            refine_steps=steps,
+            distill_steps=steps,
+        )
+        found[name] = evaluate(tmp_path / name, against=source, windows=8, window_len=32, device="cpu").mean_kld
+    assert found["a"] < 0.7 * found["plain"]
+    assert found["a"] == pytest.approx(found["cpu"], rel=0.2)
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("a", "b")]
+    assert files[0] == files[1]
