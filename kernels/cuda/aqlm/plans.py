@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -45,16 +46,26 @@ def shared_limit(capability: tuple[int, int]) -> int:
 
 @lru_cache(maxsize=8192)  # asked for at every call
 def lookup_plan(layer: Layer, slices: int) -> LookupPlan:
-    """As measured, or one block on each multiprocessor."""
-    plan = tuned(LOOKUP, LookupPlan, layer.problem(1), layer.device)
-    return plan or LookupPlan(max(1, gpu(layer.device).multiprocessors // slices))
+    """As measured; of a layer of another size the warps, and one block on each multiprocessor."""
+    plan = tuned(LOOKUP, LookupPlan, layer.problem(1), layer.device) or LookupPlan()
+    return plan if _is_measured(LOOKUP, layer) else replace(plan, ranges=_ranges(layer, slices))
 
 
 @lru_cache(maxsize=8192)
 def sliced_plan(layer: Layer, units: int) -> SlicedPlan:
-    """As measured, or one block on each multiprocessor."""
-    plan = tuned(SLICED, SlicedPlan, layer.problem(1), layer.device)
-    return plan or SlicedPlan(max(1, gpu(layer.device).multiprocessors // units))
+    """As `lookup_plan`."""
+    plan = tuned(SLICED, SlicedPlan, layer.problem(1), layer.device) or SlicedPlan()
+    return plan if _is_measured(SLICED, layer) else replace(plan, ranges=_ranges(layer, units))
+
+
+def _is_measured(table: str, layer: Layer) -> bool:
+    entry = tuned_entry(table, layer.problem(1), layer.device)
+    return entry is not None and _size(entry.problem) == (layer.out_features, layer.in_features)
+
+
+def _ranges(layer: Layer, blocks: int) -> int:
+    """So many that ranges of `blocks` blocks fill the GPU once."""
+    return max(1, gpu(layer.device).multiprocessors // blocks)
 
 
 @lru_cache(maxsize=8192)

@@ -11,7 +11,7 @@ from torch import Tensor
 SLICE_ENTRIES = 8192
 MAX_CHUNK_GROUPS = 512
 GROUP_ROWS = 8
-WINDOW_ROWS = 256  # within which rows are sorted by how many codes they have
+WINDOW_ROWS = 64  # within which rows are sorted by how many codes they have
 _POSITIONS = 4  # of a step
 _QUAD_STEPS, QUAD_BYTES = 4, 384
 _QUADS_AHEAD = 8  # that may be read behind the last
