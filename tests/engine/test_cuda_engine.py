@@ -238,3 +238,18 @@ def test_the_batch_and_the_chunks_of_a_prompt_do_not_matter(tiny_checkpoint: Tin
     alone = [gpu_tokens(path, [prompt], dtype="float16")[0] for prompt in prompts]
     assert gpu_tokens(path, prompts, dtype="float16") == alone
     assert gpu_tokens(path, prompts, dtype="float16", max_num_batched_tokens=7) == alone
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("gpu")
+def test_steps_that_begin_ahead_give_the_tokens_of_steps_that_wait(
+    tiny_checkpoint: TinyCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = LLM(str(tiny_checkpoint("llama", head_dim=32)), device="cuda", num_kv_blocks=64, dtype="float16")
+    prompts = [list(range(3, 3 + size)) for size in (4, 50, 17, 9)]
+    for temperature in (0.0, 0.8):
+        sampling = SamplingParams(temperature=temperature, top_p=0.9, seed=7, max_tokens=30, ignore_eos=True)
+        ahead = [generation.token_ids for generation in llm.generate(prompts, sampling)]
+        with monkeypatch.context() as patch:
+            patch.setattr(llm.engine._scheduler, "make_room_ahead", lambda step, sequences: False)
+            assert [generation.token_ids for generation in llm.generate(prompts, sampling)] == ahead

@@ -25,12 +25,12 @@ _CHANNELS = 64  # of a row of shared memory
 
 @dataclass(frozen=True)
 class WgmmaTile:
-    """How the kernel is cut: warpgroups of 64 rows, tokens of a stage, stages; stages of codes of 8-bit caches."""
+    """How the kernel is cut: warpgroups of 64 rows, tokens of a stage, stages; a side's stages of codes, if 8-bit."""
 
     warpgroups: int = 2
     tokens: int = 128
     stages: int = 2
-    staged: int = 3
+    staged: int = 2
 
     def macros(self) -> dict[str, int]:
         return {"WARPGROUPS": self.warpgroups, "TILE": self.tokens, "STAGES": self.stages, "STAGED": self.staged}
@@ -75,8 +75,8 @@ def wgmma_tile(shape: AttentionShape) -> WgmmaTile | None:
 def shared_bytes(shape: AttentionShape, tile: WgmmaTile) -> int:
     """Dynamic shared memory of a block: queries, stages of keys and values, barriers, and room to align."""
     row = shape.head_dim * 2
-    codes = tile.staged * tile.tokens * shape.head_dim if shape.key.dtype.itemsize == 1 else 0
-    barriers = 8 * (4 * tile.stages + tile.staged)
+    codes = 2 * tile.staged * tile.tokens * shape.head_dim if shape.key.dtype.itemsize == 1 else 0
+    barriers = 8 * (4 * tile.stages + 2 * tile.staged)
     buffers = 1 if codes else 2  # of queries
     return row * (buffers * tile.warpgroups * 64 + 2 * tile.stages * tile.tokens) + codes + barriers + 1024
 

@@ -53,7 +53,7 @@ def _hopper(head_dim: int, group: int, num_kv_heads: int, cache_format: int, *, 
     return KernelVariant(
         "attention_prefill_wgmma.cu",
         "attention_prefill_wgmma",
-        {**_shape(head_dim, group, num_kv_heads, cache_format), **tile, "STAGED": 3},
+        {**_shape(head_dim, group, num_kv_heads, cache_format), **tile, "STAGED": 2},
         ("sm_90a",),
         sass=("HGMMA", "UBLKCP" if cache_format == 2 else "UTMALDG"),
         no_sass=("LDL", "STL", "HMMA"),

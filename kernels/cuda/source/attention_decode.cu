@@ -36,6 +36,7 @@
 #define ALL_LANES 0xffffffffu
 
 constexpr int THREADS = WARPS * 32;
+constexpr int L2_LINE = 128;         // that a copy brings to L2: of 64 neighbouring bytes at a time 3 % slower
 constexpr int TILE = 16;             // tokens
 constexpr int STEP = TILES * TILE;   // tokens that a warp takes at a time
 constexpr int HEAD_TILES = (GROUP + 7) / 8;
@@ -145,7 +146,7 @@ struct Walk {
                                                          item_bytes(KEY_FORMAT);
 #pragma unroll
       for (int chunk = 0; chunk < KEY_CHUNKS; ++chunk)
-        copy_async<KEY_COPY>(key_copy(tile, half, chunk), source + chunk * 4 * KEY_COPY, exists(token + offset));
+        copy_async<KEY_COPY, L2_LINE>(key_copy(tile, half, chunk), source + chunk * 4 * KEY_COPY, exists(token + offset));
     }
 #pragma unroll
     for (int slot = 0; slot < 4; ++slot) {
@@ -154,7 +155,7 @@ struct Walk {
                                                            item_bytes(VALUE_FORMAT);
 #pragma unroll
       for (int chunk = 0; chunk < VALUE_CHUNKS; ++chunk)
-        copy_async<VALUE_COPY>(value_copy(tile, slot, chunk), source + chunk * 8 * VALUE_COPY,
+        copy_async<VALUE_COPY, L2_LINE>(value_copy(tile, slot, chunk), source + chunk * 8 * VALUE_COPY,
                                exists(token + offset));
     }
     if (HAS_VECTOR_SCALES) {

@@ -36,6 +36,14 @@ __device__ __forceinline__ float logit_of(Key key) {
   return __uint_as_float(ordered & 0x80000000u ? ordered & 0x7fffffffu : ~ordered);
 }
 
+// The smallest key of a number.
+__device__ __forceinline__ Key smallest_key() { return key_of(__int_as_float(0xff800000), 0x7fffffff); }
+
+// Whether a token's key is from `edge` on, whose logit is `edge_logit`: the ids hardly ever matter.
+__device__ __forceinline__ bool is_from(Key edge, float edge_logit, float logit, int token) {
+  return logit > edge_logit || (logit == edge_logit && key_of(logit, token) >= edge);
+}
+
 struct Tally {
   Mass mass;
   int count;
@@ -158,27 +166,47 @@ struct Row {
 // A range of keys in bins, the largest keys first: of equal width in the logits, or in the keys.
 struct Binning {
   Key low, high;  // keys from low on, below high; by logits: high is above all keys
-  float peak, per_unit;
+  float low_logit, peak, per_unit;
   int shift;  // of keys; negative: by logits
 
   __device__ __forceinline__ static Binning by_logits(Key low, Key high, float peak, float lowest) {
     const float extent = __fsub_rn(peak, lowest);
     const float per_unit = extent > 0.0f && extent <= 3.402823466e38f ? __fdiv_rn(BINS - 1, extent) : 0.0f;
-    return {low, high, peak, per_unit, -1};
+    return {low, high, logit_of(low), peak, per_unit, -1};
   }
   __device__ __forceinline__ static Binning by_keys(Key low, Key high) {
     int shift = 0;
     while ((high - 1 - low) >> shift >= BINS) ++shift;
-    return {low, high, 0.0f, 0.0f, shift};
+    return {low, high, 0.0f, 0.0f, 0.0f, shift};
   }
 
-  __device__ __forceinline__ bool holds(Key key) const { return key >= low && (shift < 0 || key < high); }
+  __device__ __forceinline__ bool holds(float logit, int token) const {
+    if (shift < 0) return is_from(low, low_logit, logit, token);
+    const Key key = key_of(logit, token);
+    return key >= low && key < high;
+  }
 
   // Every operation is monotonic, so that a bin is a range of keys whatever rounding does.
-  __device__ __forceinline__ int bin(Key key, float logit) const {
-    if (shift >= 0) return static_cast<int>((high - 1 - key) >> shift);
-    const float place = __fmul_rn(__fsub_rn(peak, logit), per_unit);
-    return place < BINS - 1 ? static_cast<int>(place) : place >= BINS - 1 ? BINS - 1 : 0;
+  __device__ __forceinline__ float place(float logit) const { return __fmul_rn(__fsub_rn(peak, logit), per_unit); }
+  __device__ __forceinline__ int bin(float logit, int token) const {
+    if (shift >= 0) return static_cast<int>((high - 1 - key_of(logit, token)) >> shift);
+    const float own = place(logit);
+    return own < BINS - 1 ? static_cast<int>(own) : own >= BINS - 1 ? BINS - 1 : 0;  // infinity times 0: all in bin 0
+  }
+};
+
+// A quick look at whether a logit may be in a bin. NaN bounds exclude nothing.
+struct BinBounds {
+  const Binning& binning;
+  float begin, end;
+
+  __device__ __forceinline__ BinBounds(const Binning& own, int bin)
+      : binning(own),
+        begin(own.shift >= 0 || bin == 0 ? __int_as_float(0x7fffffff) : static_cast<float>(bin)),
+        end(own.shift >= 0 || bin == BINS - 1 ? __int_as_float(0x7fffffff) : static_cast<float>(bin + 1)) {}
+  __device__ __forceinline__ bool may_hold(float logit) const {
+    const float place = binning.place(logit);
+    return !(place < begin) && !(place >= end);
   }
 };
 
@@ -237,8 +265,8 @@ __device__ __forceinline__ Key cut_list(Shared& shared, const Amount& amount, Ke
   return low;
 }
 
-// The edge from which on the fewest tokens have an amount of `wanted(total)`, between 1 and the total, which is that of all
-// tokens from `low` on. amount(logit) is monotonic; tokens whose amount is 0 do not matter.
+// The edge from which on the fewest tokens have an amount of `wanted(total)`, between 1 and the total, which is that of
+// all tokens from `low` on. amount(logit) is monotonic; tokens whose amount is 0 do not matter.
 template <typename Amount, typename Wanted>
 __device__ __forceinline__ Key cut(const Row& row, Key low, const Amount& amount, const Wanted& wanted, float lowest,
                                    Shared& shared) {
@@ -250,18 +278,19 @@ __device__ __forceinline__ Key cut(const Row& row, Key low, const Amount& amount
     if (threadIdx.x == 0) shared.num_listed = 0;
     __syncthreads();
     each_token<CUT_BATCH>(row.logits, row.vocab_size, [&](float logit, int token) {
-      const Key key = key_of(logit, token);
-      if (!binning.holds(key)) return;
-      if (const Mass own = amount(logit)) add_to_bin(shared, binning.bin(key, logit), own);
+      if (!binning.holds(logit, token)) return;
+      if (const Mass own = amount(logit)) add_to_bin(shared, binning.bin(logit, token), own);
     });
     __syncthreads();
     above = goal == 0 ? find_bin(shared, wanted, above, goal)
                       : find_bin(shared, [goal](Mass) { return goal; }, above, goal);
     const int bin = shared.bin;
+    const BinBounds bounds(binning, bin);
     Key largest = 0, smallest_inverse = 0;
     each_token<CUT_BATCH>(row.logits, row.vocab_size, [&](float logit, int token) {
+      if (!bounds.may_hold(logit) || !binning.holds(logit, token) || binning.bin(logit, token) != bin) return;
+      if (!amount(logit)) return;
       const Key key = key_of(logit, token);
-      if (!binning.holds(key) || binning.bin(key, logit) != bin || !amount(logit)) return;
       if (shared.num_listed <= MAX_LISTED) {  // else there are too many already
         const int index = atomicAdd(&shared.num_listed, 1);
         if (index < MAX_LISTED) shared.listed[index] = key;

@@ -20,15 +20,22 @@ struct Draw {
 // The token in whose share of the kept mass `position` falls: first the warp, whose tokens are neighbours, then among
 // those the thread. For one thread of the block; -1 for all others.
 __device__ __forceinline__ int find_token(const Row& row, Key edge, double position, Shared& shared) {
-  const auto kept = [&](int token, int end) {
-    const float logit = token < end ? row.logits[token] : 0.0f;
-    return token < end && key_of(logit, token) >= edge ? row.weight(logit) : 0;
+  const float edge_logit = logit_of(edge);
+  const auto kept = [&](float logit, int token) {
+    return is_from(edge, edge_logit, logit, token) ? row.weight(logit) : 0;
   };
-  const int run = (row.vocab_size + WARPS - 1) / WARPS, warp = threadIdx.x / 32;
+  const int run = (row.vocab_size + WARPS * 4 - 1) / (WARPS * 4) * 4, warp = threadIdx.x / 32;
   const int own_end = min((warp + 1) * run, row.vocab_size);
   Mass mass = 0;
-#pragma unroll 8
-  for (int token = warp * run + threadIdx.x % 32; token < own_end; token += 32) mass += kept(token, own_end);
+  if (row.vocab_size % 4 == 0) {
+#pragma unroll 4
+    for (int token = warp * run + threadIdx.x % 32 * 4; token < own_end; token += 128) {
+      const float4 four = *reinterpret_cast<const float4*>(row.logits + token);
+      mass += kept(four.x, token) + kept(four.y, token + 1) + kept(four.z, token + 2) + kept(four.w, token + 3);
+    }
+  } else {
+    for (int token = warp * run + threadIdx.x % 32; token < own_end; token += 32) mass += kept(row.logits[token], token);
+  }
   mass = warp_sum(mass);
   __syncthreads();
   if (threadIdx.x % 32 == 0) shared.sums[warp] = mass;
@@ -43,11 +50,11 @@ __device__ __forceinline__ int find_token(const Row& row, Key edge, double posit
   const int own_run = (run + THREADS - 1) / THREADS, end = min((chosen + 1) * run, row.vocab_size);
   const int first = chosen * run + threadIdx.x * own_run;
   mass = 0;
-  for (int token = first; token < first + own_run; ++token) mass += kept(token, end);
+  for (int token = first; token < min(first + own_run, end); ++token) mass += kept(row.logits[token], token);
   Mass start = block_sum_before(mass, total, shared);
   if (place < start || place >= start + mass) return -1;
   for (int token = first;; ++token) {
-    start += kept(token, end);
+    start += kept(row.logits[token], token);
     if (place < start) return token;
   }
 }
@@ -81,7 +88,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 
   const float rate = 1.4426950408889634f / draw.temperature;
   const Row row = {own, vocab_size, peak, rate, static_cast<Mass>(draw.min_p * UNIT)};
-  Key edge = 0;
+  Key edge = smallest_key();
   if (draw.top_k > 0 && draw.top_k < vocab_size) {
     const auto possible = [](float logit) { return Mass{logit >= -LARGEST}; };
     const auto wanted = [=](Mass total) { return total < draw.top_k ? total : draw.top_k; };

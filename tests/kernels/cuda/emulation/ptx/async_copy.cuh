@@ -14,7 +14,7 @@ inline std::vector<std::vector<PendingCopy>>& own_copies() {
   return groups;
 }
 
-template <int BYTES>
+template <int BYTES, int LINE = 0>
 inline void copy_async(void* shared, const void* source, bool valid) {
   static_assert(BYTES == 4 || BYTES == 8 || BYTES == 16, "what cp.async can move");
   if (reinterpret_cast<uintptr_t>(shared) % BYTES || reinterpret_cast<uintptr_t>(source) % BYTES) {
