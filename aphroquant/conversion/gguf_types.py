@@ -45,6 +45,9 @@ def resolve_types(request: ConversionRequest) -> str:
     for option, value in (("--group-size", request.group_size), ("--symmetric", request.symmetric)):
         if value is not None:
             raise UsageError(f"{option} does not go with gguf, whose types fix it", hint=_known())
+    for option, steps in (("--refine-steps", request.refine_steps), ("--distill-steps", request.distill_steps)):
+        if steps:
+            raise UsageError(f"{option} {steps} does not go with gguf, whose encoders are not trained")
     if request.solver is not None:
         raise UsageError(
             f"--solver {request.solver} does not go with gguf, whose encoders search by themselves",

@@ -164,6 +164,8 @@ def test_training_that_cannot_be_is_refused_before_the_work(tiny_checkpoint: Tin
         aphroquant.convert(source, to="gptq", out=tmp_path / "out", solver="rtn", samples=0, **steps)
     with pytest.raises(UsageError, match="has none"):
         aphroquant.convert(source, to="fp8", out=tmp_path / "out", **steps)
+    with pytest.raises(UsageError, match="5 does not go with gguf, whose encoders are not trained"):
+        aphroquant.convert(source, to="gguf", out=tmp_path / "out", **steps)
     with pytest.raises(UsageError, match=f"{option} = -1 must not be negative"):
         aphroquant.convert(source, to="gptq", out=tmp_path / "out", **{option: -1})
 
