@@ -216,11 +216,13 @@ def gpu() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("gpu")
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
-def test_answers_on_the_gpu_are_likeliest_by_transformers(tiny_checkpoint: TinyCheckpoint, family: str) -> None:
+@pytest.mark.parametrize(("family", "head_dim"), [("llama", 32), ("qwen2", 64), ("qwen3", 32), ("llama", 128)])
+def test_answers_on_the_gpu_are_likeliest_by_transformers(
+    tiny_checkpoint: TinyCheckpoint, family: str, head_dim: int
+) -> None:
     from transformers import AutoModelForCausalLM
 
-    path = tiny_checkpoint(family, head_dim=32)
+    path = tiny_checkpoint(family, head_dim=head_dim)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     prompts = [[5, 9, 77, 30], list(range(3, 43))]
     for prompt, tokens in zip(prompts, gpu_tokens(path, prompts, dtype="float16"), strict=True):
