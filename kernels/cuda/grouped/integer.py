@@ -70,14 +70,25 @@ class GroupedIntegerProduct:
         self.packed, self.bias = packed, bias
         self._shape = DecodeShape.of(packed, dtype, bias is not None)
         self._exponent = scale_exponent(packed, dtype)
-        self._plans: dict[int, DecodePlan] = {}
+        self._plans: dict[tuple[int, bool], DecodePlan] = {}
 
     def __call__(self, x: Tensor, groups: CudaTokenGroups, out: Tensor, in_order: bool) -> None:
         load = Load(groups.num_pairs, groups.num_experts)
-        if load.few:
-            self.decode(x, groups, out, in_order, load.size(DECODE_SIZES))
+        plan = self.plan(load, x.get_device()) if load.few else None
+        if plan is not None and (plan.blocks_per_multiprocessor > 1 or load.of_expert <= 1):
+            self.decode(x, groups, out, in_order, load.size(DECODE_SIZES), plan)
         else:
             self.batch(x, groups, out, in_order)
+
+    def plan(self, load: Load, device: int) -> DecodePlan:
+        """Of the decode kernel."""
+        found, size = gpu(device), load.size(DECODE_SIZES)
+        few_blocks = load.few_blocks(self._shape.super_rows, found.multiprocessors)
+        key = (size, few_blocks)
+        if key not in self._plans:
+            limit = _SHARED_BYTES.get(found.capability, _OTHER_SHARED_BYTES)
+            self._plans[key] = decode_plan(self._shape, size, limit, few_blocks)
+        return self._plans[key]
 
     def batch(self, x: Tensor, groups: CudaTokenGroups, out: Tensor, in_order: bool) -> None:
         """By the kernels for many tokens."""
@@ -89,11 +100,10 @@ class GroupedIntegerProduct:
         else:
             mma_multiply(self.packed, inputs, groups, self.bias, mma_tile(load), self._exponent, out)
 
-    def decode(self, x: Tensor, groups: CudaTokenGroups, out: Tensor, in_order: bool, size: int) -> None:
+    def decode(
+        self, x: Tensor, groups: CudaTokenGroups, out: Tensor, in_order: bool, size: int, plan: DecodePlan
+    ) -> None:
         """By the decode kernel, on tiles of `size` tokens."""
         if x.data_ptr() % 16:
             x = x.clone()
-        if size not in self._plans:
-            limit = _SHARED_BYTES.get(gpu(x.get_device()).capability, _OTHER_SHARED_BYTES)
-            self._plans[size] = decode_plan(self._shape, size, limit)
-        decode_multiply(self.packed, x, groups, self.bias, self._plans[size], size, out, in_order)
+        decode_multiply(self.packed, x, groups, self.bias, plan, size, out, in_order)

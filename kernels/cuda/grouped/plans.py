@@ -22,6 +22,7 @@ DECODE_SIZES = (8, 16)  # tokens of a tile of the decode kernel
 WGMMA_SIZES = (16, 32, 64, 128)  # more waste more than they gain: most experts fill no tile of 256
 MMA_SIZES = (16, 32, 64)
 _WARPS = 4  # of a block: few, so that several blocks hide each other's beginnings and ends
+_MOST_WARPS = 12  # of a block that has a multiprocessor to itself
 _BLOCKS = (3, 2, 1)  # of a multiprocessor
 _MAX_STAGES = 8
 _PHASES = (1, 2, 4, 8, 16, 32)
@@ -51,14 +52,18 @@ class Load:
     def few(self) -> bool:
         return self.of_expert <= _FEW
 
+    def few_blocks(self, super_rows: int, multiprocessors: int) -> bool:
+        """Whether the super rows of all experts with tokens fit the GPU at once."""
+        return min(self.pairs, self.experts) * super_rows <= multiprocessors
 
-def decode_plan(shape: DecodeShape, size: int, shared_bytes: int) -> DecodePlan:
+
+def decode_plan(shape: DecodeShape, size: int, shared_bytes: int, few_blocks: bool = False) -> DecodePlan:
     """A block for every super row of every tile; its warps share the columns.
 
-    `shared_bytes`: of a multiprocessor.
+    `shared_bytes`: of a multiprocessor. `few_blocks`: so few that each has one to itself.
     """
-    warps = min(_WARPS, shape.padded_columns // (2 * CHUNK))
-    for blocks in _BLOCKS:
+    warps = min(_MOST_WARPS if few_blocks else _WARPS, shape.padded_columns // (2 * CHUNK))
+    for blocks in (1,) if few_blocks else _BLOCKS:
         if blocks > 1 and blocks * warps * 32 * _REGISTERS[size // TOKENS_OF_TILE] > 65536:
             continue
         plan = DecodePlan(1, shape.super_rows, 1, warps, 2, blocks_per_multiprocessor=blocks)

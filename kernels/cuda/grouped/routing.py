@@ -20,6 +20,9 @@ MAX_EXPERTS = 512  # whose counts fit into shared memory
 _TILE_FIELDS = 4  # expert, first place, end, line of scales: see grouped_tiles.cuh
 _LINE = 4  # places of scales at a multiple of which an expert's begin
 _WARPS = 32
+_FEW_PAIRS = 2048  # that one block sorts about as fast as several do with a launch more
+_PAIRS_OF_BLOCK = 1024
+_MAX_BLOCKS = 32
 _THREADS = 128
 
 
@@ -40,6 +43,7 @@ class _Route(ctypes.Structure):
         ("owners", c_void_p),
         ("lines", c_void_p),
         ("offsets", c_void_p),
+        ("block_counts", c_void_p),
         ("counts", c_void_p),
         ("tiles", c_void_p * len(TILE_SIZES)),
     )
@@ -96,6 +100,13 @@ def most_tiles(num_pairs: int, num_experts: int, size: int) -> int:
     return min(num_pairs, (num_pairs + min(num_experts, num_pairs) * (size - 1)) // size)
 
 
+def num_blocks(num_pairs: int) -> int:
+    """Blocks that sort so many pairs: a power of two, so that few kernels have to be compiled."""
+    if num_pairs <= _FEW_PAIRS:
+        return 1
+    return min(_MAX_BLOCKS, 1 << (-(-num_pairs // _PAIRS_OF_BLOCK) - 1).bit_length())
+
+
 def line_length(num_pairs: int, num_experts: int) -> int:
     """Places of a line of scales, whatever the experts are."""
     used = num_pairs + min(num_experts, num_pairs) * (_LINE - 1)
@@ -103,18 +114,19 @@ def line_length(num_pairs: int, num_experts: int) -> int:
 
 
 def group_tokens(expert_ids: Tensor, num_experts: int) -> CudaTokenGroups:
-    """expert_ids: int32 or int64 [T, k] on the GPU. One launch."""
+    """expert_ids: int32 or int64 [T, k] on the GPU. One launch, or two for many pairs."""
     check_ids(expert_ids, num_experts)
     if num_experts > MAX_EXPERTS:
         raise UsageError(f"num_experts = {num_experts} must be at most {MAX_EXPERTS} for the CUDA kernels")
     ids = expert_ids.contiguous()
     pairs = ids.numel()
     sizes = [_TILE_FIELDS * most_tiles(pairs, num_experts, size) for size in TILE_SIZES]
-    parts = _split(ids, [*sizes, pairs, pairs, pairs, pairs, num_experts + 1, len(TILE_SIZES)])
+    blocks = num_blocks(pairs)
+    parts = _split(ids, [*sizes, pairs, pairs, pairs, pairs, num_experts + 1, blocks * num_experts, len(TILE_SIZES)])
     tiles = tuple(next(parts).view(-1, _TILE_FIELDS) for _ in TILE_SIZES)
-    places, rows, owners, lines, offsets, counts = parts
+    places, rows, owners, lines, offsets, block_counts, counts = parts
     groups = CudaTokenGroups(num_experts, rows, places.view(ids.shape), offsets, owners, lines, counts, tiles)
-    addresses = [part.data_ptr() for part in (ids, places, rows, owners, lines, offsets, counts)]
+    addresses = [part.data_ptr() for part in (ids, places, rows, owners, lines, offsets, block_counts, counts)]
     route = _Route(
         pairs,
         num_experts,
@@ -122,10 +134,24 @@ def group_tokens(expert_ids: Tensor, num_experts: int) -> CudaTokenGroups:
         *addresses,
         (c_void_p * len(TILE_SIZES))(*[part.data_ptr() for part in tiles]),
     )
-    macros = {"ID_BYTES": ids.element_size(), "NUM_SIZES": len(TILE_SIZES), "SMALLEST": TILE_SIZES[0], "WARPS": _WARPS}
+    macros = {
+        "ID_BYTES": ids.element_size(),
+        "NUM_SIZES": len(TILE_SIZES),
+        "SMALLEST": TILE_SIZES[0],
+        "WARPS": _WARPS,
+        "BLOCKS": blocks,
+    }
     sums = 2 + len(TILE_SIZES)
+    if blocks > 1:
+        cuda_kernel("grouped_route.cu", "grouped_count", macros).launch(
+            grid=(blocks, 1, 1),
+            block=(_WARPS * 32, 1, 1),
+            args=[route],
+            shared_bytes=4 * num_experts,
+            programmatic=True,
+        )
     cuda_kernel("grouped_route.cu", "grouped_route", macros).launch(
-        grid=(1, 1, 1),
+        grid=(blocks, 1, 1),
         block=(_WARPS * 32, 1, 1),
         args=[route],
         shared_bytes=4 * ((_WARPS + 1) * num_experts + sums * (num_experts + 1)),

@@ -47,6 +47,7 @@ VARIANTS = (
     KernelVariant(
         "grouped_route.cu", "grouped_route", {"ID_BYTES": 8, "NUM_SIZES": len(TILE_SIZES)}, no_sass=("LDL", "STL")
     ),
+    KernelVariant("grouped_route.cu", "grouped_route", {"BLOCKS": 32, "ID_BYTES": 4}, no_sass=("LDL", "STL")),
     KernelVariant("grouped_choose.cu", "grouped_choose", no_sass=("LDL", "STL")),
     KernelVariant("grouped_combine.cu", "grouped_combine", {"TOP_K": 8}, sass=("LDG.128",), no_sass=("LDL", "STL")),
     KernelVariant("grouped_gather.cu", "grouped_gather", sass=("LDG.128",), no_sass=("LDL", "STL")),

@@ -1,9 +1,10 @@
 // Pairs of a token and an expert, sorted by expert: where each pair goes, whose row each place holds, and the tiles of
-// tokens that kernels with the macro GROUPED work through. One block, no atomics whose order shows: pairs of an expert
-// stay in their order, so that the same ids give the same places.
+// tokens that kernels with the macro GROUPED work through. No atomics whose order shows: pairs of an expert stay in their
+// order, so that the same ids give the same places.
 //
 // Each warp has a part of the pairs in a row. It counts them by expert; the counts are summed up over warps and experts;
 // then it goes over its part again, in order, and the pairs of a round that have the same expert line up by their lanes.
+// Many pairs take several blocks, for the sake of their scattered writes: grouped_count counts for each block beforehand.
 #include "grouped_tiles.cuh"
 #include "ptx/dynamic_shared.cuh"
 #include "ptx/grid_dependency.cuh"
@@ -20,6 +21,9 @@
 #endif
 #ifndef WARPS
 #define WARPS 32
+#endif
+#ifndef BLOCKS
+#define BLOCKS 1
 #endif
 
 constexpr int kThreads = WARPS * 32;
@@ -44,6 +48,7 @@ struct Route {
     int32_t* owners;            // [places]: its expert
     int32_t* lines;             // [places]: where its scale stands in a line of scales
     int32_t* offsets;           // [experts + 1]: the first place of each expert
+    int32_t* block_counts;      // [BLOCKS][experts]: pairs of each expert, with several blocks
     int32_t* counts;            // [NUM_SIZES]: how many tiles there are
     GroupTile* tiles[NUM_SIZES];
 };
@@ -142,10 +147,10 @@ __device__ __forceinline__ void list_tiles(const Route& route, const int* starts
     const int* first_lines = starts + (experts + 1);
     const int* first_tiles = starts + (kTiles + size) * (experts + 1);
     const int count = first_tiles[experts], tokens = SMALLEST << size;
-    const int listing = (WARPS - size + NUM_SIZES - 1) / NUM_SIZES * 32;  // threads
-    const int own = warp / NUM_SIZES * 32 + threadIdx.x % 32;
+    const int listing = (WARPS - size + NUM_SIZES - 1) / NUM_SIZES * 32;  // threads of a block
+    const int own = blockIdx.x * listing + warp / NUM_SIZES * 32 + threadIdx.x % 32;
     if (own == 0) route.counts[size] = count;
-    for (int i = own; i < count; i += listing) {
+    for (int i = own; i < count; i += listing * BLOCKS) {
         const int expert = find(first_tiles, experts, i), skipped = (i - first_tiles[expert]) * tokens;
         const int place = first_places[expert] + skipped;
         route.tiles[size][i] = {expert, place, min(place + tokens, first_places[expert + 1]),
@@ -153,40 +158,77 @@ __device__ __forceinline__ void list_tiles(const Route& route, const int* starts
     }
 }
 
+// The pairs of a warp, in the order of blocks and warps.
+struct Part {
+    int first, end;
+
+    __device__ __forceinline__ explicit Part(const Route& route) {
+        const int size = round_up((route.pairs + WARPS * BLOCKS - 1) / (WARPS * BLOCKS), 32);
+        first = static_cast<int>(blockIdx.x * WARPS + threadIdx.x / 32) * size;
+        end = min(first + size, route.pairs);
+    }
+};
+
+__device__ __forceinline__ void count_part(const Route& route, const Part& part, int* counts) {
+    for (int begin = part.first; begin < part.end; begin += kBatch * 32) {
+        int found[kBatch];
+        load_experts(route, begin, part.end, found);
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {
+            if (found[i] >= 0) atomicAdd(counts + found[i], 1);
+        }
+    }
+}
+
+// What each block's pairs count up to, by expert.
+extern "C" __global__ void __launch_bounds__(kThreads) grouped_count(const __grid_constant__ Route route) {
+    int* counts = reinterpret_cast<int*>(dynamic_shared());  // [experts]
+    for (int i = threadIdx.x; i < route.experts; i += kThreads) counts[i] = 0;
+    grid_dependency_launch();
+    grid_dependency_wait();
+    __syncthreads();
+    count_part(route, Part(route), counts);
+    __syncthreads();
+    int32_t* target = route.block_counts + blockIdx.x * route.experts;
+    for (int i = threadIdx.x; i < route.experts; i += kThreads) target[i] = counts[i];
+}
+
 extern "C" __global__ void __launch_bounds__(kThreads) grouped_route(const __grid_constant__ Route route) {
     const int experts = route.experts, warp = threadIdx.x / 32;
     int* counts = reinterpret_cast<int*>(dynamic_shared());  // [WARPS][experts]
     int* totals = counts + WARPS * experts;                  // [experts]
     int* starts = totals + experts;                          // [kSums][experts + 1]
-    const int part = round_up((route.pairs + WARPS - 1) / WARPS, 32), first = warp * part;
-    const int end = min(first + part, route.pairs), parts = part == 0 ? 0 : (route.pairs + part - 1) / part;
+    const Part part(route);
+    const bool few = BLOCKS == 1 && route.pairs <= 32;  // then the first warp has them all
+    const int counting = few ? 1 : WARPS;
     int* own_counts = counts + warp * experts;
-    for (int i = threadIdx.x; i < parts * experts; i += kThreads) counts[i] = 0;
+    for (int i = threadIdx.x; i < counting * experts; i += kThreads) counts[i] = 0;
     grid_dependency_launch();
     grid_dependency_wait();
     __syncthreads();
-    for (int begin = first; begin < end; begin += kBatch * 32) {
-        int found[kBatch];
-        load_experts(route, begin, end, found);
-#pragma unroll
-        for (int i = 0; i < kBatch; ++i) {
-            if (found[i] >= 0) atomicAdd(own_counts + found[i], 1);
-        }
-    }
+    count_part(route, part, own_counts);
     __syncthreads();
     for (int expert = threadIdx.x; expert < experts; expert += kThreads) {
-        int before = 0;
-        for (int i = 0; i < parts; ++i) {
+        int before = 0, behind = 0;  // in other blocks
+#pragma unroll
+        for (int block = 0; block < (BLOCKS > 1 ? BLOCKS : 0); ++block) {
+            const int own = __ldcg(route.block_counts + block * experts + expert);
+            if (block < static_cast<int>(blockIdx.x)) before += own;
+            if (block > static_cast<int>(blockIdx.x)) behind += own;
+        }
+        for (int i = 0; i < counting; ++i) {
             const int own = counts[i * experts + expert];
             counts[i * experts + expert] = before;
             before += own;
         }
-        totals[expert] = before;
+        totals[expert] = before + behind;
     }
     __syncthreads();
     for (int sum = warp; sum < kSums; sum += WARPS) sum_up(totals, experts, sum, starts + sum * (experts + 1));
     __syncthreads();
     list_tiles(route, starts);
-    for (int expert = threadIdx.x; expert <= experts; expert += kThreads) route.offsets[expert] = starts[expert];
-    place_part(route, first, end, own_counts, starts, starts + (experts + 1));
+    for (int expert = threadIdx.x; expert <= experts && blockIdx.x == 0; expert += kThreads) {
+        route.offsets[expert] = starts[expert];
+    }
+    place_part(route, part.first, part.end, own_counts, starts, starts + (experts + 1));
 }

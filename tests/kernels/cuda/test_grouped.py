@@ -10,6 +10,7 @@ from torch import Tensor
 
 from aphroquant.kernels.cuda.float8.quantize import Granularity
 from aphroquant.kernels.cuda.float8.wgmma import Float8Tile
+from aphroquant.kernels.cuda.grouped import routing
 from aphroquant.kernels.cuda.grouped.choosing import choose_experts
 from aphroquant.kernels.cuda.grouped.inputs import gather_inputs, quantize_inputs
 from aphroquant.kernels.cuda.grouped.multiply import decode_multiply, float8_multiply, mma_multiply, wgmma_multiply
@@ -76,6 +77,17 @@ def test_pairs_are_sorted_by_expert(
     for name in ("rows", "places", "offsets"):
         assert torch.equal(getattr(found, name).cpu(), getattr(expected, name)), name
     assert torch.equal(found.owners.cpu(), ids.cpu().flatten().sort(stable=True).values.int())
+    check_tiles(found)
+
+
+def test_several_blocks_sort_as_one_does(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(routing, "num_blocks", lambda pairs: 4)
+    ids = expert_ids(400, 3, 9, device)
+    ids[5, 1] = -1
+    found, expected = group_tokens(ids, 9), reference.group_tokens(ids.cpu(), 9)
+    used = int(expected.offsets[-1])
+    assert torch.equal(found.rows.cpu()[:used], expected.rows[:used])
+    assert torch.equal(found.places.cpu(), expected.places) and torch.equal(found.offsets.cpu(), expected.offsets)
     check_tiles(found)
 
 
