@@ -61,6 +61,18 @@ def test_training_moves_codebooks_too(tiny_checkpoint: Tiny, tmp_path: Path) -> 
     assert found[1] < found[0]
 
 
+def test_an_additive_model_runs_in_the_engine(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
+    source = tiny_checkpoint("llama")
+    converted(source, tmp_path / "out", to="aqlm", scheme="2x6", bits=None, group_size=None, samples=8)
+    assert divergence(source, tmp_path / "out") < 0.2
+    texts = []
+    for backend in ("reference", "auto"):
+        llm = aphroquant.LLM(str(tmp_path / "out"), backend=backend, num_kv_blocks=16)
+        texts.append(llm.generate("one two", aphroquant.SamplingParams(temperature=0, max_tokens=4))[0].token_ids)
+    assert len(texts[0]) == 4
+    assert texts[0] == texts[1]
+
+
 def test_the_same_seed_trains_to_the_same_bytes(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
     files = []
     for name in ("a", "b"):
