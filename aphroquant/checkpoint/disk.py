@@ -32,6 +32,13 @@ def telling_disk_errors(target: Path, written: Callable[[], int]) -> Iterator[No
         raise UsageError(f"{target}: cannot be written: {error.strerror or error}") from error
 
 
+def check_parents(target: Path) -> None:
+    """UsageError if something stands above a path that is no directory, so that it cannot be made."""
+    above = next(parent for parent in target.parents if parent.exists())
+    if not above.is_dir():
+        raise UsageError(f"{target} cannot be made: {above} is not a directory", hint="give another --out")
+
+
 def size_text(num_bytes: float) -> str:
     """Bytes in a unit that fits, so that little space is not told as 0.00 GB."""
     for factor, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):

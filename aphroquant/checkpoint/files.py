@@ -29,6 +29,11 @@ def opened(path: Path) -> Iterator[tuple[FileIO, int]]:
     except OSError as error:
         if is_out_of_memory(error):  # while the file is mapped
             raise
+        if path.is_symlink() and not path.exists():
+            raise InputError(
+                f"{path}: is a link to {path.readlink()}, which is not there",
+                hint="the download is incomplete, or the linked file was moved",
+            ) from error
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
     except ValueError as error:  # a name with a NUL
         raise InputError(f"{path}: cannot be read: {error}") from error

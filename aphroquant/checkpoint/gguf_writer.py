@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from aphroquant.checkpoint.disk import fsync, telling_disk_errors
+from aphroquant.checkpoint.disk import check_parents, fsync, telling_disk_errors
 from aphroquant.checkpoint.gguf_header import ALIGNMENT, PlacedTensor, Value, encode_header, place
 from aphroquant.checkpoint.gguf_metadata import architecture_of, model_metadata, rope_factors
 from aphroquant.checkpoint.gguf_names import ROPE_FACTORS, gguf_name, permuted_heads, permuted_rows, unpermuted_rows
@@ -222,6 +222,7 @@ class GgufWriter:
     def _check_target(self) -> None:
         if self.path.is_dir():
             raise UsageError(f"{self.path} is a directory", hint="give the name of a .gguf file")
+        check_parents(self.path)
         if self.path.exists() and not self._overwrite:
             raise UsageError(f"{self.path} exists", hint="give another --out, or --overwrite to replace it")
 

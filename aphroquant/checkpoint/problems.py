@@ -13,10 +13,12 @@ from aphroquant.checkpoint.base import COMPANIONS, Checkpoint, is_kv_scale, suff
 from aphroquant.checkpoint.expected import expected_modules, expected_vectors
 from aphroquant.errors import InputError
 from aphroquant.models.spec import LM_HEAD, DecoderSpec
+from aphroquant.numbers import is_finite
 from aphroquant.schemes import DenseScheme
 
 SAMPLED_MODULES = 24
 MAX_SAMPLED_BYTES = 2**28  # a larger matrix is not read for a look at its values
+MAX_VECTOR = 2**22  # bytes
 QUANTIZED_SUFFIXES = ("qweight", "weight_packed", "codes", "weight_scale", "weight_scale_inv")
 _HARMLESS = ("rotary_emb.inv_freq",)  # computed from the config; older files store it
 _LAYER = re.compile(r"\.\d+\.", re.ASCII)
@@ -94,7 +96,7 @@ def _wrong_shapes(checkpoint: Checkpoint, spec: DecoderSpec) -> list[str]:
 
 
 def _value_problems(checkpoint: Checkpoint) -> list[str]:
-    problems = []
+    problems = [f"{line} holds NaN or infinite values" for line in _collapsed(_odd_vectors(checkpoint))]
     for module in _sample(checkpoint):
         try:
             weight = checkpoint.weight(module)
@@ -109,6 +111,13 @@ def _value_problems(checkpoint: Checkpoint) -> list[str]:
         if wanted is not None and weight.shape != wanted and not isinstance(weight.scheme, DenseScheme):
             problems.append(f"{module} holds a weight {list(weight.shape)}, and the config wants {list(wanted)}")
     return problems
+
+
+def _odd_vectors(checkpoint: Checkpoint) -> list[str]:
+    """Norms, biases and other small tensors that hold something else than numbers."""
+    names = [name for name, info in checkpoint.tensors.items() if len(info.shape) == 1 and info.nbytes <= MAX_VECTOR]
+    dense = set(checkpoint.dense_names())
+    return [name for name in names if name in dense and not is_finite(checkpoint.read(name)) and not is_kv_scale(name)]
 
 
 def _odd_values(tensors: Mapping[str, Tensor]) -> list[str]:

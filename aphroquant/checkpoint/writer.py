@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from aphroquant.checkpoint.carried import TEMPLATES_FOLDER
-from aphroquant.checkpoint.disk import fsync, telling_disk_errors
+from aphroquant.checkpoint.disk import check_parents, fsync, telling_disk_errors
 from aphroquant.checkpoint.hashes import FileHashes, FileRecord
 from aphroquant.checkpoint.leftovers import claim, partial_path, remove_leftovers, replaced_path
 from aphroquant.checkpoint.safetensors_header import DTYPE_NAMES
@@ -153,6 +153,7 @@ class CheckpointWriter:
         if not target.name:
             raise UsageError(f"{target} cannot be an output directory")
         if not target.exists():
+            check_parents(target)
             return
         if not target.is_dir():
             raise UsageError(f"{target} exists and is not a directory")

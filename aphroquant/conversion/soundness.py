@@ -15,7 +15,7 @@ from aphroquant.errors import InputError, UsageError
 from aphroquant.numbers import is_finite
 from aphroquant.schemes import DenseScheme
 
-_DAMAGED = "the file is damaged, or the model was trained badly; aphroquant inspect lists what is wrong with it"
+_DAMAGED = "the file is damaged, or the model was trained badly; aphroquant inspect --verify lists what is wrong"
 
 
 def check_output_place(checkpoint: Checkpoint, out: Path) -> None:

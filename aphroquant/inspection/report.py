@@ -96,9 +96,9 @@ def verdict(found: Comparison) -> str:
         parts.append(f"in {len(found.different_tensors)} of {len(found.tensors)} other tensors")
     missing = len(found.only_ours) + len(found.only_theirs)
     if missing:
-        parts.append(f"in {missing} that only one of them has")
+        parts.append(f"in {_tensors(missing)} that only one of them has")
     if found.shapes:
-        parts.append(f"in the shape of {len(found.shapes)}")
+        parts.append(f"in the shape of {_tensors(len(found.shapes))}")
     what = sorted({change.kind for change in found.changes if change.changes_function})
     if what:
         parts.append(f"in {' and '.join(what)}")
@@ -107,7 +107,8 @@ def verdict(found: Comparison) -> str:
 
 def _notes(found: Comparison) -> list[str]:
     notes = []
-    if found.verdict == "different" and not found.different_modules and not found.different_tensors:
+    same = found.modules and not found.different_modules and not found.different_tensors
+    if found.verdict == "different" and same:
         notes.append(f"all {len(found.modules)} modules that both have dequantize to the same numbers")
     if found.norms_differ and found.different_modules:
         notes.append(
@@ -115,6 +116,10 @@ def _notes(found: Comparison) -> list[str]:
             "weights may differ while the function hardly does; --logits measures the function"
         )
     return notes
+
+
+def _tensors(count: int) -> str:
+    return f"{count} tensor{'' if count == 1 else 's'}"
 
 
 def _errors(entry: Difference) -> tuple[str, str, str]:

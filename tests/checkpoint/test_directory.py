@@ -244,3 +244,14 @@ def test_a_module_that_is_stored_twice_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": quantization}))
     with pytest.raises(InputError, match=r"a is stored twice, as a\.weight and as a\.qweight"):
         open_checkpoint(tmp_path).schemes()
+
+
+def test_a_link_to_nothing_is_told_as_one(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
+    path = Path(shutil.copytree(tiny_checkpoint("llama"), tmp_path / "model"))
+    (path / "model.safetensors").unlink()
+    (path / "model.safetensors").symlink_to("/nowhere/blob")
+    with pytest.raises(
+        InputError, match=r"model\.safetensors: is a link to /nowhere/blob, which is not there"
+    ) as caught:
+        open_checkpoint(path)
+    assert "incomplete" in (caught.value.hint or "")

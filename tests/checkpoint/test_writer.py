@@ -3,7 +3,9 @@ import resource
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -11,6 +13,7 @@ import torch
 
 from aphroquant.checkpoint import CheckpointWriter, open_checkpoint
 from aphroquant.checkpoint.disk import size_text
+from aphroquant.conversion import convert
 from aphroquant.errors import InputError, ResourceError, UsageError
 
 CONFIG = {"model_type": "llama"}
@@ -233,3 +236,11 @@ def test_a_link_to_a_directory_is_written_through(tmp_path: Path) -> None:
 )
 def test_sizes_are_told_in_a_unit_that_fits(num_bytes: float, text: str) -> None:
     assert size_text(num_bytes) == text
+
+
+@pytest.mark.parametrize("name", ["out", "model.gguf"])
+def test_a_file_in_the_way_is_named(name: str, tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    options: dict[str, Any] = {"to": "gguf"} if name.endswith("gguf") else {"to": "awq", "solver": "rtn", "samples": 0}
+    with pytest.raises(UsageError, match=r"cannot be made: .*file is not a directory"):
+        convert(tiny_checkpoint("llama"), out=tmp_path / "file" / "deeper" / name, **options)

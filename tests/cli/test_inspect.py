@@ -255,3 +255,15 @@ def test_roles_and_layer_ranges() -> None:
     assert role("model.layers.12.mlp.experts.3.up_proj") == "model.layers.*.mlp.experts.3.up_proj"
     assert layer_ranges(f"a.{i}.b" for i in (0, 1, 2, 5, 7, 8)) == "0-2, 5, 7-8"
     assert layer_ranges(["lm_head"]) == ""
+
+
+def test_a_norm_that_holds_no_numbers_is_told_without_reading_everything(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rewrite(model, lambda tensors: tensors | {"model.norm.weight": torch.full((64,), float("inf"))})
+    assert "model.norm.weight holds NaN or infinite values" in report(model, capsys)["problems"]
+
+
+def test_a_slip_in_a_command_s_name_suggests_it(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["inspekt", "x"]) == 2
+    assert "Did you mean 'inspect'?" in capsys.readouterr().err

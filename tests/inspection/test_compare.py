@@ -15,6 +15,7 @@ from aphroquant.checkpoint import open_checkpoint
 from aphroquant.cli import run
 from aphroquant.conversion import convert
 from aphroquant.inspection import Comparison, compare
+from aphroquant.inspection.report import comparison_lines, verdict
 from aphroquant.inspection.weights import Difference, paired
 from aphroquant.schemes import FloatScheme, IntegerScheme
 
@@ -216,3 +217,12 @@ def test_zeros_of_two_signs_are_the_same_values_but_not_bits() -> None:
     found = Difference("x", (2,), "", "")
     found.add(torch.tensor([0.0, 1.0]), torch.tensor([-0.0, 1.0]))
     assert (found.same_values, found.same_bits, found.relative_error) == (True, False, 0.0)
+
+
+def test_what_differs_is_counted_in_tensors(model: Path, tiny_checkpoint: Make, damage: Make) -> None:
+    found = compared(model, tiny_checkpoint("llama", hidden_size=128))
+    told = comparison_lines(found)
+    assert any("in the shape of 21 tensors" in line for line in told)
+    assert not any("modules that both have" in line for line in told), "there are none"
+    extra = damage(model, lambda tensors: tensors.update({"vision.weight": torch.ones(3)}))
+    assert "in 1 tensor that only one of them has" in verdict(compared(tiny_checkpoint("llama"), extra))
