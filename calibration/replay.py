@@ -31,8 +31,17 @@ class Replayed:
                 self._work()
             torch.cuda.current_stream().wait_stream(self._stream)
         else:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=self._stream):
+            self._graph = self._recorded(self._stream)
+            self._graph.replay()
+
+    def _recorded(self, stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph:
+        """What torch.cuda.graph does, without its collection of garbage, which takes longer than most graphs."""
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.cuda.stream(stream):
+            graph.capture_begin()
+            try:
                 self._work()
-            self._graph = graph
-            graph.replay()
+            finally:
+                graph.capture_end()
+        return graph

@@ -24,7 +24,7 @@ from aphroquant.calibration.integer_grid import IntegerGrid, join_groups, split_
 from aphroquant.schemes import IntegerScheme, QuantizedWeight
 
 _FIRST_DECAY, _SECOND_DECAY = 0.9, 0.99  # Adam's; its usual 0.999 is too slow for a few hundred steps
-_SMALLEST = 1e-12
+_SMALLEST = 1e-30  # curvatures of single weights in large models are far below 1e-12
 _MOMENTUM = 0.9  # of the gradients by codes
 _NEAREST_EDGE = 0.49  # of a position to its code: error feedback may have chosen a code further away
 
@@ -46,7 +46,7 @@ class Adam:
         self._missing[0].mul_(_FIRST_DECAY)
         self._missing[1].mul_(_SECOND_DECAY)
         mean, square = self._mean / (1 - self._missing[0]), self._square / (1 - self._missing[1])
-        return size * mean / (square.sqrt_().add_(_SMALLEST))
+        return size * mean / square.sqrt_().clamp_(min=_SMALLEST)
 
 
 class Curvature(NamedTuple):
@@ -136,7 +136,7 @@ class TrainedInteger:
         scales = self._scales()[..., None]
         self._mean.lerp_(split_groups(gradient, self.scheme) * scales, 1 - _MOMENTUM)
         bend = split_groups(curvature.rows[:, None] * curvature.columns, self.scheme).mul_(scales.square())
-        way = (self._mean / bend.add_(_SMALLEST)).add_(self._positions).sub_(self._code_values())
+        way = (self._mean / bend.clamp_(min=_SMALLEST)).add_(self._positions).sub_(self._code_values())
         self._positions.sub_(way.clamp_(-1, 1).mul_(size)).clamp_(-0.5, self._levels + 0.5)
 
     def rounded(self) -> QuantizedWeight:
