@@ -31,6 +31,7 @@ class DecodePlan:
     part_tiles: int = 4  # of 16 rows, that a warp works on: a super row, or half of one
     idle_clusters: int = 0
     early_stages: int | None = None  # loaded before the kernel waits for the one in front of it; None: all
+    bulk_input: bool = False  # x comes by the bulk copy engine, where it comes as it is
 
     @property
     def num_warps(self) -> int:
@@ -93,6 +94,10 @@ class DecodeShape:
     def row_scales(self) -> bool:
         return self.group_size == self.padded_columns and self.zero_kind == 0
 
+    def takes_bulk_input(self, plan: DecodePlan) -> bool:
+        """Whether the columns of x are those of the weight, all there at once."""
+        return plan.bulk_input and plan.phases == 1 and not self.has_columns and self.in_features == self.padded_columns
+
     def stage_bytes(self, plan: DecodePlan) -> int:
         groups = max(1, plan.unit_chunks * CHUNK // self.group_size)
         size = self.scale_dtype.itemsize
@@ -134,7 +139,7 @@ def shared_layout(shape: DecodeShape, plan: DecodePlan, token_tiles: int) -> Sha
     if passes == 1 and partials <= ring:
         partials = 0
     received = tokens * plan.warp_rows * plan.part_rows * 4 * (2 if passes > 1 else 1) if plan.cluster > 1 else 0
-    barriers = _up((plan.num_warps * plan.stages + 2) * 8, 128)
+    barriers = _up((plan.num_warps * plan.stages + 2 + plan.warp_columns) * 8, 128)
     segment = ceil_div(max_units, plan.phases) * plan.unit_chunks * CHUNK
     return SharedLayout(ring + partials + received + barriers, plan.warp_columns * segment * 2 + 16)
 
@@ -164,6 +169,7 @@ def decode_macros(shape: DecodeShape, plan: DecodePlan, token_tiles: int) -> dic
         "EARLY_STAGES": plan.early_stages or plan.stages,
         "UNIT_CHUNKS": plan.unit_chunks,
         "PHASES": plan.phases,
+        "BULK_INPUT": int(shape.takes_bulk_input(plan)),
         "PART_TILES": plan.part_tiles,
         "BLOCKS_PER_MULTIPROCESSOR": plan.blocks_per_multiprocessor,
         "INPUT_OFFSET": layout.input_offset,
@@ -206,7 +212,7 @@ def candidate_plans(
     """
     found = []
     for cluster in (1, 2) if capability[0] >= 9 else (1,):
-        for part_tiles, unit_chunks in ((4, 2), (4, 1), (2, 4), (2, 2)):
+        for part_tiles, unit_chunks in ((4, 2), (4, 1), (2, 4), (2, 2), *(((4, 4),) if shape.bits < 4 else ())):
             if shape.padded_columns % (unit_chunks * CHUNK):
                 continue
             parts = shape.super_rows * 4 // part_tiles

@@ -93,6 +93,9 @@
 #ifndef PART_TILES  // tiles of 16 rows that a warp works on: 4 (a super row) or 2
 #define PART_TILES 4
 #endif
+#ifndef BULK_INPUT  // x comes by the bulk copy engine (sm_90), and more of the weight is asked for before it is there
+#define BULK_INPUT 0
+#endif
 #ifndef PHASES  // parts in which a block's slice of x is held
 #define PHASES 1
 #endif
@@ -140,7 +143,8 @@ constexpr int kInputStride = WARP_COLUMNS * kSegment * 2 + 16;  // bytes
 constexpr int kReceivedOffset = kRingBytes + (kPartialsInRing ? 0 : kPartialBytes);
 constexpr int kBarrierOffset = kReceivedOffset + kReceivedFloats * kReceivedBuffers * 4;
 constexpr int kReceivedBarrier = kWarps * STAGES;
-constexpr int kInputOffset = kBarrierOffset + ((kReceivedBarrier + 2) * 8 + 127) / 128 * 128;
+constexpr int kInputBarrier = kReceivedBarrier + 2;  // one for each part of the columns
+constexpr int kInputOffset = kBarrierOffset + ((kInputBarrier + WARP_COLUMNS) * 8 + 127) / 128 * 128;
 #ifdef INPUT_OFFSET  // what the host takes them for
 static_assert(INPUT_OFFSET == kInputOffset && INPUT_STRIDE == kInputStride, "host and kernel agree on shared memory");
 #endif
@@ -154,6 +158,7 @@ static_assert(PADDED_COLUMNS % kUnitColumns == 0, "whole stages");
 static_assert(!kSupers || (EXTRAS && 256 % kUnitColumns == 0 && PADDED_COLUMNS % 256 == 0), "a stage has one line of supers");
 static_assert(EARLY_STAGES >= 1 && EARLY_STAGES <= STAGES, "some stages are loaded early");
 static_assert(PART_TILES == 2 || PART_TILES == 4, "tiles of a warp");
+static_assert(!BULK_INPUT || (!HAS_COLUMNS && !GROUPED && IN_FEATURES == PADDED_COLUMNS && PHASES == 1), "x as it is");
 static_assert(WARP_ROWS * kPartRows % CLUSTER == 0 && kOwnRows % 4 == 0, "each block of a cluster owns as many rows");
 
 using Element = uint16_t;
@@ -298,6 +303,20 @@ __device__ __forceinline__ void load_input(uint8_t* input, const Inputs& x, cons
         }
     }
 }
+
+#if BULK_INPUT
+// The same by the bulk copy engine: a warp asks for the columns of its units, from `x` on, which arrive at `barrier`.
+__device__ __forceinline__ void request_input(uint8_t* input, const Element* x, int num_tokens, int first_token,
+                                              int num_units, uint32_t barrier, int lane) {
+    const int bytes = num_units * kUnitColumns * 2;
+    if (lane == 0) mbarrier_arrive_expect(barrier, num_tokens * bytes);
+    __syncwarp();
+    if (lane >= num_tokens || bytes == 0) return;
+    const int token = lane + first_token < num_tokens ? lane + first_token : lane + first_token - num_tokens;
+    bulk_load(shared_address(input + token * kInputStride), x + static_cast<int64_t>(token) * IN_FEATURES, bytes, barrier,
+              kCacheEvictLast);
+}
+#endif
 
 // Whether codes become numbers around zero, which offsets then have to undo; minima of super-blocks take codes as they are.
 constexpr bool kCentered = ZERO_KIND == 0 || (ZERO_KIND == 2 && !kSupers);
@@ -643,6 +662,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_MULTIPROCESSOR
                 mbarrier_init(shared_address(shared + kBarrierOffset) + i * 8, 1);
             }
         }
+        if (BULK_INPUT && row_part == 0) {
+            mbarrier_init(shared_address(shared + kBarrierOffset) + (kInputBarrier + column_part) * 8, 1);
+        }
         mbarrier_init_fence();
     }
     __syncwarp();
@@ -661,19 +683,32 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_MULTIPROCESSOR
     };
     for (int stage = 0; stage < EARLY_STAGES; ++stage) load_next(stage);
     fill_code_table();
+#if BULK_INPUT
+    const uint32_t input_barrier = shared_address(shared + kBarrierOffset) + (kInputBarrier + column_part) * 8;
+    const int first_token = cluster % num_tokens;
+    __syncthreads();  // the barriers of x are there
+#endif
     grid_dependency_wait();
 #if __CUDA_ARCH__ >= 900
     if (CLUSTER > 1) cluster_wait();  // the other blocks' shared memory can be written from here on
 #endif
 
     uint8_t* input = shared + kInputOffset;
+#if BULK_INPUT
+    if (row_part == 0) {
+        request_input(input + column_part * kSegment * 2, x + first_unit * kUnitColumns, num_tokens, first_token, num_units,
+                      input_barrier, lane);
+    }
+    for (int early = EARLY_STAGES; early < STAGES; ++early) load_next(early);
+    mbarrier_wait(input_barrier, 0);
+#endif
     float* partials = reinterpret_cast<float*>(shared + (kPartialsInRing ? 0 : kRingBytes));
     int stage = 0, parity = 0;
     for (int pass = 0; pass < kPasses; ++pass) {
         const int part = part_of(cluster, pass, row_part);
         Sums sums = {};
         for (int phase = 0; phase < PHASES; ++phase) {
-            if (PHASES > 1 || pass == 0) {
+            if (!BULK_INPUT && (PHASES > 1 || pass == 0)) {
                 if (PHASES > 1 && pass + phase > 0) __syncthreads();
                 load_input(input, inputs, columns, num_tokens, rank, phase, cluster);
                 __syncthreads();

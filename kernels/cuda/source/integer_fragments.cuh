@@ -9,7 +9,13 @@
 #include "integer_dequantize.cuh"
 #include "integer_stage.cuh"
 
+#ifndef SUM_GROUPS
+#define SUM_GROUPS 0  // fragments are codes minus zero points; scales are for the sums of a group
+#endif
+static_assert(!SUM_GROUPS || (GROUP >= 64 && ZEROS != 2 && !kSupers), "a group ends with a chunk, and its scales are all");
+
 constexpr bool kIsBfloat = BFLOAT;
+constexpr bool kScalesCodes = GROUP != 0 && !SUM_GROUPS;
 // Whether the type of the inputs holds scales exactly.
 constexpr bool kScalesFit = SCALE_TYPE == (BFLOAT ? kScaleBfloat : kScaleHalf) || SCALE_TYPE == kScaleE4M3 ||
                             (BFLOAT && SCALE_TYPE == kScaleE8M0);
@@ -113,7 +119,7 @@ struct GroupValues {
 
     __device__ __forceinline__ void load(const uint8_t* weights, int group, int place, float factor) {
         if (kSupers) return load_super(weights, group, place, factor);
-        if (GROUP != 0) scale.load(weights + kCodeBytes + group * 64 * kScaleBytes, place, factor);
+        if (kScalesCodes) scale.load(weights + kCodeBytes + group * 64 * kScaleBytes, place, factor);
         if (ZEROS == 1) {
             const uint8_t* line = weights + kCodeBytes + kScaleStage + group * 64;
             const uint32_t both = *reinterpret_cast<const uint16_t*>(line + place);
@@ -182,7 +188,7 @@ struct GroupValues {
 
     __device__ __forceinline__ void apply(uint32_t (&fragment)[4]) const {
 #pragma unroll
-        for (int r = 0; r < (GROUP == 0 ? 0 : 4); ++r) {
+        for (int r = 0; r < (kScalesCodes ? 4 : 0); ++r) {
             const int half = r % 2;
             const uint32_t code = fragment[r];
             if (kScalesFit) {

@@ -8,8 +8,8 @@
 // Few tokens give few tiles: then the columns of a tile are split among the blocks of a cluster, which add up through
 // distributed shared memory in a fixed order. Many tokens: blocks stay and take tile after tile, and pairs of blocks
 // fetch each input once for both (MULTICAST).
-#include "integer_fragments.cuh"
 #include "integer_wgmma_shape.cuh"
+#include "integer_fragments.cuh"
 #include "ptx/barrier.cuh"
 #include "ptx/bulk_copy.cuh"
 #include "ptx/dynamic_shared.cuh"
@@ -143,6 +143,23 @@ __device__ __forceinline__ void multiply_steps(float (&sums)[TILES][COUNT], cons
     }
 }
 
+// sums += products times the scales of a group, once those are done.
+template <int COUNT>
+__device__ __forceinline__ void add_group(float (&sums)[TILES][COUNT], float (&products)[TILES][COUNT],
+                                          const uint8_t* weights, int group, int place, float factor) {
+    wgmma_wait<0>();
+#pragma unroll
+    for (int tile = 0; tile < TILES; ++tile) {
+        float scales[2];
+        PairValue::load_exact(weights + tile * kSuperRowBytes + kCodeBytes + group * 64 * kScaleBytes, place, factor, scales);
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i) {
+            wgmma_pin(products[tile][i]);
+            sums[tile][i] = fmaf(products[tile][i], scales[i / 2 % 2], sums[tile][i]);
+        }
+    }
+}
+
 // A warpgroup's tiles over the block's columns, for the first 2 * COUNT tokens.
 template <int COUNT>
 __device__ __forceinline__ void accumulate_tile(const BlockPart& block, const Problem& problem, Ring& ring, int warpgroup,
@@ -152,6 +169,16 @@ __device__ __forceinline__ void accumulate_tile(const BlockPart& block, const Pr
     uint32_t fragments[2][STEPS][TILES][4];
     GroupValues values[TILES];
     int accumulate = 0, used = -1;
+#if SUM_GROUPS
+    float products[TILES][COUNT];
+#pragma unroll
+    for (int tile = 0; tile < TILES; ++tile) {
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i) sums[tile][i] = 0.0f;
+    }
+#else
+    float(&products)[TILES][COUNT] = sums;
+#endif
     for (int step = block.first_step; step < block.end_step; ++step, ring.advance()) {
         const int stage = ring.stage;
         mbarrier_wait(block.full(stage), ring.phase);
@@ -167,13 +194,19 @@ __device__ __forceinline__ void accumulate_tile(const BlockPart& block, const Pr
                 codes[tile] = load_codes<CODE_BITS>(bytes, lane);
             }
             const int group = GROUP >= 64 * CHUNKS ? 0 : part * kGroupsPerChunk;
-            multiply_steps<0>(sums, codes, values, fragments, weights, group, place, problem.weights.scale_factor,
+            multiply_steps<0>(products, codes, values, fragments, weights, group, place, problem.weights.scale_factor,
                               inputs + part * (TOKENS * 128 / 16), accumulate, [&] {
                                   if (part == 0 && used >= 0) block.release(used);
                               });
+            if (SUM_GROUPS && (GROUP == 64 || part == CHUNKS - 1)) {
+                add_group(sums, products, weights, group, place, problem.weights.scale_factor);
+                accumulate = 0;
+            }
         }
         used = stage;
+        if (SUM_GROUPS) block.release(stage), used = -1;
     }
+    if (SUM_GROUPS) return;
     wgmma_wait<0>();
 #pragma unroll
     for (int tile = 0; tile < TILES; ++tile) {

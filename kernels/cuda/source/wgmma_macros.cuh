@@ -47,6 +47,6 @@ constexpr int kAccumulators = TOKENS / 2;
 
 // Registers for each role: what a block has is dealt out again.
 constexpr int kEvenRegisters = 65536 / (kThreads * BLOCKS) / 8 * 8;
-constexpr int kProducerRegisters = 40;
+constexpr int kProducerRegisters = TOKENS * TILES <= 64 && kEvenRegisters > 64 ? 56 : 40;
 constexpr int kLeftRegisters = (kEvenRegisters * (WARPGROUPS + 1) - kProducerRegisters) / WARPGROUPS / 8 * 8;
 constexpr int kConsumerRegisters = kLeftRegisters > 240 ? 240 : kLeftRegisters;

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
+from aphroquant.kernels.cuda.device import obstacle
 from aphroquant.kernels.cuda.integer.decode import DecodeLinear
 from aphroquant.kernels.cuda.integer.decode_plan import DecodePlan
 from aphroquant.kernels.cuda.integer.packing import pack
@@ -132,3 +135,16 @@ def test_inputs_off_their_alignment_are_copied(device: torch.device) -> None:
     memory = torch.randn(3 * 256 + 1).bfloat16().to(device)
     x = memory[1:].view(3, 256)
     assert torch.equal(multiply(weight, x, plan, device), multiply(weight, x.clone(), plan, device))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 5, 16])
+def test_inputs_that_come_by_bulk_copies(tokens: int) -> None:
+    if reason := obstacle():
+        pytest.skip(reason)
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("the bulk copy engine needs a Hopper GPU")
+    for plan in (DecodePlan(2, 1, 2, 2, 2, 1, early_stages=1), DecodePlan(1, 2, 1, 3, 3, 2)):
+        bulk = replace(plan, bulk_input=True)
+        for columns in (1024, 1000):  # the others are copied as before
+            check(integer_weight(4, (180, columns, 128)), torch.bfloat16, tokens, bulk, torch.device("cuda"))

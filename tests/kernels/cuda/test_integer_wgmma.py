@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from aphroquant.kernels.cuda.integer.packing import pack_groups, unpack
@@ -52,3 +53,20 @@ def test_odd_rows_tokens_and_columns(device: torch.device) -> None:
 
 def test_blocks_take_tile_after_tile(device: torch.device) -> None:
     check((130, 200, 40), WgmmaTile(16, warpgroups=1, chunks=1, stages=3, persistent=True), device, group_size=None)
+
+
+@pytest.mark.parametrize("group_size", [64, 128, 256])
+@pytest.mark.parametrize(
+    ("kind", "scale_dtype", "dtype"),
+    [("zeros", torch.float16, torch.bfloat16), ("symmetric", torch.float32, torch.float16)],
+)
+def test_scales_of_large_groups_are_exact(
+    group_size: int, kind: str, scale_dtype: torch.dtype, dtype: torch.dtype, device: torch.device
+) -> None:
+    tile = WgmmaTile(16, stages=2, chunks=1 if kind == "zeros" else 2, steps=2)
+    check((75, 512, 3), tile, device, group_size=group_size, kind=kind, scale_dtype=scale_dtype, dtype=dtype)
+
+
+def test_offsets_and_small_groups_scale_the_codes(device: torch.device) -> None:
+    check((64, 256, 5), WgmmaTile(16, warpgroups=1, stages=2), device, kind="offsets", scale_dtype=torch.float16)
+    check((64, 256, 5), WgmmaTile(16, warpgroups=1, stages=2), device, group_size=16)
