@@ -10,6 +10,7 @@ import torch
 from aphroquant.kernels.cuda.device import gpu
 
 ROTATION = 3  # copies of the weights together exceed the L2 cache this many times
+_CALLS, _MICROSECONDS = 32, 1500  # in a graph: about so many calls, as long as they take no more time
 
 
 def num_copies(num_bytes: int, limit: int = 64) -> int:
@@ -22,8 +23,11 @@ def time_rotated(calls: Sequence[Callable[[], object]], replays: int = 15) -> fl
     """Median microseconds of one call.
 
     One CUDA graph holds all calls, each on its own copy of the weights (together more than 3x L2), and is replayed.
+    Short calls are in it several times over: starting a graph takes some 10 us, which would else be shared by a few.
     """
-    return statistics.median(time_replays(calls, replays))
+    once = statistics.median(time_replays(calls, 3)) * len(calls)
+    rounds = min(_CALLS / len(calls), _MICROSECONDS / once)
+    return statistics.median(time_replays(list(calls) * max(1, round(rounds)), replays))
 
 
 def time_replays(calls: Sequence[Callable[[], object]], replays: int = 15) -> list[float]:

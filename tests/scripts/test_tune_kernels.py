@@ -57,7 +57,8 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     spec.loader.exec_module(module)
     monkeypatch.setattr(module, "time_rotated", _time)
     monkeypatch.setattr(module, "num_copies", lambda num_bytes: 2)
-    monkeypatch.setattr(module, "compile_all", lambda jobs, workers: None)
+    monkeypatch.setattr(module, "compile_kernel", lambda name, macros, architecture: None)
+    monkeypatch.setattr(module, "architecture", lambda: "sm_90a")
     monkeypatch.setattr(module, "require", lambda: None)
     monkeypatch.setattr(module, "gpu", lambda device: GPU)
     monkeypatch.setattr(module, "read_bandwidth", lambda: 3e12)
@@ -73,7 +74,7 @@ def _tunable(*plans: Plan) -> Tunable:
         candidates=lambda problem: plans,
         prepare=_prepare,
         weight_bytes=lambda problem: 1,
-        sources=lambda problem, plan: [],
+        sources=lambda problem, plan: [("decode.cu", {"TOKENS": problem.tokens})],
     )
 
 
@@ -81,7 +82,7 @@ def test_the_fastest_plan_that_agrees_with_the_others_is_chosen(
     script: ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plans = [Plan(3.0), Plan(2.0), Plan(1.0, offset=5.0), Plan(0.5, fits=False), Plan(4.0)]
-    best = script.fastest(_tunable(*plans), PROBLEMS[0])
+    best = script.fastest(_tunable(*plans), PROBLEMS[0], plans)
     assert best == Entry(PROBLEMS[0], {"microseconds": 2.0, "offset": 0.0, "fits": True}, 2.0)
     said = capsys.readouterr().out
     assert "WRONG, differs by" in said
@@ -90,8 +91,8 @@ def test_the_fastest_plan_that_agrees_with_the_others_is_chosen(
 
 
 def test_nothing_is_chosen_where_nothing_runs(script: ModuleType) -> None:
-    assert script.fastest(_tunable(Plan(1.0, fits=False)), PROBLEMS[0]) is None
-    assert script.fastest(_tunable(), PROBLEMS[0]) is None
+    assert script.fastest(_tunable(), PROBLEMS[0], [Plan(1.0, fits=False)]) is None
+    assert script.fastest(_tunable(), PROBLEMS[0], []) is None
 
 
 def test_the_table_is_written_and_read_back(
@@ -106,8 +107,32 @@ def test_the_table_is_written_and_read_back(
     assert [(entry.problem, entry.plan["microseconds"]) for entry in table] == [(p, 2.0) for p in PROBLEMS]
 
 
+def test_the_plan_of_an_older_table_is_tried_again(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["tune_kernels", "--tables", str(tmp_path)])
+    for plans in ([Plan(2.0)], [Plan(3.0)]):
+        monkeypatch.setattr(script, "all_tunables", lambda plans=plans: [_tunable(*plans)])
+        load_table.cache_clear()
+        assert script.main() == 0
+    load_table.cache_clear()
+    table = load_table("decode", GPU.name, GPU.architecture, tmp_path)
+    assert {entry.plan["microseconds"] for entry in table} == {2.0}
+
+
 def test_without_time_left_older_entries_stay(script: ModuleType, tmp_path: Path) -> None:
     load_table.cache_clear()
     saved: list[list[Entry]] = []
-    assert script.tune(_tunable(Plan(1.0)), GPU, float("-inf"), tmp_path, saved.append) == []
+    assert script.tune(_tunable(Plan(1.0)), PROBLEMS, GPU, float("-inf"), tmp_path, saved.append) == []
     assert saved == []
+
+
+def test_only_what_is_asked_for_is_measured(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(script, "all_tunables", lambda: [_tunable(Plan(3.0))])
+    monkeypatch.setattr(sys, "argv", ["tune_kernels", "--tables", str(tmp_path), "--tokens", "16", "--kind", "bits=4"])
+    load_table.cache_clear()
+    assert script.main() == 0
+    load_table.cache_clear()
+    assert [entry.problem.tokens for entry in load_table("decode", GPU.name, GPU.architecture, tmp_path)] == [16]
