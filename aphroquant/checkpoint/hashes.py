@@ -71,7 +71,7 @@ class GrowingFileHash:
         self._reached = 0
         self._complete = self._stopped = False
         self._changed = threading.Condition()
-        self._error: OSError | None = None
+        self._error: OSError | MemoryError | None = None
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
@@ -82,7 +82,7 @@ class GrowingFileHash:
             self._changed.notify()
 
     def record(self, size: int) -> FileRecord:
-        """Of the whole file of `size` bytes. OSError if it could not be read back."""
+        """Of the whole file of `size` bytes. What went wrong in the thread is raised here."""
         self.reached(size, complete=True)
         self._thread.join()
         if self._error is not None:
@@ -97,16 +97,17 @@ class GrowingFileHash:
         self._thread.join()
 
     def _run(self) -> None:
+        try:
+            self._hash()
+        except (OSError, MemoryError) as error:  # of a thread; `record` raises it
+            self._error = error
+
+    def _hash(self) -> None:
         position, buffer = 0, memoryview(bytearray(_STEP))
         while (reached := self._wait(position)) is not None:
-            try:
-                count = os.preadv(self._descriptor, [buffer[: min(_STEP, reached - position)]], position)
-            except OSError as error:
-                self._error = error
-                return
+            count = os.preadv(self._descriptor, [buffer[: min(_STEP, reached - position)]], position)
             if count == 0:
-                self._error = OSError("the file is shorter than what was written")
-                return
+                raise OSError("the file is shorter than what was written")
             self._digest.update(buffer[:count])
             position += count
 

@@ -64,3 +64,14 @@ def test_stopping_ends_the_thread(tmp_path: Path) -> None:
     with (tmp_path / "file").open("wb+") as file:
         GrowingFileHash(file.fileno()).stop()
     assert threading.active_count() == before
+
+
+def test_what_goes_wrong_in_the_thread_gives_no_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: object) -> int:
+        raise MemoryError
+
+    monkeypatch.setattr("aphroquant.checkpoint.hashes.os.preadv", refuse)
+    with (tmp_path / "file").open("wb+") as file:
+        growing = GrowingFileHash(file.fileno())
+        with pytest.raises(MemoryError):
+            growing.record(5)
