@@ -5,6 +5,7 @@ Every module is decoded, written, decoded again from what was written, and compa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,7 +31,7 @@ from aphroquant.errors import AphroquantError, UsageError
 from aphroquant.formats import format_class
 from aphroquant.formats.base import Format, Part, TensorHeader
 from aphroquant.models.spec import EMBEDDING, LM_HEAD
-from aphroquant.schemes import DenseScheme, IntegerScheme, QuantizedWeight, Scheme
+from aphroquant.schemes import DenseScheme, FloatScheme, IntegerScheme, QuantizedWeight, Scheme
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,11 @@ class RepackPlan:
     def bits_per_weight(self) -> float:
         weights = sum(rows * columns for rows, columns in self.modules.values())
         return 8 * sum(self.module_bytes.values()) / weights
+
+    def size_in_work(self, module: str) -> int:
+        """Its weights, fourfold if its numbers are more than codes and scales, whose decoding takes more memory."""
+        ordinary = isinstance(self.schemes[module], IntegerScheme | FloatScheme)
+        return math.prod(self.modules[module]) * (1 if ordinary else 4)
 
     @property
     def stacks(self) -> Iterator[tuple[list[str], int]]:

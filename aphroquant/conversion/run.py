@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -218,7 +217,7 @@ class _Conversion(Conversion):
     def _repack(self, plan: RepackPlan, writer: CheckpointWriter) -> None:
         self.progress.stage("repacking")
         stacks = list(plan.stacks)
-        sizes = [(module, math.prod(plan.modules[module])) for modules, _ in stacks for module in modules]
+        sizes = [(module, plan.size_in_work(module)) for modules, _ in stacks for module in modules]
         repacked = in_order(sizes, partial(repack_module, plan))
         done = 0
         for modules, num_entries in stacks:

@@ -49,6 +49,7 @@ CASES = {
     "fp8-ct": Case("fp8", ("--to", "compressed-tensors")),
     "rtn-w4": Case("dense", ("--to", "compressed-tensors", "--bits", "4", "--samples", "0")),
     "rtn-fp8": Case("dense", ("--to", "fp8", "--samples", "0")),
+    "gptq-ct": Case("gptq", ("--to", "compressed-tensors")),
 }
 BITS_PER_WEIGHT = {"gptq": 4.13, "fp8": 8.0, "dense": 16.0}
 QUANTIZATION: dict[str, dict[str, Any] | None] = {
@@ -68,6 +69,7 @@ class Measurement:
     seconds: float
     mb_per_second: float
     cpu_seconds: float
+    cpu_seconds_per_gb: float
     cp_seconds: float
     cp_mb_per_second: float
     cp_cpu_seconds: float
@@ -119,6 +121,7 @@ def measure(name: str, folder: Path, gigabytes: float) -> Measurement:
         seconds=round(seconds, 2),
         mb_per_second=round(source_bytes / seconds / 1e6, 1),
         cpu_seconds=round(cpu_seconds, 2),
+        cpu_seconds_per_gb=round(cpu_seconds / source_bytes * GIGABYTE, 2),
         cp_seconds=round(copying, 2),
         cp_mb_per_second=round(source_bytes / copying / 1e6, 1),
         cp_cpu_seconds=round(cp_cpu_seconds, 2),
@@ -279,8 +282,8 @@ def _check_room(directory: Path, gigabytes: float) -> None:
 def _print(found: Measurement) -> None:
     print(
         f"{found.case:9} {found.source_bytes / GIGABYTE:6.2f} GB -> {found.output_bytes / GIGABYTE:6.2f} GB  "
-        f"{found.seconds:7.1f} s  {found.mb_per_second:7.1f} MB/s  CPU {found.cpu_seconds:6.1f} s  "
-        f"cp {found.cp_mb_per_second:7.1f} MB/s, CPU {found.cp_cpu_seconds:5.1f} s  "
+        f"{found.seconds:7.1f} s  {found.mb_per_second:7.1f} MB/s  CPU {found.cpu_seconds_per_gb:5.2f} s/GB  "
+        f"cp {found.cp_mb_per_second:7.1f} MB/s, CPU {found.cp_cpu_seconds / found.source_bytes * GIGABYTE:5.2f} s/GB  "
         f"peak {found.peak_rss_mb:6.0f} MB, anonymous {found.peak_anonymous_mb:6.0f} MB",
         flush=True,
     )
