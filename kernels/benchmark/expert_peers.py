@@ -116,27 +116,31 @@ class _CutlassGrouped:
         self.codes, self.scales, self.shape, self.dtype, self.rows = codes, scales, shape, dtype, _QuantizedRows()
         experts, n, k = codes.shape
         self.strides = [torch.full((experts,), size, dtype=torch.int64, device=codes.device) for size in (k, k, n)]
-        self._sizes: dict[int, Tensor] = {}
+        self._kept: dict[int, tuple[CudaTokenGroups, Tensor, Tensor]] = {}
 
     def __call__(self, x: Tensor, groups: CudaTokenGroups, *, in_order: bool) -> Tensor:
         rows, scales = self.rows(x, groups, in_order)
         operators: Any = torch.ops._C
         out = torch.empty(groups.num_pairs, self.shape.out_features, dtype=self.dtype, device=x.device)
+        offsets, problems = self._problems(groups)
         operators.cutlass_moe_mm(
-            out, rows, self.codes, scales, self.scales[..., None], groups.offsets[:-1], self._problems(groups),
-            *self.strides, True, True,
-        )  # fmt: skip
+            out, rows, self.codes, scales, self.scales[..., None], offsets, problems, *self.strides, True, True
+        )
         return out
 
-    def _problems(self, groups: CudaTokenGroups) -> Tensor:
-        """[experts, 3]: tokens, outputs, inputs; with few tokens the first two are exchanged."""
+    def _problems(self, groups: CudaTokenGroups) -> tuple[Tensor, Tensor]:
+        """Each expert's first row, int64; and int32 [experts, 3]: tokens, outputs, inputs.
+
+        With few tokens the first two are exchanged.
+        """
         key = groups.offsets.data_ptr()
-        if key not in self._sizes:
+        if key not in self._kept:
             counts = groups.offsets.diff()
             n, k = (torch.full_like(counts, size) for size in (self.shape.out_features, self.shape.in_features))
             swapped = groups.num_pairs <= 64
-            self._sizes[key] = torch.stack([n, counts, k] if swapped else [counts, n, k], 1).contiguous()
-        return self._sizes[key]
+            problems = torch.stack([n, counts, k] if swapped else [counts, n, k], 1).contiguous()
+            self._kept[key] = (groups, groups.offsets[:-1].long(), problems)  # the groups keep their address
+        return self._kept[key][1:]
 
 
 def _cutlass(weights: Sequence[QuantizedWeight], shape: ExpertShape, dtype: torch.dtype) -> GroupedRun:
