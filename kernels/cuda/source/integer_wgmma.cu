@@ -2,8 +2,9 @@
 //
 // Some warps fetch: codes and scales as contiguous bytes, inputs as swizzled tiles by a tensor map, several stages ahead.
 // Each other warpgroup turns the codes of its 64-row tiles into fragments, in the very registers that wgmma reads, while
-// its previous products run; the packed layout needs no shuffle for that. The weights do not depend on the kernel in
-// front, so only the inputs wait for it.
+// its previous products run; the packed layout needs no shuffle for that. For few tokens the codes are multiplied as they
+// are, and the sums of each group scaled (SUM_GROUPS). The weights do not depend on the kernel in front, so only the
+// inputs wait for it.
 //
 // Few tokens give few tiles: then the columns of a tile are split among the blocks of a cluster, which add up through
 // distributed shared memory in a fixed order. Many tokens: blocks stay and take tile after tile, and pairs of blocks
