@@ -144,7 +144,8 @@ def _near(value: Any, random: Random) -> Any:
     if isinstance(value, int):
         return random.choice([value + 1, value - 1, value * 2, value // 2, -value, float(value), str(value)])
     if isinstance(value, float):
-        return random.choice([value * 2, -value, int(value), str(value)])
+        whole = int(value) if math.isfinite(value) else 0
+        return random.choice([value * 2, -value, whole, str(value)])
     if isinstance(value, str):
         return random.choice([value.upper(), value + "x", value[:-1], value + "\0", [value]])
     if isinstance(value, list):
