@@ -2,6 +2,10 @@
 
 What is minimized is the error of the layer's output, tr(E H E^T) with H = E[x x^T], exactly: from the first codes on,
 no phase can raise it.
+
+Measured on SmolLM2-135M-Instruct, made independent of the grid of its file, on 8 x 1024 tokens of Wikipedia: 2x8
+(2.15 bits a weight; 64 x 512 tokens of speeches) has a mean KL divergence of 1.456 and a perplexity of 79.0; awq-gptq
+with 2 bits in groups of 64 (2.33 bits; 128 x 512 tokens) 2.438 and 211.
 """
 
 from __future__ import annotations
