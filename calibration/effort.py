@@ -26,9 +26,9 @@ class Effort:
 EFFORTS: Mapping[str, Effort] = {
     effort.name: effort
     for effort in (
-        Effort("fast", "awq-gptq", 32, 0, 0, "half a minute"),
-        Effort("normal", "awq-gptq", 128, 0, 0, "two minutes"),
-        Effort("best", "awq-gptq", 128, 200, 200, "three minutes on a GPU"),
+        Effort("fast", "awq-gptq", 32, 0, 0, "a quarter of the text"),
+        Effort("normal", "awq-gptq", 128, 0, 0, "about two minutes on 2 cores"),
+        Effort("best", "awq-gptq", 128, 200, 200, "training steps as well, meant for a GPU"),
     )
 }
 

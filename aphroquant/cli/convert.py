@@ -69,7 +69,7 @@ TARGETS = (
     default=DEFAULT_EFFORT,
     show_default=True,
     metavar="|".join(EFFORTS),
-    help="How much work, for a 135M model: "
+    help="How much work (times are of a 135M model): "
     + "; ".join(f"{effort.name} {effort.cost}" for effort in EFFORTS.values())
     + ".",
 )
