@@ -28,7 +28,7 @@ EFFORTS: Mapping[str, Effort] = {
     for effort in (
         Effort("fast", "awq-gptq", 32, 0, 0, "a quarter of the text"),
         Effort("normal", "awq-gptq", 128, 0, 0, "about two minutes on 2 cores"),
-        Effort("best", "awq-gptq", 128, 200, 200, "training steps as well, meant for a GPU"),
+        Effort("best", "awq-gptq", 128, 300, 200, "training steps as well, meant for a GPU"),
     )
 }
 

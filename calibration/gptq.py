@@ -124,6 +124,9 @@ def round_weight(
         loss += block.errors.square().sum(0)
         if end < columns.shape[0]:
             columns[end:] -= linear(upper[start:end, end:].T, block.errors.T)
+        if not full:
+            block.release()
+    whole.release()
     unordered = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
     unordered[:, order] = codes.T.to(torch.uint8)
     return RoundedWeight(unordered, loss)
@@ -147,6 +150,10 @@ class _ColumnBlock:
         ):
             own.copy_(given)
         self._replayed()
+
+    def release(self) -> None:
+        """Free what a recording holds."""
+        self._replayed.release()
 
     def _round(self) -> None:
         for column, value in enumerate(self._values):

@@ -3,6 +3,11 @@
 Rounding layer by layer fits each layer's own output. Here all layers of a block are moved together, by gradients of the
 squared error of the block's output, a few windows at a time. It starts from whatever rounding came before, so that
 error feedback's work is kept, and ends with the best numbers seen on windows that no step was taken on.
+
+Held-out loss after 150 steps of 8 x 512 tokens, relative to what GPTQ left, of blocks 4 and 16 of SmolLM2-135M at 3
+bits (groups of 64, the source's own inputs): signs of gradients, as in SignRound, 0.84 and 0.80; scales and gains alone
+0.76 and 0.75; codes by curvature as well 0.53 and 0.58, and 0.49 and 0.48 after 500 steps. From rounding to nearest,
+1.6 and 2.1 times worse than GPTQ, it ends at about the same numbers.
 """
 
 from __future__ import annotations
@@ -19,9 +24,9 @@ from aphroquant.errors import InputError
 from aphroquant.schemes import QuantizedWeight
 
 BATCH_WINDOWS = 8
-CODE_TRAVEL = 1.0  # codes, that a position may move in all steps together
+CODE_STEP = 0.01  # of a position, at most, at the beginning; larger ones follow the noise of single batches
 CURVATURE_DRAWS = 8  # of random signs
-SCALE_STEP = 1e-3  # relative, of scales and gains at the beginning; all steps fall linearly to 0
+SCALE_STEP = 3e-3  # relative, of scales and gains at the beginning; all steps fall linearly to 0
 _HELD_OUT = 16  # one window in so many is not trained on
 _SMALLEST_SIZE = 1e-6
 _CHECKS = 4  # comparisons on them, evenly spread over the steps
@@ -67,12 +72,13 @@ def refine(
     checks = {steps * (check + 1) // _CHECKS for check in range(_CHECKS)}
     for step, windows in enumerate(batches(trained, steps, BATCH_WINDOWS, seed)):
         share = 1 - step / steps
-        stepper.step(*batch(windows), codes=2 * CODE_TRAVEL / steps * share, scales=SCALE_STEP * share)
+        stepper.step(*batch(windows), codes=CODE_STEP * share, scales=SCALE_STEP * share)
         if step + 1 in checks:
             numbers = _rounded(weights, gains)
             now = _loss_of(numbers, forward, batch, held_out)
             if now < best:
                 best, kept = now, numbers
+    stepper.release()
     return Refined(kept, before, best)
 
 
@@ -120,6 +126,10 @@ class _Stepper:
         self._code_size.fill_(codes)
         self._scale_size.fill_(scales)
         self._replayed()
+
+    def release(self) -> None:
+        """Free what a recording holds."""
+        self._replayed.release()
 
     def _step(self) -> None:
         values = {name: weight.value() for name, weight in self._weights.items()}

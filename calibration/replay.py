@@ -34,6 +34,12 @@ class Replayed:
             self._graph = self._recorded(self._stream)
             self._graph.replay()
 
+    def release(self) -> None:
+        """Give the recording's memory back now: whoever is called usually holds this object, so that only a collection
+        of garbage would find the two."""
+        self._graph = None
+        self._work = _nothing
+
     def _recorded(self, stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph:
         """What torch.cuda.graph does, without its collection of garbage, which takes longer than most graphs."""
         graph = torch.cuda.CUDAGraph()
@@ -45,3 +51,7 @@ class Replayed:
             finally:
                 graph.capture_end()
         return graph
+
+
+def _nothing() -> None:
+    """What is left of released work."""
