@@ -201,17 +201,17 @@ def test_leftovers_of_a_killed_conversion_are_removed_by_the_next_of_the_same_na
 def test_a_killed_gguf_file_does_not_have_its_name(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
     program = (
         "import sys, time\nfrom aphroquant.checkpoint import GgufWriter\n"
-        "original = GgufWriter.add\n"
+        "original = GgufWriter.add_rows\n"
         "def slow(self, *args, **more):\n"
-        "    original(self, *args, **more)\n    print('a tensor is written', flush=True)\n    time.sleep(60)\n"
-        "GgufWriter.add = slow\nfrom aphroquant.cli import main\nmain(sys.argv[1:])\n"
+        "    original(self, *args, **more)\n    print('rows are written', flush=True)\n    time.sleep(60)\n"
+        "GgufWriter.add_rows = slow\nfrom aphroquant.cli import main\nmain(sys.argv[1:])\n"
     )
     arguments = ["convert", str(tiny_checkpoint("llama")), "--to", "gguf", "--out", str(tmp_path / "a.gguf")]
     process = subprocess.Popen(
         [sys.executable, "-c", program, *arguments], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )
     assert process.stdout is not None
-    assert process.stdout.readline() == "a tensor is written\n"
+    assert process.stdout.readline() == "rows are written\n"
     process.kill()
     process.communicate()
     assert [path.name for path in tmp_path.iterdir()] == [f".a.gguf.partial-{process.pid}"]
