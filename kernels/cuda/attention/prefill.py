@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from ctypes import Structure, c_float, c_int32, c_void_p
+from ctypes import c_float
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from aphroquant.kernels.cuda.attention.prefill_batch import PrefillArguments, PrefillBatch
 from aphroquant.kernels.cuda.attention.prefill_wgmma import WgmmaPrefill, WgmmaTile, wgmma_tile
 from aphroquant.kernels.cuda.attention.shape import AttentionShape, softmax_scale
 from aphroquant.kernels.cuda.fused.elements import element_macro
@@ -21,24 +22,10 @@ _CONTEXT_TILE = 64  # tokens, as in attention_prefill.cu
 _WARPS = 8  # 4 took 1.15 times as long on an H100
 
 
-class PrefillArguments(Structure):
+class _Arguments(PrefillArguments):
     """`Arguments` of attention_prefill.cu."""
 
-    _fields_ = (
-        ("queries", c_void_p),
-        ("keys", c_void_p),
-        ("values", c_void_p),
-        ("key_scales", c_void_p),
-        ("value_scales", c_void_p),
-        ("block_tables", c_void_p),
-        ("context_lens", c_void_p),
-        ("query_start", c_void_p),
-        ("tiles", c_void_p),
-        ("output", c_void_p),
-        ("table_stride", c_int32),
-        ("sliding_window", c_int32),
-        ("scale", c_float),
-    )
+    _fields_ = (("scale", c_float),)
 
 
 def query_tiles(query_lens: Sequence[int], context_lens: Sequence[int], rows_per_token: int, tile_rows: int) -> Tensor:
@@ -105,21 +92,13 @@ class PagedPrefill:
         block_tables int32 [S, ...], context_lens int32 [S], query_start int32 [S + 1], all on the device.
         """
         if tiles.shape[0]:
-            self._kernel.launch(
-                queries,
-                output,
-                cache,
-                block_tables,
-                context_lens,
-                query_start,
-                tiles,
-                sliding_window=sliding_window or 0,
-                programmatic=programmatic,
-            )
+            window = sliding_window or 0
+            batch = PrefillBatch(queries, output, cache, block_tables, context_lens, query_start, tiles, window)
+            self._kernel.launch(batch, programmatic=programmatic)
 
 
 class MmaPrefill:
-    """What PagedPrefill launches on GPUs before Hopper, and for 8-bit caches and odd heads."""
+    """What PagedPrefill launches on other GPUs than Hopper, and for int8 caches and other head sizes."""
 
     def __init__(self, shape: AttentionShape, dtype: torch.dtype, scale: float, warps: int) -> None:
         """`scale`: of the scores, for a softmax to base 2."""
@@ -129,37 +108,10 @@ class MmaPrefill:
         self._kernel = cuda_kernel("attention_prefill.cu", "attention_prefill", macros)
         self._shared_bytes = shared_bytes(shape)
 
-    def launch(
-        self,
-        queries: Tensor,
-        output: Tensor,
-        cache: LayerCache,
-        block_tables: Tensor,
-        context_lens: Tensor,
-        query_start: Tensor,
-        tiles: Tensor,
-        *,
-        sliding_window: int,
-        programmatic: bool,
-    ) -> None:
-        """As PagedPrefill; `sliding_window` 0: none."""
-        arguments = PrefillArguments(
-            queries.data_ptr(),
-            cache.keys.data_ptr(),
-            cache.values.data_ptr(),
-            0 if cache.key_scales is None else cache.key_scales.data_ptr(),
-            0 if cache.value_scales is None else cache.value_scales.data_ptr(),
-            block_tables.data_ptr(),
-            context_lens.data_ptr(),
-            query_start.data_ptr(),
-            tiles.data_ptr(),
-            output.data_ptr(),
-            block_tables.stride(0),
-            sliding_window,
-            self._scale,
-        )
+    def launch(self, batch: PrefillBatch, *, programmatic: bool) -> None:
+        arguments = _Arguments(*batch.arguments(), self._scale)
         self._kernel.launch(
-            grid=(tiles.shape[0], self._shape.num_kv_heads, 1),
+            grid=(batch.tiles.shape[0], self._shape.num_kv_heads, 1),
             block=(self._warps * 32, 1, 1),
             args=[arguments],
             shared_bytes=self._shared_bytes,

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from ctypes import Structure, c_float, c_int32, c_void_p
+from ctypes import c_float, c_int32
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from aphroquant.kernels.cuda.attention.prefill_batch import PrefillArguments, PrefillBatch
 from aphroquant.kernels.cuda.attention.shape import AttentionShape
 from aphroquant.kernels.cuda.device import architecture
 from aphroquant.kernels.cuda.fused.elements import element_macro
 from aphroquant.kernels.cuda.launcher import TensorMap, cuda_kernel
-
-if TYPE_CHECKING:
-    from aphroquant.engine.kv_cache import LayerCache
 
 HEAD_DIMS = (64, 128)
 _GROUP_TOKENS = 8  # whose rows are swizzled together
@@ -36,22 +33,10 @@ class WgmmaTile:
         return {"WARPGROUPS": self.warpgroups, "TILE": self.tokens, "STAGES": self.stages, "STAGED": self.staged}
 
 
-class WgmmaArguments(Structure):
+class _Arguments(PrefillArguments):
     """`Arguments` of attention_prefill_wgmma.cu."""
 
     _fields_ = (
-        ("queries", c_void_p),
-        ("keys", c_void_p),
-        ("values", c_void_p),
-        ("key_scales", c_void_p),
-        ("value_scales", c_void_p),
-        ("block_tables", c_void_p),
-        ("context_lens", c_void_p),
-        ("query_start", c_void_p),
-        ("tiles", c_void_p),
-        ("output", c_void_p),
-        ("table_stride", c_int32),
-        ("sliding_window", c_int32),
         ("num_groups", c_int32),
         ("num_tasks", c_int32),
         ("scale", c_float),
@@ -94,42 +79,18 @@ class WgmmaPrefill:
         self._max_blocks = _multiprocessors()
         self._maps: dict[tuple[int, torch.Size], TensorMap] = {}  # of the cache's layers
 
-    def launch(
-        self,
-        queries: Tensor,
-        output: Tensor,
-        cache: LayerCache,
-        block_tables: Tensor,
-        context_lens: Tensor,
-        query_start: Tensor,
-        tiles: Tensor,
-        *,
-        sliding_window: int,
-        programmatic: bool,
-    ) -> None:
-        """As PagedPrefill; `sliding_window` 0: none."""
-        num_tasks = tiles.shape[0] * self._shape.num_kv_heads
-        arguments = WgmmaArguments(
-            queries.data_ptr(),
-            cache.keys.data_ptr(),
-            cache.values.data_ptr(),
-            0 if cache.key_scales is None else cache.key_scales.data_ptr(),
-            0 if cache.value_scales is None else cache.value_scales.data_ptr(),
-            block_tables.data_ptr(),
-            context_lens.data_ptr(),
-            query_start.data_ptr(),
-            tiles.data_ptr(),
-            output.data_ptr(),
-            block_tables.stride(0),
-            sliding_window,
-            cache.keys.numel() // (_GROUP_TOKENS * self._shape.head_dim),
+    def launch(self, batch: PrefillBatch, *, programmatic: bool) -> None:
+        num_tasks = batch.tiles.shape[0] * self._shape.num_kv_heads
+        arguments = _Arguments(
+            *batch.arguments(),
+            batch.cache.keys.numel() // (_GROUP_TOKENS * self._shape.head_dim),
             num_tasks,
             self._scale,
         )
         self._kernel.launch(
             grid=(min(num_tasks, self._max_blocks), 1, 1),
             block=((self._tile.warpgroups + 1) * 128, 1, 1),
-            args=[self._map(cache.keys), self._map(cache.values), arguments],
+            args=[self._map(batch.cache.keys), self._map(batch.cache.values), arguments],
             shared_bytes=self._shared_bytes,
             programmatic=programmatic,
         )
