@@ -59,19 +59,8 @@ class _Float8Problem(ctypes.Structure):
     )
 
 
-class _MmaProblem(ctypes.Structure):
-    _fields_ = (
-        ("rows", c_int32),
-        ("tokens", c_int32),
-        ("chunks", c_int32),
-        ("width", c_int32),
-        ("weights", PackedWeights),
-        ("input", c_void_p),
-        ("bias", c_void_p),
-        ("output", c_void_p),
-        ("partials", c_void_p),
-        ("groups", GroupTiles),
-    )
+class _MmaProblem(mma.Problem):
+    _fields_ = (("groups", GroupTiles),)
 
 
 def decode_multiply(
@@ -123,7 +112,7 @@ def mma_multiply(
         x.shape[0],
         packed.padded_columns // CHUNK,
         x.shape[1],
-        PackedWeights.of(packed, exponent),
+        PackedWeights.of(packed, exponent, x.dtype),
         x.data_ptr(),
         0 if bias is None else bias.data_ptr(),
         out.data_ptr(),
@@ -153,7 +142,7 @@ def wgmma_multiply(
     steps = packed.padded_columns // (CHUNK * tile.chunks)
     problem = _WgmmaProblem(
         _extent(packed.out_features, x, steps, tile, groups),
-        PackedWeights.of(packed, exponent),
+        PackedWeights.of(packed, exponent, x.dtype),
         out.data_ptr(),
         0 if bias is None else bias.data_ptr(),
     )

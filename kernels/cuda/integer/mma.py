@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from ctypes import c_int32, c_void_p
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -37,8 +39,10 @@ class MmaTile:
         return max(stages, self.tokens * (ROWS + 8) * 2)
 
 
-class _Problem(ctypes.Structure):
-    _fields_ = (
+class Problem(ctypes.Structure):
+    """As in integer_mma.cu."""
+
+    _fields_: ClassVar[Sequence[tuple[str, Any]]] = (
         ("rows", c_int32),
         ("tokens", c_int32),
         ("chunks", c_int32),
@@ -63,7 +67,7 @@ def mma_multiply(
         out = x.new_empty(tokens, rows)
     split = tile.split > 1
     partials = torch.empty(tile.split, tokens, rows, dtype=torch.float32, device=x.device) if split else None
-    problem = _Problem(
+    problem = Problem(
         rows,
         tokens,
         packed.padded_columns // CHUNK,

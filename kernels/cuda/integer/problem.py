@@ -41,8 +41,8 @@ class PackedWeights(ctypes.Structure):
     )
 
     @classmethod
-    def of(cls, packed: PackedInteger, exponent: int, dtype: torch.dtype = torch.bfloat16) -> PackedWeights:
-        """`exponent`: of `scale_exponent`."""
+    def of(cls, packed: PackedInteger, exponent: int, dtype: torch.dtype) -> PackedWeights:
+        """For inputs of `dtype`; `exponent`: of `scale_exponent`."""
         return cls(
             packed.scales.shape[1],
             2.0**exponent,
