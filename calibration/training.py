@@ -7,7 +7,8 @@ alone, carries the gradient from the code to the position, g + h (p - c), and si
 p = c - g / h lies within the code's own cell unless another code is really better.
 
 On least squares with correlated inputs (64 x 256, 3 bits, 200 steps) plain signs bring the error of rounding to nearest
-to 0.26 of what it was, this to 0.05; that of GPTQ grows to 4.4 times with signs, and falls to 0.8 with this.
+to 0.26 of what it was, this to about 0.05; that of GPTQ grows to 4.4 times with signs, and falls to about 0.8 with this
+(with other sizes of steps than those that fit whole blocks).
 
 The curvature is kept as a product of one number a row and one a column. Scales, and gains of norms, move by Adam, as
 factors exp(a) of what they were, so that one step size fits them all.
