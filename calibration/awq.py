@@ -37,24 +37,26 @@ def search_scales(
     weights: Sequence[Tensor],
     mean_abs: Tensor,
     loss: Loss,
-    rounding: Rounding,
+    roundings: Sequence[Rounding],
     *,
     group_size: int | None,
     tie: Callable[[Tensor], Tensor] = lambda channels: channels,
 ) -> ChannelScales:
     """The best scales for the input channels of `weights` (each [N, K]) of all candidates, "none" among them.
 
+    `roundings` has one for each weight; `group_size` is that of the first, by which channels are compared.
     `tie` maps statistics [K] to statistics that are equal where scales have to be (channels shared by query heads).
     """
     activations = tie(mean_abs).clamp(min=_SMALLEST)
     magnitudes = tie(weight_magnitudes(weights, group_size))
     ones = torch.ones_like(activations)
-    unscaled = loss([rounding(weight) for weight in weights])
+    unscaled = loss([rounding(weight) for weight, rounding in zip(weights, roundings, strict=True)])
     best = ChannelScales(ones, unscaled, unscaled, None)
 
     def tried(best: ChannelScales, ratio: float) -> ChannelScales:
         scales = _candidate(activations, magnitudes, ratio)
-        error = loss([rounding(weight * scales) / scales for weight in weights])
+        scaled = zip(weights, roundings, strict=True)
+        error = loss([rounding(weight * scales) / scales for weight, rounding in scaled])
         return ChannelScales(scales, error, unscaled, ratio) if error < best.loss else best
 
     best = reduce(tried, COARSE_RATIOS, best)

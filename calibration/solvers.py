@@ -28,6 +28,7 @@ from typing import cast
 
 from aphroquant.calibration.solution import Rounding
 from aphroquant.errors import UsageError
+from aphroquant.schemes import FloatScheme, Scheme
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,11 @@ SOLVERS: Mapping[str, Solver] = {
     )
 }
 FP8_ROUNDING = _lazy("fp8")
+
+
+def rounding_for(scheme: Scheme, solver: Solver) -> Rounding:
+    """What makes weights of a scheme: the solver's rounding, but for floats, which have only one."""
+    return FP8_ROUNDING() if isinstance(scheme, FloatScheme) else solver.load()
 
 
 def find_solver(name: str) -> Solver:

@@ -86,6 +86,15 @@ TARGETS = (
 @click.option("--seed", default=0, show_default=True, help="Chooses the windows.")
 @click.option("--ignore", multiple=True, metavar="PATTERN", help="Modules that stay as they are; repeatable.")
 @click.option(
+    "--rule",
+    "rules",
+    multiple=True,
+    metavar="'WHICH: WHAT'",
+    help="Something else for some modules: 'down_proj: bits=8', 'layers[0:2]: keep'; repeatable, the last that matches "
+    "decides. WHICH is a pattern as for --ignore, a role (attention, mlp, q, ... down, experts, lm_head), "
+    "layers[...] or layers[...].ROLE; WHAT sets scheme, bits, group_size, symmetric, solver or keep.",
+)
+@click.option(
     "--device",
     default="auto",
     show_default=True,
@@ -116,6 +125,7 @@ def command(
     seq_len: int,
     seed: int,
     ignore: tuple[str, ...],
+    rules: tuple[str, ...],
     device: str,
     refine_steps: int | None,
     distill_steps: int | None,
@@ -153,6 +163,7 @@ def command(
             seq_len=seq_len,
             seed=seed,
             ignore=ignore,
+            rules=rules,
             overwrite=overwrite,
             device=device,
             requantize=requantize,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -12,27 +12,32 @@ import torch
 from torch import Tensor
 
 from aphroquant.calibration.solution import Solution
-from aphroquant.calibration.solvers import FP8_ROUNDING
+from aphroquant.calibration.solvers import rounding_for
 from aphroquant.calibration.statistics import InputStatistics, StatisticsCollector
 from aphroquant.conversion.activations import Activations, chunks, default_memory_limit
 from aphroquant.conversion.ahead import in_order
-from aphroquant.conversion.calibration_block import CalibrationBlock, load_calibration_block
-from aphroquant.conversion.dataless import naming_modules, solve_in_pieces
+from aphroquant.conversion.calibration_block import BlockLinear, CalibrationBlock, load_calibration_block
+from aphroquant.conversion.dataless import joined, naming_modules, solve_in_pieces, square_sum
 from aphroquant.conversion.experts import RoutedTokens
 from aphroquant.conversion.plan import ConversionPlan
 from aphroquant.conversion.refinement import BlockRefiner, Unrounded
 from aphroquant.conversion.scaling import SAMPLE_TOKENS, BlockScaler
+from aphroquant.conversion.targets import is_trainable
 from aphroquant.errors import InputError
-from aphroquant.models.loader import load_embedding
-from aphroquant.models.spec import DOWN, GATE, INPUT_NORM, POST_ATTENTION_NORM, UP, K, O, Q, V
-from aphroquant.schemes import FloatScheme, IntegerScheme
+from aphroquant.models.decoder import rms_norm
+from aphroquant.models.loader import load_embedding, load_final_norm, load_head
+from aphroquant.models.spec import DOWN, GATE, INPUT_NORM, LM_HEAD, POST_ATTENTION_NORM, UP, K, O, Q, V
+from aphroquant.schemes import IntegerScheme
 
 CPU = torch.device("cpu")
+_HEAD_ROWS = 2**15  # a multiple of all block heights
 
 
 @dataclass
 class SolvedBlock:
-    """The solutions of one block by module name, the other tensors that were changed, and what the report says."""
+    """The solutions of one block by module name, the other tensors that were changed, and what the report says.
+
+    The head, where it is quantized, comes last, as if it were one more block."""
 
     layer: int
     solutions: dict[str, Solution]
@@ -43,13 +48,10 @@ class SolvedBlock:
 
 def solve_without_data(plan: ConversionPlan) -> Iterator[SolvedBlock]:
     """All blocks from the weights alone, each module as soon as it is solved: a block may come in several parts."""
-    layers = {
-        module: layer
-        for layer in range(plan.spec.num_layers)
-        for module in plan.modules
-        if module.startswith(f"{plan.spec.block_prefix(layer)}.")
-    }
-    sizes = [(module, math.prod(plan.modules[module])) for module in layers]
+    spec = plan.spec
+    layers = {f"{spec.block_prefix(n)}.{linear}": n for n in range(spec.num_layers) for linear in spec.linears(n)}
+    layers[LM_HEAD] = spec.num_layers
+    sizes = [(module, math.prod(shape)) for module, shape in plan.modules.items()]
     for module, solution in in_order(sizes, partial(solve_in_pieces, plan)):
         yield SolvedBlock(layers[module], {module: solution})
 
@@ -68,7 +70,6 @@ class CalibratedSolver:
         self._window_len = windows.shape[1]
         keeps_source = plan.refine_steps > 0 or plan.distill_steps > 0
         self._memory_limit = default_memory_limit(4 if keeps_source else 2)
-        self._rounding = FP8_ROUNDING() if isinstance(plan.scheme, FloatScheme) else plan.solver.load()
         self._scaler = self._make_scaler()
         self._refiner = BlockRefiner(plan, self._window_len, device) if plan.refine_steps else None
         self._unrounded = Unrounded()
@@ -90,9 +91,38 @@ class CalibratedSolver:
         """All blocks, one at a time."""
         for layer in range(self._plan.spec.num_layers):
             yield self._solve_block(self._load(layer))
+        if LM_HEAD in self._plan.modules:
+            yield self._solve_head()
 
     def _load(self, layer: int) -> CalibrationBlock:
         return load_calibration_block(self._plan.checkpoint, layer, self._window_len, self._device)
+
+    @torch.no_grad()
+    def _solve_head(self) -> SolvedBlock:
+        """A piece of the rows at a time: it may be larger than a block."""
+        plan, spec = self._plan, self._plan.spec
+        head, gain = load_head(plan.checkpoint), load_final_norm(plan.checkpoint).to(self._device)
+        _check_finite(LM_HEAD, head)
+        statistics = None
+        if plan.calibrates_module(LM_HEAD):
+            second_moment = plan.solvers[LM_HEAD].needs_second_moment
+            collector = StatisticsCollector(
+                LM_HEAD, spec.hidden_size, self._window_len, second_moment=second_moment, device=self._device
+            )
+            for rows in self._chunks():
+                collector.update(rms_norm(self._states(rows), gain, spec.norm_eps))
+            statistics = collector.finish()
+        rounding = rounding_for(plan.schemes[LM_HEAD], plan.solvers[LM_HEAD])
+
+        def solved() -> Iterator[tuple[Solution, float]]:
+            scheme = plan.schemes[LM_HEAD]
+            for start in range(0, len(head), _HEAD_ROWS):
+                weight = head[start : start + _HEAD_ROWS]
+                solution = rounding([weight.to(self._device)], statistics, scheme, plan.scale_dtype)[0]
+                yield replace(solution, weight=solution.weight.to(CPU)), square_sum(solution, weight)
+
+        with naming_modules(LM_HEAD):
+            return SolvedBlock(spec.num_layers, {LM_HEAD: joined(solved(), plan.modules[LM_HEAD])})
 
     @torch.no_grad()
     def _solve_block(self, block: CalibrationBlock) -> SolvedBlock:
@@ -106,7 +136,7 @@ class CalibratedSolver:
             self._half(block, solved, POST_ATTENTION_NORM, (GATE, UP), DOWN)
         else:
             self._experts(block, solved)
-        if start is not None and solved.solutions:
+        if start is not None and self._unrounded.weights:
             self._refine(block, solved, start)
         solved.changed = {name: tensor.cpu() for name, tensor in block.changed.items()}
         return solved
@@ -214,7 +244,8 @@ class CalibratedSolver:
         if not any(module in self._plan.modules for module in modules):
             return None
         width = block.linears[names[0]].weight.shape[1]
-        second_moment = self._plan.solver.needs_second_moment
+        solvers = (self._plan.solvers[module] for module in modules if module in self._plan.modules)
+        second_moment = any(solver.needs_second_moment for solver in solvers)
         collector = StatisticsCollector(
             modules[0], width, self._window_len, second_moment=second_moment, device=self._device
         )
@@ -233,26 +264,40 @@ class CalibratedSolver:
         chosen = [name for name in names if f"{block.prefix}.{name}" in self._plan.modules]
         if not chosen:
             return
-        weights = [block.linears[name].weight for name in chosen]
         with naming_modules(
             f"{block.prefix}.{chosen[0]}" if len(chosen) == 1 else f"{block.prefix}: {', '.join(chosen)}"
         ):
-            solutions = self._rounding(weights, statistics, self._plan.scheme, self._plan.scale_dtype)
-        for name, solution in zip(chosen, solutions, strict=True):
-            if self._refiner is not None:
+            solutions = self._solutions({f"{block.prefix}.{name}": block.linears[name] for name in chosen}, statistics)
+        for name in chosen:
+            solution = solutions[f"{block.prefix}.{name}"]
+            if self._refiner is not None and is_trainable(self._plan.schemes[f"{block.prefix}.{name}"]):
                 self._unrounded.weights[name] = block.linears[name].weight
                 self._unrounded.statistics[name] = statistics
             block.linears[name].weight = solution.weight.dequantize()
             solved.solutions[f"{block.prefix}.{name}"] = replace(solution, weight=solution.weight.to(CPU))
 
+    def _solutions(self, linears: Mapping[str, BlockLinear], statistics: InputStatistics | None) -> dict[str, Solution]:
+        """By module; those that get the same are solved together."""
+        plan, kinds = self._plan, dict[Any, list[str]]()
+        for module in linears:
+            kind = plan.schemes[module], plan.solvers[module].name, plan.calibrates_module(module)
+            kinds.setdefault(kind, []).append(module)
+        found: dict[str, Solution] = {}
+        for modules in kinds.values():
+            scheme, solver = plan.schemes[modules[0]], plan.solvers[modules[0]]
+            seen = statistics if plan.calibrates_module(modules[0]) else None
+            weights = [linears[module].weight for module in modules]
+            solved = rounding_for(scheme, solver)(weights, seen, scheme, plan.scale_dtype)
+            found |= zip(modules, solved, strict=True)
+        return found
+
     def _make_scaler(self) -> BlockScaler | None:
-        if not self._plan.solver.scales_channels:
+        scaled = {module for module, solver in self._plan.solvers.items() if solver.scales_channels}
+        if not scaled:
             return None
-        assert isinstance(self._plan.scheme, IntegerScheme)
+        schemes = {module: scheme for module, scheme in self._plan.schemes.items() if isinstance(scheme, IntegerScheme)}
         checkpoint = self._plan.checkpoint
-        return BlockScaler(
-            self._plan.scheme, self._plan.modules.__contains__, lambda name: checkpoint.tensors[name].dtype
-        )
+        return BlockScaler(schemes, scaled, lambda name: checkpoint.tensors[name].dtype)
 
     def _embed(self, windows: Tensor) -> Activations:
         ids = windows.reshape(-1)

@@ -11,7 +11,7 @@ from torch import Tensor
 from aphroquant import buffers
 from aphroquant.calibration.fp8 import round_fp8
 from aphroquant.calibration.solution import Solution
-from aphroquant.calibration.solvers import FP8_ROUNDING
+from aphroquant.calibration.solvers import rounding_for
 from aphroquant.conversion.plan import ConversionPlan
 from aphroquant.errors import InputError
 from aphroquant.numbers import is_finite, largest_magnitude
@@ -22,17 +22,19 @@ PIECE_ELEMENTS = 2**22  # few enough for the processor's caches, enough for its 
 
 def solve_in_pieces(plan: ConversionPlan, module: str) -> Solution:
     """The solution of one module. InputError naming it if a weight is not finite."""
-    if isinstance(plan.scheme, FloatScheme) and plan.scheme.granularity == "tensor":
-        return _joined(_per_tensor(plan, plan.scheme, module), plan.modules[module])
-    return _joined(_rounded(plan, module), plan.modules[module])
+    scheme = plan.schemes[module]
+    if isinstance(scheme, FloatScheme) and scheme.granularity == "tensor":
+        return joined(_per_tensor(plan, scheme, module), plan.modules[module])
+    return joined(_rounded(plan, module), plan.modules[module])
 
 
 def _rounded(plan: ConversionPlan, module: str) -> Iterator[tuple[Solution, float]]:
-    rounding = FP8_ROUNDING() if isinstance(plan.scheme, FloatScheme) else plan.solver.load()
+    scheme = plan.schemes[module]
+    rounding = rounding_for(scheme, plan.solvers[module])
     for weight in _pieces(plan, module):
         with naming_modules(module):
-            solution = rounding([weight], None, plan.scheme, plan.scale_dtype)[0]
-        yield solution, _square_sum(solution, weight)
+            solution = rounding([weight], None, scheme, plan.scale_dtype)[0]
+        yield solution, square_sum(solution, weight)
 
 
 @contextmanager
@@ -49,13 +51,13 @@ def _per_tensor(plan: ConversionPlan, scheme: FloatScheme, module: str) -> Itera
     magnitude = torch.stack([largest_magnitude(weight) for weight in _pieces(plan, module)]).amax()
     for weight in _pieces(plan, module):
         solution = round_fp8(weight, scheme, magnitude)
-        yield solution, _square_sum(solution, weight)
+        yield solution, square_sum(solution, weight)
 
 
 def _pieces(plan: ConversionPlan, module: str) -> Iterator[Tensor]:
     """Rows of the dense weight, in its own dtype (float32 of a quantized one): whole rows of blocks at a time."""
-    columns = plan.modules[module][1]
-    step = plan.scheme.block_shape[0] if isinstance(plan.scheme, FloatScheme) and plan.scheme.block_shape else 1
+    columns, scheme = plan.modules[module][1], plan.schemes[module]
+    step = scheme.block_shape[0] if isinstance(scheme, FloatScheme) and scheme.block_shape else 1
     rows = max(1, PIECE_ELEMENTS // max(columns, 1) // step) * step
     left = torch.empty(0, columns)
     for piece in plan.checkpoint.weight_pieces(module, rows * columns):
@@ -71,7 +73,7 @@ def _pieces(plan: ConversionPlan, module: str) -> Iterator[Tensor]:
         yield left
 
 
-def _joined(solved: Iterator[tuple[Solution, float]], shape: tuple[int, int]) -> Solution:
+def joined(solved: Iterator[tuple[Solution, float]], shape: tuple[int, int]) -> Solution:
     """One solution of the pieces; the error of the whole weighs theirs by how large they are.
 
     What they hold is copied into tensors of the whole at once: kept until the end, small tensors among large temporary
@@ -96,7 +98,7 @@ def _joined(solved: Iterator[tuple[Solution, float]], shape: tuple[int, int]) ->
     return Solution(weight, error / total if total else 0.0, solution.details, solution.warnings)
 
 
-def _square_sum(solution: Solution, weight: Tensor) -> float:
+def square_sum(solution: Solution, weight: Tensor) -> float:
     if solution.square_sum is not None:
         return solution.square_sum
     return float(weight.float().square().sum(dtype=torch.float64))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -14,10 +14,12 @@ import torch
 from aphroquant.checkpoint import Checkpoint, GgufTensorPlan
 from aphroquant.checkpoint.base import is_kv_scale
 from aphroquant.checkpoint.expected import expected_modules, expected_vectors
+from aphroquant.conversion.assignment import naming_rule, with_rule
 from aphroquant.conversion.gguf_types import BY_BITS, is_dense, label, resolve_types, type_of, wished_type
 from aphroquant.conversion.loss import LossError, contradiction
 from aphroquant.conversion.plan import check_disk, matched_modules
 from aphroquant.conversion.request import ConversionRequest
+from aphroquant.conversion.rules import ModuleRule, RuleBook
 from aphroquant.conversion.scales import check_scales
 from aphroquant.errors import UsageError
 from aphroquant.formats.gguf import BlockType, block_type, exact_type
@@ -43,7 +45,7 @@ class LeftOut(NamedTuple):
 class GgufPlan:
     """What will be written. `tensors` are by Hugging Face name, in the order of the file; `exact` are the modules
     whose quantized numbers stay, `kept` those that stay dense because of `--ignore`; `types_name` is the mix or type
-    asked for, None if all numbers stay."""
+    asked for, None if all numbers stay; `by_rule` has those that rules ask for, by module."""
 
     request: ConversionRequest
     checkpoint: Checkpoint
@@ -52,6 +54,7 @@ class GgufPlan:
     kept: frozenset[str]
     left_out: LeftOut
     types_name: str | None
+    by_rule: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def types(self) -> dict[str, str]:
@@ -88,11 +91,16 @@ class GgufPlan:
     @property
     def stand_ins(self) -> list[str]:
         """Block linears whose rows are no whole blocks of the type that they should have had."""
-        name, spec = self.types_name, self.checkpoint.spec
-        if name is None:
+        asked, spec = self.types_name, self.checkpoint.spec
+        if asked is None:
             return []
         chosen = {module: kind for module, kind in self.layer_types.items() if module not in self.kept}
-        return [module for module, kind in chosen.items() if kind != wished_type(name, module, spec)]
+        by_rule = self.by_rule
+        return [
+            module
+            for module, kind in chosen.items()
+            if kind != wished_type(by_rule.get(module, asked), module, spec, by_rule=module in by_rule)
+        ]
 
     @property
     def path(self) -> Path:
@@ -115,6 +123,7 @@ def make_gguf_plan(checkpoint: Checkpoint, request: ConversionRequest, reason: s
     `reason` says that they need not stay."""
     shapes, left_out = _placed(checkpoint)
     kept = frozenset(matched_modules(request.ignore, [name.removesuffix(".weight") for name in shapes]))
+    by_rule: dict[str, str] = {}
     if reason is None and _quantized(checkpoint):
         types_name, types = None, _exact_types(checkpoint, request, shapes)
         exact = frozenset(_quantized(checkpoint))
@@ -122,7 +131,10 @@ def make_gguf_plan(checkpoint: Checkpoint, request: ConversionRequest, reason: s
         check_scales(checkpoint, integers, request.to)
     else:
         types_name, exact = resolve_types(request), frozenset[str]()
-        types = _chosen_types(checkpoint, kept, types_name, shapes)
+        book = RuleBook(request.rules, checkpoint.spec, checkpoint.schemes())
+        kept |= {module for module, found in book.decided.items() if found.rule.keep}
+        by_rule = _types_by_rule(request, book, kept, shapes)
+        types = _chosen_types(checkpoint, kept, types_name, by_rule, shapes)
     plan = GgufPlan(
         request,
         checkpoint,
@@ -131,6 +143,7 @@ def make_gguf_plan(checkpoint: Checkpoint, request: ConversionRequest, reason: s
         kept,
         left_out,
         types_name,
+        by_rule,
     )
     check_disk(plan.path, plan.num_bytes)
     return plan
@@ -206,7 +219,11 @@ def _check_asked(
 
 
 def _chosen_types(
-    checkpoint: Checkpoint, kept: frozenset[str], types_name: str, shapes: Mapping[str, tuple[int, ...]]
+    checkpoint: Checkpoint,
+    kept: frozenset[str],
+    types_name: str,
+    by_rule: Mapping[str, str],
+    shapes: Mapping[str, tuple[int, ...]],
 ) -> dict[str, str]:
     spec, schemes = checkpoint.spec, checkpoint.schemes()
     modules = [name.removesuffix(".weight") for name, shape in shapes.items() if len(shape) > 1]
@@ -214,12 +231,32 @@ def _chosen_types(
     for module in modules:
         name, scheme = f"{module}.weight", schemes[module]
         if module not in kept:
-            types[name] = type_of(types_name, module, shapes[name][1], spec)
+            asked = by_rule.get(module, types_name)
+            types[name] = type_of(asked, module, shapes[name][1], spec, by_rule=module in by_rule)
         elif isinstance(scheme, DenseScheme):
             types[name] = _dense_type(name, scheme)
         else:
             types[name] = "F16"
     return types
+
+
+def _types_by_rule(
+    request: ConversionRequest, book: RuleBook, kept: frozenset[str], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, str]:
+    """The mix or type that rules ask for, by module."""
+    names: dict[ModuleRule, str] = {}
+    found = {}
+    for module, (_, rule) in book.decided.items():
+        if module in kept:
+            continue
+        if f"{module}.weight" not in shapes:
+            hint = "it is tied to the embedding: write embedding" if module == LM_HEAD else None
+            raise UsageError(f"rule {str(rule)!r}: {module} has no tensor in a GGUF file", hint=hint)
+        if rule not in names:
+            with naming_rule(rule):
+                names[rule] = resolve_types(with_rule(request, rule))
+        found[module] = names[rule]
+    return found
 
 
 def _dense_type(name: str, scheme: DenseScheme) -> str:

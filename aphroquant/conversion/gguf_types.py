@@ -70,13 +70,15 @@ def resolve_types(request: ConversionRequest) -> str:
     return name
 
 
-def type_of(name: str, module: str, columns: int, spec: DecoderSpec) -> str:
-    """The type of one matrix in the mix or type `name`."""
-    return type_for_rows(block_type(wished_type(name, module, spec)), columns).name
+def type_of(name: str, module: str, columns: int, spec: DecoderSpec, *, by_rule: bool = False) -> str:
+    """The type of one matrix in the mix or type `name`. A type that a rule gives a module is what it gets."""
+    return type_for_rows(block_type(wished_type(name, module, spec, by_rule=by_rule)), columns).name
 
 
-def wished_type(name: str, module: str, spec: DecoderSpec) -> str:
+def wished_type(name: str, module: str, spec: DecoderSpec, *, by_rule: bool = False) -> str:
     """The same if rows of any length were whole blocks of it."""
+    if by_rule and name in PURE:
+        return PURE[name]
     base, raised = MIXES.get(name) or Mix(PURE[name], PURE[name])
     makes_logits = module == LM_HEAD or (module == EMBEDDING and spec.tie_word_embeddings)
     if base not in _WIDE and (makes_logits or (module == EMBEDDING and base in _LAYERS_ONLY)):

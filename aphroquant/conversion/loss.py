@@ -33,6 +33,7 @@ def contradiction(request: ConversionRequest, scheme: Scheme) -> str | None:
         **_settings(request, scheme),
         f"--solver {request.solver}": request.solver is not None,
         "--ignore": bool(request.ignore),
+        "--rule": bool(request.rules),
         "--calibration": bool(request.calibration),
         "--refine-steps": bool(request.refine_steps),
         "--distill-steps": bool(request.distill_steps),

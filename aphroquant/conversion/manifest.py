@@ -64,6 +64,7 @@ def _arguments(request: ConversionRequest) -> dict[str, Any]:
         "effort": request.effort,
         "refine_steps": request.refine_steps,
         "distill_steps": request.distill_steps,
+        "rules": [rule.to_dict() for rule in request.rules],
     }
 
 

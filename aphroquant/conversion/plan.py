@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -18,16 +17,17 @@ from torch import Tensor
 from aphroquant.calibration.solvers import Solver
 from aphroquant.checkpoint import Checkpoint
 from aphroquant.checkpoint.disk import size_text
+from aphroquant.conversion.assignment import assign
 from aphroquant.conversion.kv_cache import written_names
 from aphroquant.conversion.request import ConversionRequest
+from aphroquant.conversion.rules import ModuleRule, RuleBook, matches
 from aphroquant.conversion.sizes import module_bytes
 from aphroquant.conversion.soundness import finite_pieces
 from aphroquant.conversion.targets import (
+    HEAD_TARGETS,
     TargetScheme,
     check_target,
     needs_calibration,
-    resolve_scheme,
-    resolve_solver,
     training_steps,
 )
 from aphroquant.errors import ResourceError, UsageError
@@ -45,15 +45,16 @@ _SPOOL_SHARE = 1.05  # free disk beyond the output: headers and rounding up
 
 @dataclass(frozen=True)
 class ConversionPlan:
-    """What will be done. `modules` maps those to be quantized to (out_features, in_features), in order of execution.
+    """What will be done. `modules` maps those to be quantized to (out_features, in_features), in order of execution;
+    `schemes` and `solvers` say how.
 
     Steps of training are of each block (refinement) and of the whole model (distillation); 0: none.
     """
 
     request: ConversionRequest
     checkpoint: Checkpoint
-    scheme: TargetScheme
-    solver: Solver
+    schemes: Mapping[str, TargetScheme]
+    solvers: Mapping[str, Solver]
     format: Format
     modules: dict[str, tuple[int, int]]
     scale_dtype: torch.dtype
@@ -63,7 +64,7 @@ class ConversionPlan:
 
     @cached_property
     def module_bytes(self) -> dict[str, int]:
-        return module_bytes(self.format, self.modules, self.scheme, self.scale_dtype)
+        return module_bytes(self.format, self.modules, self.schemes, self.scale_dtype)
 
     @cached_property
     def dense_bytes(self) -> dict[str, int]:
@@ -90,29 +91,35 @@ class ConversionPlan:
     def spec(self) -> DecoderSpec:
         return self.checkpoint.spec
 
+    def calibrates_module(self, module: str) -> bool:
+        """Whether its solver looks at the inputs of the module."""
+        return needs_calibration(self.schemes[module], self.solvers[module], self.request.samples)
+
 
 def make_plan(checkpoint: Checkpoint, request: ConversionRequest) -> ConversionPlan:
     """Check a request against a model. UsageError, InputError or ResourceError for what cannot be done."""
     format_type = format_class(request.to)
     check_target(request.to)
     spec = checkpoint.spec
-    chosen, kept = _split_modules(checkpoint, request)
-    shapes = {module: spec.linear_shape(module.split(".", 3)[3]) for module in chosen}
-    scheme = resolve_scheme(request, {module: shape[1] for module, shape in shapes.items()})
-    solver = resolve_solver(request, scheme)
-    calibrates = needs_calibration(scheme, solver, request.samples)
+    book = RuleBook(request.rules, spec, checkpoint.schemes())
+    chosen, kept = _split_modules(checkpoint, request, book)
+    shapes = {module: _linear_shape(spec, module) for module in chosen}
+    schemes, solvers = assign(request, book, {module: shape[1] for module, shape in shapes.items()})
+    seen = [module for module in chosen if needs_calibration(schemes[module], solvers[module], request.samples)]
+    calibrates = bool(seen)
     if calibrates and request.samples == 0:
-        raise UsageError(f"static input scales ({scheme}) need calibration, but samples = 0")
+        raise UsageError(f"static input scales ({schemes[seen[0]]}) need calibration, but samples = 0")
     if calibrates and request.seq_len > spec.max_position_embeddings:
         raise UsageError(
             f"seq_len = {request.seq_len} is longer than the model's context of {spec.max_position_embeddings} tokens"
         )
-    dense = list(dict.fromkeys([*kept, *_other_matrices(checkpoint), LM_HEAD]))
-    target = format_type.for_schemes(dict.fromkeys(chosen, scheme), dense)
+    dense = dict.fromkeys([*kept, *_other_matrices(checkpoint), LM_HEAD])
+    target = format_type.for_schemes(schemes, [module for module in dense if module not in schemes])
     target = target.for_model(model_dtype(checkpoint), checkpoint.format)
     dtype = _scale_dtype(checkpoint, request.to)
-    steps = training_steps(request, scheme, calibrates=calibrates, has_experts=spec.experts is not None)
-    plan = ConversionPlan(request, checkpoint, scheme, solver, target, shapes, dtype, calibrates, *steps)
+    used = dict.fromkeys(schemes.values())
+    steps = training_steps(request, used, calibrates=calibrates, has_experts=spec.experts is not None)
+    plan = ConversionPlan(request, checkpoint, schemes, solvers, target, shapes, dtype, calibrates, *steps)
     check_disk(request.out, plan.num_bytes)
     return plan
 
@@ -183,23 +190,52 @@ def check_disk(out: Path, num_bytes: int) -> None:
         )
 
 
-def _split_modules(checkpoint: Checkpoint, request: ConversionRequest) -> tuple[list[str], list[str]]:
-    """(to be quantized, to be left dense) among the block linears."""
+def _split_modules(checkpoint: Checkpoint, request: ConversionRequest, book: RuleBook) -> tuple[list[str], list[str]]:
+    """(to be quantized, to be left dense) among the block linears and what rules name beside them."""
     schemes: dict[str, Scheme] = dict(checkpoint.schemes())
-    modules = [module for module in checkpoint.spec.modules() if module in schemes]
-    known = matched_modules(request.ignore, [*modules, *schemes, LM_HEAD, EMBEDDING])
-    kept = [module for module in modules if module in known]
-    chosen = [module for module in modules if module not in known]
+    linears = checkpoint.spec.modules()
+    known = matched_modules(request.ignore, [*linears, *schemes, LM_HEAD, EMBEDDING])
+    kept_by_rule = {module for module, found in book.decided.items() if found.rule.keep}
+    modules = [module for module in linears if module in schemes]
+    layers = set(linears)
+    for module, found in book.decided.items():
+        if module not in layers and module not in known and not found.rule.keep:
+            _require_head(checkpoint, request, module, found.rule)
+            modules.append(module)
+    kept = [module for module in modules if module in known or module in kept_by_rule]
+    chosen = [module for module in modules if module not in set(kept)]
     if not chosen:
-        raise UsageError("nothing is left to quantize", hint="give fewer --ignore patterns")
+        hint = "give fewer --ignore patterns" + (" and rules that keep modules" if kept_by_rule else "")
+        raise UsageError("nothing is left to quantize", hint=hint)
     return chosen, kept
+
+
+def _require_head(checkpoint: Checkpoint, request: ConversionRequest, module: str, rule: ModuleRule) -> None:
+    """UsageError unless a module beside the block linears is a head that the target can hold quantized."""
+    if module != LM_HEAD:
+        hint = "gguf quantizes embeddings" if module == EMBEDDING else None
+        raise UsageError(f"rule {str(rule)!r}: {module} stays dense in {request.to}", hint=hint)
+    if LM_HEAD not in checkpoint.schemes():
+        raise UsageError(
+            f"rule {str(rule)!r}: lm_head has no weight of its own, being tied to the embedding, which stays dense",
+            hint="gguf quantizes embeddings",
+        )
+    if request.to not in HEAD_TARGETS:
+        raise UsageError(
+            f"rule {str(rule)!r}: readers of {request.to} take lm_head for dense",
+            hint=f"{', '.join(HEAD_TARGETS)} and gguf can quantize it",
+        )
+
+
+def _linear_shape(spec: DecoderSpec, module: str) -> tuple[int, int]:
+    return (spec.vocab_size, spec.hidden_size) if module == LM_HEAD else spec.linear_shape(module.split(".", 3)[3])
 
 
 def matched_modules(patterns: Sequence[str], modules: Sequence[str]) -> set[str]:
     """Those that `--ignore` names. UsageError for a pattern that matches none."""
     found: set[str] = set()
     for pattern in patterns:
-        matching = {module for module in modules if _matches(module, pattern)}
+        matching = {module for module in modules if matches(module, pattern)}
         if not matching:
             raise UsageError(f"--ignore {pattern} matches no module; a name is {modules[0] if modules else 'unknown'}")
         found |= matching
@@ -216,11 +252,6 @@ def _matrix_shape(checkpoint: Checkpoint, module: str) -> tuple[int, ...]:
     if checkpoint.format is None:  # GGUF, whose headers tell
         return checkpoint.info(f"{module}.weight").shape
     return checkpoint.weight(module).shape
-
-
-def _matches(module: str, pattern: str) -> bool:
-    """Whether a pattern matches the name, or its end from some dot on."""
-    return fnmatchcase(module, pattern) or fnmatchcase(module, f"*.{pattern}")
 
 
 def _other_matrices(checkpoint: Checkpoint) -> list[str]:

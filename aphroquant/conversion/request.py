@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from aphroquant.calibration.effort import DEFAULT_EFFORT, find_effort
+from aphroquant.conversion.rules import ModuleRule
 from aphroquant.devices import torch_device
 from aphroquant.errors import UsageError
 
@@ -19,6 +20,7 @@ class ConversionRequest:
     `group_size` -1 means one group a row. `samples` 0 means no calibration. `ignore` are names of modules that stay
     dense: whole names, or patterns with * and ?, matched from any dot on ("o_proj", "model.layers.0.*").
     `device` calibrates and solves: "auto" (a GPU if there is one), "cpu" or "cuda".
+    `rules` give some modules something else than all others; `ignore` has the last word.
     `requantize` allows what is quantized already to be changed, with a loss.
     `effort` ("fast", "normal" or "best") decides what `solver`, `refine_steps` and `distill_steps` leave open.
     """
@@ -42,6 +44,7 @@ class ConversionRequest:
     effort: str = DEFAULT_EFFORT
     refine_steps: int | None = None
     distill_steps: int | None = None
+    rules: tuple[ModuleRule, ...] = ()
 
     def __post_init__(self) -> None:
         if self.bits is not None and not 1 <= self.bits <= 8:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -23,6 +24,7 @@ from aphroquant.conversion.ahead import in_order
 from aphroquant.conversion.blocks import CalibratedSolver, SolvedBlock, solve_without_data
 from aphroquant.conversion.conversion import Conversion, peak_memory
 from aphroquant.conversion.distillation import Distiller
+from aphroquant.conversion.fused import unequal_groups
 from aphroquant.conversion.gguf_run import GgufConversion
 from aphroquant.conversion.kv_cache import in_targets_shape, with_cache_scheme, written_names
 from aphroquant.conversion.loss import (
@@ -39,6 +41,7 @@ from aphroquant.conversion.progress import Progress
 from aphroquant.conversion.repack import RepackPlan, Stack, make_repack_plan, repack_module
 from aphroquant.conversion.request import ConversionRequest
 from aphroquant.conversion.result import ConversionResult
+from aphroquant.conversion.rules import ModuleRule, parse_rule
 from aphroquant.conversion.soundness import (
     check_carried,
     check_complete,
@@ -76,6 +79,7 @@ def convert(
     effort: str = DEFAULT_EFFORT,
     refine_steps: int | None = None,
     distill_steps: int | None = None,
+    rules: Sequence[ModuleRule | str] = (),
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> ConversionResult:
@@ -90,6 +94,7 @@ def convert(
     `device` calibrates and solves: "auto" (a GPU if there is one), "cpu" or "cuda".
     `effort` is "fast", "normal" or "best": it decides what is left out of `solver`, `samples`, `refine_steps` (steps of
     training a block against the source's) and `distill_steps` (of the whole model against the source's logits).
+    `rules` give some modules another scheme or solver, or leave them dense: "down_proj: bits=8", "layers[0:2]: keep".
     """
     check_known(to)
     if not str(out).strip():
@@ -115,6 +120,7 @@ def convert(
         effort=effort,
         refine_steps=refine_steps,
         distill_steps=distill_steps,
+        rules=tuple(parse_rule(rule) if isinstance(rule, str) else rule for rule in rules),
     )
     checkpoint, say = open_checkpoint(source), progress or Progress()
     try:
@@ -190,6 +196,8 @@ class _Conversion(Conversion):
         plan = make_plan(self.checkpoint, self.request)
         if partial := _partial_blocks(plan):
             self.note(f"{partial} is no whole number of blocks, which transformers and some engines refuse")
+        if unequal := unequal_groups(plan.spec, plan.schemes):
+            self.warn(unequal)
         return plan
 
     def _tell_repack(self, plan: RepackPlan) -> None:
@@ -252,7 +260,7 @@ class _Conversion(Conversion):
             for solved in solved_blocks:
                 changed |= solved.changed
                 self._write_block(plan, solved, writer)
-                self.progress.block(solved.layer + 1, total)
+                self.progress.block(min(solved.layer + 1, total), total)
         self._carry_tensors(writer, changed)
 
     def _distilled(
@@ -262,7 +270,7 @@ class _Conversion(Conversion):
         blocks = []
         for solved in solver.solve():
             blocks.append(solved)
-            self.progress.block(len(blocks), plan.spec.num_layers)
+            self.progress.block(min(len(blocks), plan.spec.num_layers), plan.spec.num_layers)
         self.progress.stage("distilling")
         with self.timed("distillation"):
             distiller = Distiller(plan, data.windows, blocks, solver.source_states, torch_device(self.request.device))
@@ -279,7 +287,11 @@ class _Conversion(Conversion):
         stack = Stack(0)
         for module, solution in solved.solutions.items():
             self._add_module(writer, module, plan.format.write(module, solution.weight), stack)
-            self.modules[module] = {"relative_error": solution.relative_error, **solution.details}
+            self.modules[module] = {
+                "scheme": str(solution.weight.scheme),
+                "relative_error": solution.relative_error,
+                **solution.details,
+            }
             for warning in solution.warnings:
                 self.warn(f"{module}: {warning}")
         assert not stack.tensors, "solvers know no stacked modules"
@@ -324,9 +336,7 @@ class _Conversion(Conversion):
     def _result(self, *, done: bool) -> ConversionResult:
         plan = self.plan
         errors = [module["relative_error"] for module in self.modules.values()]
-        solver = None
-        if isinstance(plan, ConversionPlan) and not isinstance(plan.scheme, FloatScheme):
-            solver = plan.solver.name
+        solver = _solver_text(plan) if isinstance(plan, ConversionPlan) else None
         return ConversionResult(
             **self.measured(),
             mode=self._mode(),
@@ -356,15 +366,26 @@ class _Conversion(Conversion):
 
 
 def _scheme_text(plan: Plan) -> str:
-    if isinstance(plan, ConversionPlan):
-        return str(plan.scheme)
-    return ", ".join(sorted({str(scheme) for scheme in plan.schemes.values()}))
+    """The scheme; of a mixture all of them, the commonest first, with how many modules have each."""
+    counts = Counter(str(scheme) for scheme in plan.schemes.values()).most_common()
+    if len(counts) == 1:
+        return counts[0][0]
+    return ", ".join(f"{scheme} ({count})" for scheme, count in counts)
+
+
+def _solver_text(plan: ConversionPlan) -> str | None:
+    """The solvers of all that is not FP8, for which there is no choice; the commonest first."""
+    names = Counter(
+        plan.solvers[module].name for module, scheme in plan.schemes.items() if not isinstance(scheme, FloatScheme)
+    )
+    return ", ".join(name for name, _ in names.most_common()) or None
 
 
 def _partial_blocks(plan: ConversionPlan) -> str | None:
     """The first module whose scales include one for a block cut short by the edge, with its shape."""
-    if not isinstance(plan.scheme, FloatScheme) or plan.scheme.block_shape is None:
-        return None
-    rows, columns = plan.scheme.block_shape
-    cut = (f"{name} {n}x{k}" for name, (n, k) in plan.modules.items() if n % rows or k % columns)
-    return next(cut, None)
+    for name, (rows, columns) in plan.modules.items():
+        scheme = plan.schemes[name]
+        block = scheme.block_shape if isinstance(scheme, FloatScheme) else None
+        if block is not None and (rows % block[0] or columns % block[1]):
+            return f"{name} {rows}x{columns}"
+    return None

@@ -6,12 +6,14 @@
     post_attention_layernorm -> gate_proj, up_proj          judged by the MLP's output
     up_proj (rows)           -> down_proj (columns)         judged by down_proj's
 
-A fold needs every layer concerned to be quantized: what stays dense is carried over byte for byte.
+A fold needs every layer concerned to be quantized to integers: what stays dense is carried over byte for byte, and FP8
+weights that share one scale lose by rows of other sizes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,13 +32,17 @@ SAMPLE_TOKENS = 1024  # 2048 and 4096 gave the same divergence within its standa
 
 
 class BlockScaler:
-    """Scales the channels of blocks for one scheme. `stored_dtype` tells the dtype that a tensor is stored in."""
+    """Scales the channels of blocks. `schemes` are those of the modules that are quantized to integers, `scaled` the
+    ones of them whose solver wants it, and `stored_dtype` tells the dtype that a tensor is stored in."""
 
     def __init__(
-        self, scheme: IntegerScheme, quantized: Callable[[str], bool], stored_dtype: Callable[[str], torch.dtype]
+        self,
+        schemes: Mapping[str, IntegerScheme],
+        scaled: Collection[str],
+        stored_dtype: Callable[[str], torch.dtype],
     ) -> None:
-        self._scheme = scheme
-        self._quantized = quantized
+        self._schemes = schemes
+        self._scaled = scaled
         self._stored_dtype = stored_dtype
 
     def scale_attention(self, block: CalibrationBlock, x: Tensor) -> dict[str, Any]:
@@ -47,9 +53,9 @@ class BlockScaler:
         inputs = self._search(block, names, x, _output_loss(block, names, x, block.attention))
         if inputs is not None:
             report["qkv"] = _summary(inputs)
-        if self._all_quantized(block, (V, O)):
-            scales = self._search(block, (O,), mixed, _linear_loss(block, O, mixed), tie=_tie_query_heads(block))
-            assert scales is not None
+        tie = _tie_query_heads(block)
+        scales = self._search(block, (O,), mixed, _linear_loss(block, O, mixed), producer=V, tie=tie)
+        if scales is not None:
             report["o"] = _summary(scales)
             self._fold_into_rows(block, V, O, scales.scales, _value_rows(block, scales.scales))
         if inputs is not None:
@@ -64,9 +70,8 @@ class BlockScaler:
         inputs = self._search(block, names, x, _output_loss(block, names, x, block.block.mlp))
         if inputs is not None:
             report["gate_up"] = _summary(inputs)
-        if self._all_quantized(block, (UP, DOWN)):
-            scales = self._search(block, (DOWN,), inner, _linear_loss(block, DOWN, inner))
-            assert scales is not None
+        scales = self._search(block, (DOWN,), inner, _linear_loss(block, DOWN, inner), producer=UP)
+        if scales is not None:
             report["down"] = _summary(scales)
             self._fold_into_rows(block, UP, DOWN, scales.scales, scales.scales)
         if inputs is not None:
@@ -79,22 +84,24 @@ class BlockScaler:
         names: Sequence[str],
         x: Tensor,
         loss: Callable[[Sequence[Tensor]], float],
+        producer: str | None = None,
         tie: Callable[[Tensor], Tensor] = lambda channels: channels,
     ) -> ChannelScales | None:
-        if not self._all_quantized(block, names):
+        """None if these, or the layer that would take the scales, must stay as they are, or none is to be scaled."""
+        modules = [f"{block.prefix}.{name}" for name in names]
+        if not any(module in self._scaled for module in modules):
+            return None
+        if not self._all_integers(block, names if producer is None else (*names, producer)):
             return None
         if not torch.isfinite(x).all():
             raise InputError(f"{block.prefix}.{names[0]}: its input is not finite for some calibration tokens")
         weights = [block.linears[name].weight for name in names]
-        size = self._scheme.group_size
-        return search_scales(weights, x.abs().mean(0), loss, self._round, group_size=size, tie=tie)
+        schemes = [self._schemes[module] for module in modules]
+        roundings = [partial(_round, scheme=scheme) for scheme in schemes]
+        return search_scales(weights, x.abs().mean(0), loss, roundings, group_size=schemes[0].group_size, tie=tie)
 
-    def _round(self, weight: Tensor) -> Tensor:
-        grid = min_max_grid(weight, self._scheme)
-        return dequantize(quantize(weight, grid, self._scheme), grid, self._scheme)
-
-    def _all_quantized(self, block: CalibrationBlock, names: Sequence[str]) -> bool:
-        return all(self._quantized(f"{block.prefix}.{name}") for name in names)
+    def _all_integers(self, block: CalibrationBlock, names: Sequence[str]) -> bool:
+        return all(f"{block.prefix}.{name}" in self._schemes for name in names)
 
     def _fold_into_norm(self, block: CalibrationBlock, norm: str, names: Sequence[str], scales: Tensor) -> None:
         """Divide the gain and multiply the columns, by what the gain's stored dtype makes of the scales."""
@@ -120,6 +127,11 @@ class BlockScaler:
             name = f"{block.prefix}.{producer}.bias"
             block.changed[name] = (made.bias / rows).to(self._stored_dtype(name))
             made.bias = block.changed[name].float()
+
+
+def _round(weight: Tensor, scheme: IntegerScheme) -> Tensor:
+    grid = min_max_grid(weight, scheme)
+    return dequantize(quantize(weight, grid, scheme), grid, scheme)
 
 
 def _output_loss(

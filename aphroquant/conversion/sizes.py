@@ -33,15 +33,16 @@ def empty_weight(
 def module_bytes(
     target: Format,
     modules: Mapping[str, tuple[int, int]],
-    scheme: IntegerScheme | FloatScheme | AdditiveScheme,
+    schemes: Mapping[str, IntegerScheme | FloatScheme | AdditiveScheme],
     scale_dtype: torch.dtype,
 ) -> dict[str, int]:
     """Stored bytes of each module. UsageError from the format if it cannot hold one of the shapes."""
-    by_shape: dict[tuple[int, int], int] = {}
+    by_kind: dict[tuple[tuple[int, int], IntegerScheme | FloatScheme | AdditiveScheme], int] = {}
     sizes = {}
     for module, shape in modules.items():
-        if shape not in by_shape:
-            tensors = target.write(module, empty_weight(scheme, shape, scale_dtype))
-            by_shape[shape] = sum(tensor.nbytes for tensor in tensors.values())
-        sizes[module] = by_shape[shape]
+        kind = shape, schemes[module]
+        if kind not in by_kind:
+            tensors = target.write(module, empty_weight(schemes[module], shape, scale_dtype))
+            by_kind[kind] = sum(tensor.nbytes for tensor in tensors.values())
+        sizes[module] = by_kind[kind]
     return sizes

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 from aphroquant.calibration.effort import find_effort
 from aphroquant.calibration.solvers import SOLVERS, Solver, find_solver
@@ -66,6 +66,7 @@ WEIGHT_ONLY_BITS: Mapping[str, tuple[int, ...]] = {
     "bitsandbytes": (),
     "aqlm": (),
 }
+HEAD_TARGETS = ("gptq", "auto-round", "compressed-tensors", "hqq")  # whose readers know a quantized lm_head
 _CODEBOOKS = re.compile(r"(?:aqlm-)?(\d+)x(\d+)(?:g(\d+))?")
 _MAX_CODEBOOK_BITS = 16  # of a code, for books that are sought; files may have more
 
@@ -104,8 +105,12 @@ def scheme_names(target: str) -> list[str]:
     return [f"w{bits}a16" for bits in WEIGHT_ONLY_BITS[target]] + list(FIXED_SCHEMES[target])
 
 
-def resolve_scheme(request: ConversionRequest, widths: Mapping[str, int]) -> TargetScheme:
-    """The scheme that a request means for modules with these in_features. UsageError naming what does not fit."""
+def resolve_scheme(
+    request: ConversionRequest, widths: Mapping[str, int], sized: Mapping[str, int] | None = None
+) -> TargetScheme:
+    """The scheme that a request means for modules with these in_features. UsageError naming what does not fit.
+
+    `sized` are those that an automatic group size has to fit, if they are others."""
     target = request.to
     name = request.scheme or DEFAULT_SCHEMES.get(target)
     if target == "aqlm" and name is not None and (match := _CODEBOOKS.fullmatch(name)):
@@ -117,7 +122,7 @@ def resolve_scheme(request: ConversionRequest, widths: Mapping[str, int]) -> Tar
         _refuse_contradictions(request, name)
         return FIXED_SCHEMES[target][name]
     bits = _bits(request, name)
-    size = _group_size(request, widths)
+    size = _group_size(request, widths, widths if sized is None else sized)
     symmetric = target in SYMMETRIC_BY_DEFAULT if request.symmetric is None else request.symmetric
     return IntegerScheme(bits, size, symmetric)
 
@@ -156,15 +161,21 @@ def needs_calibration(scheme: TargetScheme, solver: Solver, samples: int) -> boo
     return samples > 0 and not (solver.name == "rtn" and scheme.bits == NEARLY_EXACT_BITS)
 
 
+def is_trainable(scheme: TargetScheme) -> bool:
+    """Whether steps of training can move the numbers of such weights."""
+    return not isinstance(scheme, FloatScheme)
+
+
 def training_steps(
-    request: ConversionRequest, scheme: TargetScheme, *, calibrates: bool, has_experts: bool = False
+    request: ConversionRequest, schemes: Collection[TargetScheme], *, calibrates: bool, has_experts: bool = False
 ) -> tuple[int, int]:
     """Steps of (refinement, distillation): those asked for, or what the effort gives where training can help."""
     asked = (request.refine_steps, request.distill_steps)
-    trains = calibrates and not isinstance(scheme, FloatScheme)
+    trainable = [scheme for scheme in schemes if is_trainable(scheme)]
+    trains = calibrates and bool(trainable)
     if not trains and any(asked):
         option = "--refine-steps" if request.refine_steps else "--distill-steps"
-        why = "--samples 0 gives none" if isinstance(scheme, IntegerScheme) else f"{scheme} has none"
+        why = "--samples 0 gives none" if trainable else f"{', '.join(map(str, dict.fromkeys(schemes)))} has none"
         raise UsageError(f"{option} moves codes, codebooks and scales by calibration text, but {why}")
     if has_experts:
         if any(asked):
@@ -172,8 +183,8 @@ def training_steps(
             raise UsageError(f"{option} trains no model whose blocks have experts", hint=f"leave out {option}")
         return 0, 0
     effort = find_effort(request.effort)
-    nearly_exact = isinstance(scheme, IntegerScheme) and scheme.bits >= NEARLY_EXACT_BITS
-    wanted = trains and not nearly_exact
+    exact = all(isinstance(scheme, IntegerScheme) and scheme.bits >= NEARLY_EXACT_BITS for scheme in trainable)
+    wanted = trains and not exact
     by_effort = (effort.refine_steps, effort.distill_steps) if wanted else (0, 0)
     refine, distill = (given if own is None else own for own, given in zip(asked, by_effort, strict=True))
     return refine, distill
@@ -204,11 +215,11 @@ def _bits(request: ConversionRequest, name: str | None) -> int:
     return bits
 
 
-def _group_size(request: ConversionRequest, widths: Mapping[str, int]) -> int | None:
+def _group_size(request: ConversionRequest, widths: Mapping[str, int], sized: Mapping[str, int]) -> int | None:
     if request.group_size == PER_ROW:
         return None
     if request.group_size is None:
-        return next((size for size in AUTOMATIC_GROUP_SIZES if _misfit(size, widths) is None), None)
+        return next((size for size in AUTOMATIC_GROUP_SIZES if _misfit(size, sized) is None), None)
     module = _misfit(request.group_size, widths)
     if module is not None:
         raise UsageError(

@@ -31,16 +31,15 @@ def refusal(plan: ConversionPlan, window_len: int, device: torch.device) -> str 
 
 def distillation_bytes(plan: ConversionPlan, window_len: int) -> int:
     """About what a distillation holds at once: codes, scales, head, states between blocks, and one block's work."""
-    spec, scheme = plan.spec, plan.scheme
-    shapes = list(plan.modules.values())
-    weights = sum(rows * columns for rows, columns in shapes)
+    spec = plan.spec
+    weights = sum(rows * columns for rows, columns in plan.modules.values())
     tokens = BATCH_WINDOWS * window_len
     states = tokens * spec.hidden_size * (spec.num_layers + 2) * 4
     vocabulary = 2 * spec.vocab_size * spec.hidden_size * 4
     block = weights // spec.num_layers * 4 * _COPIES_OF_A_BLOCK
     inner = tokens * (spec.hidden_size + spec.intermediate_size) * 4 * _COPIES_OF_INNER
     attention = BATCH_WINDOWS * spec.num_heads * window_len**2 * 4 * _ATTENTION_COPIES
-    trained = sum(_trained_bytes(scheme, *shape) for shape in shapes)
+    trained = sum(_trained_bytes(plan.schemes[module], *shape) for module, shape in plan.modules.items())
     return trained + states + vocabulary + block + inner + attention + _LOGITS_BYTES
 
 
@@ -48,7 +47,8 @@ def _trained_bytes(scheme: TargetScheme, rows: int, columns: int) -> int:
     """Of what is kept of one weight between its steps."""
     if isinstance(scheme, IntegerScheme):
         return rows * columns + rows * scheme.num_groups(columns) * 4 * _NUMBERS_A_GROUP
-    assert isinstance(scheme, AdditiveScheme)
+    if not isinstance(scheme, AdditiveScheme):
+        return rows * columns  # not trained, but kept
     codes = rows * columns // scheme.in_group * scheme.num_codebooks
     entries: int = scheme.num_codebooks * 2**scheme.code_bits * scheme.in_group
     code_bytes: int = scheme.dtypes()["codes"].itemsize + 8  # and that of their order, int64

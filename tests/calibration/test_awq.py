@@ -31,7 +31,7 @@ def test_activation_outliers_get_larger_scales_and_a_smaller_loss() -> None:
     x[:, 3] *= 50
     weights = [torch.randn(32, 64), torch.randn(16, 64)]
     loss = output_loss(x, weights)
-    found = search_scales(weights, x.abs().mean(0), loss, rounding, group_size=16)
+    found = search_scales(weights, x.abs().mean(0), loss, [rounding] * len(weights), group_size=16)
     assert found.loss < 0.5 * found.unscaled_loss
     assert found.ratio is not None
     assert int(found.scales.argmax()) == 3
@@ -40,7 +40,7 @@ def test_activation_outliers_get_larger_scales_and_a_smaller_loss() -> None:
 
 
 def test_scaling_is_left_alone_where_nothing_is_gained() -> None:
-    found = search_scales([torch.zeros(4, 32)], torch.ones(32), lambda weights: 0.0, rounding, group_size=16)
+    found = search_scales([torch.zeros(4, 32)], torch.ones(32), lambda weights: 0.0, [rounding], group_size=16)
     assert found.ratio is None
     assert torch.equal(found.scales, torch.ones(32))
 
@@ -53,7 +53,7 @@ def test_tied_channels_get_equal_scales() -> None:
         halves = channels.view(2, 16)
         return halves.mean(0, keepdim=True).expand_as(halves).reshape(-1)
 
-    found = search_scales([weight], x.abs().mean(0), output_loss(x, [weight]), rounding, group_size=16, tie=tie)
+    found = search_scales([weight], x.abs().mean(0), output_loss(x, [weight]), [rounding], group_size=16, tie=tie)
     assert torch.equal(found.scales[:16], found.scales[16:])
 
 
@@ -62,7 +62,7 @@ def test_channels_that_never_fire_keep_finite_scales() -> None:
     x[:, 7] = 0
     weight = torch.randn(8, 32)
     weight[:, 9] = 0
-    found = search_scales([weight], x.abs().mean(0), output_loss(x, [weight]), rounding, group_size=16)
+    found = search_scales([weight], x.abs().mean(0), output_loss(x, [weight]), [rounding], group_size=16)
     assert torch.isfinite(found.scales).all()
     assert bool((found.scales > 0).all())
 

@@ -35,11 +35,8 @@ def forward(block: CalibrationBlock, hidden: torch.Tensor) -> torch.Tensor:
 
 
 def scale(block: CalibrationBlock, checkpoint: Checkpoint, hidden: torch.Tensor, kept: tuple[str, ...] = ()) -> None:
-    scaler = BlockScaler(
-        SCHEME,
-        lambda module: not module.endswith(kept) if kept else True,
-        lambda name: checkpoint.tensors[name].dtype,
-    )
+    schemes = {module: SCHEME for module in checkpoint.spec.modules() if not (kept and module.endswith(kept))}
+    scaler = BlockScaler(schemes, schemes, lambda name: checkpoint.tensors[name].dtype)
     scaler.scale_attention(block, block.block.norm(INPUT_NORM, hidden))
     after = hidden + block.attention(block.block.norm(INPUT_NORM, hidden))
     scaler.scale_mlp(block, block.block.norm(POST_ATTENTION_NORM, after))

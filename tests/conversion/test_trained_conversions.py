@@ -154,7 +154,7 @@ def test_efforts_decide_what_is_left_out(tiny_checkpoint: Tiny, tmp_path: Path) 
         plan = make_plan(
             open_checkpoint(source), ConversionRequest("x", "gptq", tmp_path, effort=name, samples=4, seq_len=16)
         )
-        assert plan.solver.name == effort.solver
+        assert {solver.name for solver in plan.solvers.values()} == {effort.solver}
         assert (plan.refine_steps, plan.distill_steps) == (effort.refine_steps, effort.distill_steps)
     result = aphroquant.convert(source, out=tmp_path / "fast", effort="fast", **options)
     record = json.loads((tmp_path / "fast" / "aphroquant.json").read_text())
