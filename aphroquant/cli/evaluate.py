@@ -1,9 +1,9 @@
-"""aphroquant eval: measure a quantized model against its base, and fail if it misses a bound."""
+"""aphroquant eval: measure quantized models against their base, and fail if one misses a bound."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -14,23 +14,23 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from aphroquant.cli.json_report import STANDARD_OUTPUT, check_json_target, write_json
 
 if TYPE_CHECKING:
-    from aphroquant.evaluation import Evaluation, GateCheck
-    from aphroquant.evaluation.compare import OnProgress
+    from aphroquant.evaluation import Evaluation, EvaluationRun, GateCheck
+    from aphroquant.evaluation.measure import OnProgress
 
 _STAGES = {"base": "base model", "model": "quantized model", "logits": "comparing logits"}
 
 
 @click.command()
-@click.argument("model", metavar="DIR")
+@click.argument("models", metavar="DIR...", nargs=-1, required=True)
 @click.option("--against", metavar="BASE", required=True, help="The model that DIR was made from.")
 @click.option(
     "--text",
     "texts",
     multiple=True,
     metavar="FILE",
-    help="UTF-8 text to measure on; repeatable. Default: bundled text.",
+    help="UTF-8 text to measure on; repeatable: each has its own windows, figures and gates. Default: bundled text.",
 )
-@click.option("--windows", default=8, show_default=True, help="Windows of tokens, evenly spaced over the text.")
+@click.option("--windows", default=8, show_default=True, help="Windows of each text, evenly spaced over it.")
 @click.option("--window-len", default=1024, show_default=True, help="Tokens in a window.")
 @click.option("--seed", type=int, help="Draw the windows at random instead of evenly spaced.")
 @click.option(
@@ -40,6 +40,13 @@ _STAGES = {"base": "base model", "model": "quantized model", "logits": "comparin
     type=click.Choice(["auto", "cpu", "cuda"]),
     help="What computes; auto is a GPU if there is one.",
 )
+@click.option(
+    "--noise-floor/--no-noise-floor",
+    default=True,
+    show_default=True,
+    help="Measure what bfloat16 activations alone change in the base.",
+)
+@click.option("--allow-calibration-text", is_flag=True, help="Measure also on a text that DIR was calibrated on.")
 @click.option("--json", "json_file", metavar="FILE", help="Write all figures here; - for standard output.")
 @click.option("--max-kld", type=float, help="Fail (exit 4) above this mean KL divergence, in nats.")
 @click.option("--max-p99-kld", type=float, help="Fail above this 99th percentile of it.")
@@ -47,29 +54,32 @@ _STAGES = {"base": "base model", "model": "quantized model", "logits": "comparin
 @click.option("--min-top1", type=float, help="Fail below this share (0 to 1) of equal most likely tokens.")
 @click.option("--max-ppl-ratio", type=float, help="Fail above this perplexity, as a multiple of the base's.")
 def command(
-    model: str,
+    models: tuple[str, ...],
     against: str,
     texts: tuple[str, ...],
     windows: int,
     window_len: int,
     seed: int | None,
     device: str,
+    noise_floor: bool,
+    allow_calibration_text: bool,
     json_file: str | None,
     **bounds: float | None,
 ) -> None:
-    """Measure the model in DIR against BASE: KL divergence, top-1 agreement, perplexity, size.
+    """Measure the model in each DIR against BASE: KL divergence, top-1 agreement, perplexity, size.
 
-    Both read the same windows of text, teacher-forced, in float32. Any bound (--max-..., --min-...) makes the command
-    a gate: it ends with exit code 4 if the result misses one, after the table and the JSON file were written.
+    All read the same windows of text, teacher-forced, in float32. Several models are also compared with each other,
+    position by position. Any bound (--max-..., --min-...) makes the command a gate: it ends with exit code 4 if a
+    result misses one, after the tables and files were written.
     """
     check_json_target(json_file)
-    from aphroquant.evaluation import Bounds, check_bounds, evaluate
+    from aphroquant.evaluation import Bounds, check_bounds, evaluate_models
     from aphroquant.evaluation.gate import require
 
     limits = Bounds(**bounds)
-    with _progress() as on_progress:
-        result = evaluate(
-            model,
+    with _progress(len(models)) as on_progress:
+        run = evaluate_models(
+            models,
             against=against,
             texts=texts,
             windows=windows,
@@ -77,27 +87,42 @@ def command(
             seed=seed,
             device=device,
             on_progress=on_progress,
+            with_floor=noise_floor,
+            allow_calibration_text=allow_calibration_text,
         )
-    checks = check_bounds(result, limits)
+    checks = [check_bounds(result, limits) for result in run.evaluations]
     if json_file != STANDARD_OUTPUT:
-        _show(result, checks)
+        _show(run, checks)
     if json_file is not None:
-        write_json(json_file, _record(result, checks))
-    require(checks)
+        write_json(json_file, _record(run, checks))
+    require([check for of_model in checks for check in of_model])
 
 
-def _show(result: Evaluation, checks: list[GateCheck]) -> None:
-    from aphroquant.evaluation.report import plain_text, table
+def _show(run: EvaluationRun, checks: Sequence[Sequence[GateCheck]]) -> None:
+    from aphroquant.evaluation.report import comparison_table, comparison_text, plain_text, table
 
     console = Console()
-    if console.is_terminal:
-        console.print(table(result, checks))
-    else:
-        click.echo(plain_text(result, checks))
+    several = len(run.evaluations) > 1
+    for result, of_model in zip(run.evaluations, checks, strict=True):
+        if console.is_terminal:
+            console.print(table(result, of_model))
+        else:
+            click.echo((f"{result.model}\n\n" if several else "") + plain_text(result, of_model) + "\n" * several)
+    if run.comparisons and console.is_terminal:
+        console.print(comparison_table(run.comparisons))
+    elif run.comparisons:
+        click.echo(comparison_text(run.comparisons))
 
 
-def _record(result: Evaluation, checks: list[GateCheck]) -> dict[str, Any]:
-    """All figures; `gate` lists every check and `passed` is the verdict."""
+def _record(run: EvaluationRun, checks: Sequence[Sequence[GateCheck]]) -> dict[str, Any]:
+    """All figures: of one model by themselves, of several as a list; `gate` lists every check, `passed` the verdict."""
+    records = [_gated(result, of_model) for result, of_model in zip(run.evaluations, checks, strict=True)]
+    if len(records) == 1:
+        return records[0]
+    return {**run.to_dict(), "evaluations": records, "passed": all(record["passed"] for record in records)}
+
+
+def _gated(result: Evaluation, checks: Sequence[GateCheck]) -> dict[str, Any]:
     record = result.to_dict()
     record["gate"] = [check.to_dict() for check in checks]
     record["passed"] = all(check.passed for check in checks)
@@ -105,16 +130,17 @@ def _record(result: Evaluation, checks: list[GateCheck]) -> dict[str, Any]:
 
 
 @contextmanager
-def _progress() -> Iterator[OnProgress]:
+def _progress(num_models: int) -> Iterator[OnProgress]:
     """A callback that draws bars on a terminal, and elsewhere writes one line a finished stage; on stderr."""
+    stages = _stages(num_models)
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield _plain_lines()
+        yield _plain_lines(stages)
         return
     with Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
     ) as bars:
-        tasks = {stage: bars.add_task(label, total=None, start=False) for stage, label in _STAGES.items()}
+        tasks = {stage: bars.add_task(label, total=None, start=False) for stage, label in stages.items()}
 
         def update(stage: str, done: int, total: int) -> None:
             bars.start_task(tasks[stage])
@@ -123,11 +149,19 @@ def _progress() -> Iterator[OnProgress]:
         yield update
 
 
-def _plain_lines() -> OnProgress:
+def _stages(num_models: int) -> dict[str, str]:
+    """The stages in turn, as evaluate_models names them, and what they are called here."""
+    if num_models == 1:
+        return _STAGES
+    models = {f"model {number}": f"quantized model {number}" for number in range(1, num_models + 1)}
+    return {"base": _STAGES["base"], **models, "logits": _STAGES["logits"]}
+
+
+def _plain_lines(stages: dict[str, str]) -> OnProgress:
     started = time.monotonic()
 
     def update(stage: str, done: int, total: int) -> None:
         if done == total:
-            click.echo(f"{_STAGES[stage]}: done after {time.monotonic() - started:.0f} s", err=True)
+            click.echo(f"{stages[stage]}: done after {time.monotonic() - started:.0f} s", err=True)
 
     return update

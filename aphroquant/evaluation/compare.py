@@ -1,36 +1,33 @@
-"""evaluate(): two checkpoints, the same token windows, the same arithmetic, every figure from one pass.
-
-Both models are streamed block by block, one after the other, and only their last hidden states are kept. Logits exist
-for a few hundred positions at a time: [windows, window_len, vocabulary] would be gigabytes.
-"""
+"""evaluate(): checkpoints, the same token windows, the same arithmetic, every figure from one pass."""
 
 from __future__ import annotations
 
+import itertools
 import platform
 import time
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from aphroquant.checkpoint import Checkpoint, open_checkpoint
 from aphroquant.devices import torch_device
-from aphroquant.errors import InputError, UsageError
-from aphroquant.evaluation.positions import Positions, compare_logits
-from aphroquant.evaluation.result import Evaluation, Protocol
+from aphroquant.errors import UsageError
+from aphroquant.evaluation.measure import OnProgress, measure
+from aphroquant.evaluation.noise import noise_floor
+from aphroquant.evaluation.pairs import compare_pair
+from aphroquant.evaluation.positions import Positions
+from aphroquant.evaluation.result import Evaluation, EvaluationRun, Protocol, TextFigures
 from aphroquant.evaluation.size import stored_size
 from aphroquant.evaluation.summary import summarize
-from aphroquant.evaluation.texts import read_texts
+from aphroquant.evaluation.texts import EvaluationText, TextSource, calibrated_on, read_texts, refuse_calibration_texts
 from aphroquant.evaluation.windows import check_same_tokens, encode, token_windows
-from aphroquant.kernels.reference.linear import ReferenceLinear
-from aphroquant.models.decoder import Linear
-from aphroquant.models.streamed import CPU, StreamedModel
-from aphroquant.schemes import QuantizedWeight
+from aphroquant.evaluation.worst import describe_worst
 
-LOGIT_ROWS = 256  # positions whose logits of both models exist at once
-OnProgress = Callable[[str, int, int], None]  # what is being done, steps done, steps in all
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def evaluate(
@@ -43,84 +40,141 @@ def evaluate(
     seed: int | None = None,
     device: str = "auto",
     on_progress: OnProgress | None = None,
+    with_floor: bool = False,
+    allow_calibration_text: bool = False,
 ) -> Evaluation:
-    """Measure `model` against its base on the same `windows` of `window_len` tokens, in float32.
+    """Measure `model` against its base on the same `windows` of `window_len` tokens of each text, in float32.
 
     Weights count as they dequantize, and inputs of linears are rounded where a scheme quantizes activations.
     `texts` are paths of UTF-8 files; without them a bundled text is used that calibration never sees. Windows are
-    evenly spaced over the text, or drawn with `seed`. `device` is "auto" (a GPU if there is one), "cpu" or "cuda".
-    Raises UsageError if the two do not share their tokens.
+    evenly spaced over a text, or drawn with `seed`. `device` is "auto" (a GPU if there is one), "cpu" or "cuda".
+    Raises UsageError if the two do not share their tokens, and if the model was calibrated on one of the texts.
+    """
+    run = evaluate_models(
+        [model],
+        against=against,
+        texts=texts,
+        windows=windows,
+        window_len=window_len,
+        seed=seed,
+        device=device,
+        on_progress=on_progress,
+        with_floor=with_floor,
+        allow_calibration_text=allow_calibration_text,
+    )
+    return run.evaluations[0]
+
+
+def evaluate_models(
+    models: Sequence[str | Path],
+    *,
+    against: str | Path,
+    texts: Sequence[str | Path] | str | Path | None = None,
+    windows: int = 8,
+    window_len: int = 1024,
+    seed: int | None = None,
+    device: str = "auto",
+    on_progress: OnProgress | None = None,
+    with_floor: bool = True,
+    allow_calibration_text: bool = False,
+) -> EvaluationRun:
+    """The same for several models of one base, on the same positions; the base computes only once.
+
+    `with_floor` measures the noise floor too. Every pair of models is compared position by position.
     """
     started = time.monotonic()
     _check_windows(windows, window_len)
     computes_on = torch_device(device)
-    base, candidate = open_checkpoint(against), open_checkpoint(model)
-    _check_lengths(base, candidate, window_len)
-    text, sources = read_texts(texts)
-    tokenizer = base.tokenizer()
-    check_same_tokens(tokenizer, candidate.tokenizer(), text, (base.source, candidate.source))
-    token_ids = encode(tokenizer, text)
-    batch = token_windows(token_ids, windows, window_len, seed)
-    vocab_size = min(max(tokenizer.get_vocab().values()) + 1, base.spec.vocab_size, candidate.spec.vocab_size)
-    positions = compare_models(base, candidate, batch, vocab_size, on_progress, computes_on)
-    protocol = Protocol(
-        texts=sources,
-        num_text_tokens=len(token_ids),
-        windows=len(batch),
+    base, candidates = open_checkpoint(against), [open_checkpoint(model) for model in models]
+    _check_candidates(base, candidates, window_len)
+    contents = read_texts(texts)
+    if not allow_calibration_text:
+        for candidate in candidates:
+            refuse_calibration_texts(candidate, contents)
+    tokenizer = _shared_tokenizer(base, candidates, contents)
+    parts = [_windows(text, tokenizer, windows, window_len, seed) for text in contents]
+    known = max(tokenizer.get_vocab().values()) + 1
+    vocab_size = min(known, *(checkpoint.spec.vocab_size for checkpoint in (base, *candidates)))
+    protocol = _protocol(parts, vocab_size, windows, window_len, seed)
+    batch = torch.cat([part.windows for part in parts])
+    measured = measure(base, candidates, batch, vocab_size, on_progress, device=computes_on, with_floor=with_floor)
+    floor = None if measured.floor is None else noise_floor(measured.floor, measured.floor_windows)
+    versions, base_size = _versions(), stored_size(base)
+    evaluations = [
+        Evaluation(
+            model=str(model),
+            against=str(against),
+            protocol=protocol,
+            **vars(summarize(positions, len(batch))),
+            size=stored_size(candidate),
+            base_size=base_size,
+            seconds=time.monotonic() - started,
+            versions=versions,
+            texts=_text_figures(parts, positions),
+            noise_floor=floor,
+            worst=describe_worst(worst, positions, batch, tokenizer),
+            calibrated_on=calibrated_on(candidate, contents),
+        )
+        for model, candidate, positions, worst in zip(
+            models, candidates, measured.positions, measured.worst, strict=True
+        )
+    ]
+    comparisons = [
+        compare_pair((str(models[i]), str(models[j])), measured.positions[i], measured.positions[j], len(batch), floor)
+        for i, j in itertools.combinations(range(len(models)), 2)
+    ]
+    return EvaluationRun(tuple(evaluations), tuple(comparisons))
+
+
+class _TextWindows(NamedTuple):
+    """The windows [W, S] of one text."""
+
+    source: TextSource
+    windows: Tensor
+    num_tokens: int
+
+    @property
+    def num_positions(self) -> int:
+        return len(self.windows) * (self.windows.shape[1] - 1)
+
+
+def _windows(
+    text: EvaluationText, tokenizer: PreTrainedTokenizerBase, windows: int, window_len: int, seed: int | None
+) -> _TextWindows:
+    token_ids = encode(tokenizer, text.content)
+    return _TextWindows(
+        text.source, token_windows(token_ids, windows, window_len, seed, text.source.name), len(token_ids)
+    )
+
+
+def _text_figures(parts: Sequence[_TextWindows], positions: Positions) -> tuple[TextFigures, ...]:
+    """The figures of each text, whose positions stand one after the other."""
+    ends = list(itertools.accumulate(part.num_positions for part in parts))
+    return tuple(
+        TextFigures(
+            **vars(summarize(positions.select(slice(end - part.num_positions, end)), len(part.windows))),
+            text=part.source,
+            num_text_tokens=part.num_tokens,
+            windows=len(part.windows),
+            scored_tokens=part.num_positions,
+        )
+        for part, end in zip(parts, ends, strict=True)
+    )
+
+
+def _protocol(
+    parts: Sequence[_TextWindows], vocab_size: int, windows: int, window_len: int, seed: int | None
+) -> Protocol:
+    return Protocol(
+        texts=tuple(part.source for part in parts),
+        num_text_tokens=sum(part.num_tokens for part in parts),
+        windows=sum(len(part.windows) for part in parts),
         requested_windows=windows,
         window_len=window_len,
-        scored_tokens=len(positions.kld),
+        scored_tokens=sum(part.num_positions for part in parts),
         seed=seed,
         vocab_size=vocab_size,
     )
-    return Evaluation(
-        model=str(model),
-        against=str(against),
-        protocol=protocol,
-        **vars(summarize(positions, len(batch))),
-        size=stored_size(candidate),
-        base_size=stored_size(base),
-        seconds=time.monotonic() - started,
-        versions=_versions(),
-    )
-
-
-def compare_models(
-    base: Checkpoint,
-    candidate: Checkpoint,
-    batch: Tensor,
-    vocab_size: int,
-    on_progress: OnProgress | None = None,
-    device: torch.device = CPU,
-) -> Positions:
-    """Positions of token windows [W, S], all but the last of each: W * (S - 1) entries."""
-    progress = on_progress or (lambda what, done, total: None)
-    models = [
-        StreamedModel(checkpoint, make_linear=_reference_linear, device=device) for checkpoint in (base, candidate)
-    ]
-    hidden = [
-        model.hidden_states(batch, on_block=partial(progress, name))[:, :-1]
-        for model, name in zip(models, ("base", "model"), strict=True)
-    ]  # [W, S - 1, H] each
-    rows = [states.flatten(0, 1) for states in hidden]
-    targets = batch[:, 1:].flatten()
-    parts = []
-    for start in range(0, len(targets), LOGIT_ROWS):
-        chunk = slice(start, start + LOGIT_ROWS)
-        logits = [model.logits(states[chunk])[:, :vocab_size] for model, states in zip(models, rows, strict=True)]
-        found = compare_logits(logits[0], logits[1], targets[chunk].to(device))
-        parts.append(Positions(*(column.cpu() for column in found)))
-        progress("logits", min(start + LOGIT_ROWS, len(targets)), len(targets))
-    positions = Positions.concatenate(parts)
-    broken = int((~positions.base_finite).sum())
-    if broken:
-        raise InputError(f"{base.source}: the base's logits are not finite at {broken} of {len(targets)} positions")
-    return positions
-
-
-def _reference_linear(name: str, weight: QuantizedWeight, bias: Tensor | None) -> Linear:
-    """Float32 arithmetic by definition of the scheme: inputs are rounded where it says that they are quantized."""
-    return ReferenceLinear(weight, bias)
 
 
 def _check_windows(windows: int, window_len: int) -> None:
@@ -130,13 +184,31 @@ def _check_windows(windows: int, window_len: int) -> None:
         raise UsageError(f"window_len = {window_len} must be at least 2: the first token of a window is not scored")
 
 
-def _check_lengths(base: Checkpoint, candidate: Checkpoint, window_len: int) -> None:
-    for checkpoint in (base, candidate):
+def _check_candidates(base: Checkpoint, candidates: Sequence[Checkpoint], window_len: int) -> None:
+    if not candidates:
+        raise UsageError("there is no model to evaluate")
+    sources = [candidate.source for candidate in candidates]
+    twice = next((source for source in sources if sources.count(source) > 1), None)
+    if twice is not None:
+        raise UsageError(f"{twice} is given twice; a model is compared with others")
+    for checkpoint in (base, *candidates):
         longest = checkpoint.spec.max_position_embeddings
         if window_len > longest:
             raise UsageError(
                 f"window_len = {window_len} must be at most {longest}, the context length of {checkpoint.source}"
             )
+
+
+def _shared_tokenizer(
+    base: Checkpoint, candidates: Sequence[Checkpoint], texts: Sequence[EvaluationText]
+) -> PreTrainedTokenizerBase:
+    """The base's tokenizer, once it is certain that all candidates split the texts as it does."""
+    ours = base.tokenizer()
+    for candidate in candidates:
+        theirs = candidate.tokenizer()
+        for text in texts:
+            check_same_tokens(ours, theirs, text.content, (base.source, candidate.source))
+    return ours
 
 
 def _versions() -> dict[str, str]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from aphroquant.errors import GateError, UsageError
-from aphroquant.evaluation.result import Evaluation
+from aphroquant.evaluation.noise import NoiseFloor
+from aphroquant.evaluation.result import Evaluation, TextFigures
+
+Figures: TypeAlias = Evaluation | TextFigures
 
 
 @dataclass(frozen=True)
@@ -31,41 +34,85 @@ class Bounds:
 
 
 class GateCheck(NamedTuple):
-    """One bound and how the result stands to it: value <= bound for max_*, value >= bound for min_*."""
+    """One bound and how the result stands to it: value <= bound for max_*, value >= bound for min_*.
+
+    `text` names the text whose figure it is; None: of all texts together. `note` says what makes the verdict doubtful.
+    """
 
     name: str
     value: float
     bound: float
     passed: bool
+    text: str | None = None
+    note: str | None = None
 
     def to_dict(self) -> dict[str, str | float | bool | None]:
         """Plain values for JSON; a value that is not finite becomes None."""
         return self._asdict() | {"value": self.value if math.isfinite(self.value) else None}
 
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> GateCheck:
+        """The same from its plain values."""
+        value = math.inf if data["value"] is None else float(data["value"])
+        text, note = data.get("text"), data.get("note")
+        return cls(str(data["name"]), value, float(data["bound"]), bool(data["passed"]), text, note)
 
-_FIGURES: dict[str, Callable[[Evaluation], float]] = {
+    @property
+    def label(self) -> str:
+        """The bound and the text that it is of."""
+        return f"{self.name} {self.bound:g}" + ("" if self.text is None else f" on {self.text}")
+
+
+_FIGURES: dict[str, Callable[[Figures], float]] = {
     "max_kld": lambda result: result.mean_kld,
     "max_p99_kld": lambda result: result.p99_kld,
     "max_p999_kld": lambda result: result.p999_kld,
     "min_top1": lambda result: result.top1_agreement,
     "max_ppl_ratio": lambda result: result.perplexity_ratio,
 }
+_FLOORS: dict[str, Callable[[NoiseFloor], float]] = {
+    "max_kld": lambda floor: floor.mean_kld,
+    "max_p99_kld": lambda floor: floor.p99_kld,
+    "max_p999_kld": lambda floor: floor.p999_kld,
+    "min_top1": lambda floor: floor.top1_agreement,
+}
 
 
 def check_bounds(result: Evaluation, bounds: Bounds) -> list[GateCheck]:
-    """Every given bound in turn; first of all, and always, that no position has logits that are not finite."""
+    """Every given bound in turn; first of all, and always, that no position has logits that are not finite.
+
+    Bounds hold for all texts together and, where there are several, for each of them.
+    """
     checks = [GateCheck("max_non_finite", result.non_finite_share, 0.0, result.non_finite_share == 0)]
-    for name, figure in _FIGURES.items():
+    parts: list[tuple[str | None, Figures]] = [(None, result)]
+    if len(result.texts) > 1:
+        parts += [(part.text.name, part) for part in result.texts]
+    for name in _FIGURES:
         bound = getattr(bounds, name)
         if bound is not None:
-            value = figure(result)
-            checks.append(GateCheck(name, value, bound, value >= bound if name == "min_top1" else value <= bound))
+            note = _note(name, bound, result.noise_floor)
+            checks += [_check(name, bound, figures, text, note) for text, figures in parts]
     return checks
 
 
-def require(checks: list[GateCheck]) -> None:
+def _check(name: str, bound: float, figures: Figures, text: str | None, note: str | None) -> GateCheck:
+    value = _FIGURES[name](figures)
+    return GateCheck(name, value, bound, value >= bound if name == "min_top1" else value <= bound, text, note)
+
+
+def _note(name: str, bound: float, floor: NoiseFloor | None) -> str | None:
+    """That the bound asks for more than the base itself keeps, if it does."""
+    if floor is None or name not in _FLOORS:
+        return None
+    value = _FLOORS[name](floor)
+    if value >= bound if name == "min_top1" else value <= bound:
+        return None
+    return f"the base itself has {value:.3g} with {floor.setting}: a bound beyond that noise floor says nothing"
+
+
+def require(checks: Sequence[GateCheck]) -> None:
     """Raise GateError naming the checks that failed, if any did."""
     failed = [check for check in checks if not check.passed]
     if failed:
-        missed = ", ".join(f"{check.name} {check.bound:g} (is {check.value:.4g})" for check in failed)
+        missed = ", ".join(f"{check.label} (is {check.value:.4g})" for check in failed)
         raise GateError(f"the quality gate failed: {missed}")

@@ -1,15 +1,19 @@
-"""Evaluation text: files (or the bundled held-out part), read once, with hashes that say what was measured on."""
+"""Evaluation texts: files (or the bundled held-out part), read once, with hashes that say what was measured on."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-from aphroquant.errors import InputError
+from aphroquant.checkpoint import Checkpoint
+from aphroquant.errors import InputError, UsageError
 
-SEPARATOR = "\n\n"  # between files
+DEFAULT = "default"  # the name of the bundled text
+_MANIFEST = "aphroquant.json"
 
 
 @dataclass(frozen=True)
@@ -21,17 +25,58 @@ class TextSource:
     num_characters: int
 
 
-def read_texts(paths: Sequence[str | Path] | str | Path | None) -> tuple[str, tuple[TextSource, ...]]:
-    """The files' texts joined by an empty line, and what they were. Without paths: the bundled evaluation text."""
+class EvaluationText(NamedTuple):
+    """A text and what it was."""
+
+    source: TextSource
+    content: str
+
+
+def read_texts(paths: Sequence[str | Path] | str | Path | None) -> tuple[EvaluationText, ...]:
+    """Each file's text; without paths the bundled evaluation text. UsageError if two are the same."""
     if not paths:
         from aphroquant.calibration.data import default_text
 
-        texts = [("default", default_text("evaluation"))]
-    else:
-        files = [paths] if isinstance(paths, str | Path) else paths
-        texts = [(str(path), _read(Path(path))) for path in files]
-    sources = tuple(TextSource(name, hashlib.sha256(text.encode()).hexdigest(), len(text)) for name, text in texts)
-    return SEPARATOR.join(text for _, text in texts), sources
+        return (_text(DEFAULT, default_text("evaluation")),)
+    files = [paths] if isinstance(paths, str | Path) else paths
+    texts = tuple(_text(str(path), _read(Path(path))) for path in files)
+    names: dict[str, str] = {}
+    for text in texts:
+        if text.source.sha256 in names:
+            raise UsageError(f"the texts {names[text.source.sha256]} and {text.source.name} are the same; give it once")
+        names[text.source.sha256] = text.source.name
+    return texts
+
+
+def calibrated_on(checkpoint: Checkpoint, texts: Sequence[EvaluationText]) -> tuple[str, ...]:
+    """The names of those texts that the checkpoint was calibrated on, as its aphroquant.json records."""
+    hashes = _calibration_hashes(checkpoint)
+    return tuple(text.source.name for text in texts if text.source.sha256 in hashes)
+
+
+def refuse_calibration_texts(checkpoint: Checkpoint, texts: Sequence[EvaluationText]) -> None:
+    """UsageError if the checkpoint was calibrated on one of the texts: it would look better than it is."""
+    if names := calibrated_on(checkpoint, texts):
+        raise UsageError(
+            f"{checkpoint.source} was calibrated on {names[0]}, as its {_MANIFEST} says: on that text it looks better "
+            "than it is",
+            hint="give a text that calibration never saw, or --allow-calibration-text to measure on it all the same",
+        )
+
+
+def _calibration_hashes(checkpoint: Checkpoint) -> frozenset[str]:
+    """Of the files that the checkpoint was calibrated on; none if it does not say."""
+    path = checkpoint.directory / _MANIFEST
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        sources = (record["calibration"] or {}).get("sources", [])
+        return frozenset(str(source["sha256"]) for source in sources)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return frozenset()  # no record, or one that is not ours: nothing is known
+
+
+def _text(name: str, content: str) -> EvaluationText:
+    return EvaluationText(TextSource(name, hashlib.sha256(content.encode()).hexdigest(), len(content)), content)
 
 
 def _read(path: Path) -> str:

@@ -25,14 +25,16 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return ids
 
 
-def token_windows(token_ids: list[int], windows: int, window_len: int, seed: int | None = None) -> Tensor:
+def token_windows(
+    token_ids: list[int], windows: int, window_len: int, seed: int | None = None, name: str = "text"
+) -> Tensor:
     """int64 [W, window_len]; W is `windows`, or the number of whole chunks if there are fewer."""
     if seed is not None and not 0 <= seed < 2**63:
         raise UsageError(f"seed = {seed} must be between 0 and 2**63 - 1")
     num_chunks = len(token_ids) // window_len
     if num_chunks == 0:
         raise InputError(
-            f"the evaluation text has {len(token_ids)} tokens, too few for one window of {window_len}",
+            f"{name}: the evaluation text has {len(token_ids)} tokens, too few for one window of {window_len}",
             hint="give a longer text or a smaller window length",
         )
     chunks = torch.tensor(token_ids[: num_chunks * window_len]).view(num_chunks, window_len)

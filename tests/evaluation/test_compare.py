@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from aphroquant.checkpoint import open_checkpoint
 from aphroquant.errors import InputError, UsageError
-from aphroquant.evaluation import evaluate
-from aphroquant.evaluation.compare import compare_models
+from aphroquant.evaluation import Bounds, Evaluation, EvaluationRun, check_bounds, evaluate, evaluate_models
+from aphroquant.evaluation.measure import measure
+from aphroquant.evaluation.texts import calibrated_on, read_texts
 from aphroquant.evaluation.windows import encode, token_windows
 
 TinyCheckpoint = Callable[..., Path]
@@ -173,7 +174,7 @@ def test_progress_passes_through_every_stage(tiny_checkpoint: TinyCheckpoint) ->
     seen: list[tuple[str, int, int]] = []
     checkpoint = open_checkpoint(tiny_checkpoint("llama"))
     batch = torch.randint(0, 300, (4, 128))
-    compare_models(checkpoint, checkpoint, batch, 360, lambda *news: seen.append(news))
+    measure(checkpoint, [checkpoint], batch, 360, lambda *news: seen.append(news))
     assert seen == [
         ("base", 1, 2), ("base", 2, 2), ("model", 1, 2), ("model", 2, 2), ("logits", 256, 508), ("logits", 508, 508),
     ]  # fmt: skip
@@ -204,3 +205,145 @@ def test_the_bundled_text_is_the_default(tiny_checkpoint: TinyCheckpoint) -> Non
     protocol = evaluate(path, against=path, windows=2, window_len=128).protocol
     assert protocol.texts[0].name == "default"
     assert protocol.num_text_tokens > 8 * 1024
+
+
+def test_each_text_has_its_own_figures_and_the_whole_has_those_of_all(
+    tiny_checkpoint: TinyCheckpoint, noisy_copy: Copy, text_file: Path, tmp_path: Path
+) -> None:
+    base = tiny_checkpoint("llama")
+    model = noisy_copy(base, 0.1)
+    other = tmp_path / "other.txt"
+    other.write_text("A quick fox; a lazy dog; a capital of France. " * 30)
+    both = evaluate(model, against=base, texts=[text_file, other], **WINDOWS)
+    alone = [evaluate(model, against=base, texts=[text], **WINDOWS) for text in (text_file, other)]
+    assert [part.text.name for part in both.texts] == [str(text_file), str(other)]
+    for part, single in zip(both.texts, alone, strict=True):
+        assert part.mean_kld == pytest.approx(single.mean_kld)
+        assert part.perplexity == pytest.approx(single.perplexity)
+        assert part.windows == single.protocol.windows
+    counts = [part.scored_tokens for part in both.texts]
+    mean = sum(part.mean_kld * count for part, count in zip(both.texts, counts, strict=True)) / sum(counts)
+    assert both.mean_kld == pytest.approx(mean)
+    assert both.protocol.scored_tokens == sum(counts)
+
+
+def test_several_models_have_the_figures_that_each_has_alone(
+    tiny_checkpoint: TinyCheckpoint, noisy_copy: Copy, text_file: Path
+) -> None:
+    base = tiny_checkpoint("llama")
+    models = [noisy_copy(base, noise) for noise in (0.02, 0.2)]
+    run = evaluate_models(models, against=base, texts=[text_file], **WINDOWS)
+    for model, found in zip(models, run.evaluations, strict=True):
+        alone = evaluate(model, against=base, texts=[text_file], **WINDOWS)
+        assert found.mean_kld == pytest.approx(alone.mean_kld)
+        assert found.model == str(model)
+    (comparison,) = run.comparisons
+    assert comparison.better == str(models[0])
+    assert comparison.kld.mean == pytest.approx(run.evaluations[0].mean_kld - run.evaluations[1].mean_kld)
+    with pytest.raises(UsageError, match="is given twice"):
+        evaluate_models([base, base], against=base, texts=[text_file], **WINDOWS)
+
+
+def test_the_noise_floor_is_that_of_bfloat16_in_transformers(
+    tiny_checkpoint: TinyCheckpoint, noisy_copy: Copy, text_file: Path, tmp_path: Path
+) -> None:
+    """Weights that bfloat16 holds, computed by transformers in bfloat16 and in float32: the same size of difference."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    base = tiny_checkpoint("llama", torch_dtype="bfloat16")
+    result = evaluate(base, against=base, texts=[text_file], windows=2, window_len=256, with_floor=True)
+    floor = result.noise_floor
+    assert floor is not None
+    assert result.mean_kld < 1e-8 < floor.mean_kld < floor.p99_kld
+    batch = token_windows(encode(AutoTokenizer.from_pretrained(base), text_file.read_text()), 2, 256)
+    logs = []
+    for dtype in (torch.float32, torch.bfloat16):
+        with torch.no_grad():
+            states = AutoModelForCausalLM.from_pretrained(base, dtype=dtype).model(batch).last_hidden_state
+        head = load_file(base / "model.safetensors")["lm_head.weight"].float()
+        logs.append((states.float() @ head.T)[:, :-1, : result.protocol.vocab_size].double().log_softmax(-1))
+    kld = (logs[0].exp() * (logs[0] - logs[1])).sum(-1)
+    assert floor.mean_kld == pytest.approx(float(kld.mean()), rel=0.3)
+
+
+def test_a_bound_below_the_noise_floor_is_noted(tiny_checkpoint: TinyCheckpoint, text_file: Path) -> None:
+    base = tiny_checkpoint("llama")
+    result = evaluate(base, against=base, texts=[text_file], with_floor=True, **WINDOWS)
+    notes = {check.name: check.note for check in check_bounds(result, Bounds(max_kld=1e-9, max_p99_kld=10))}
+    assert notes["max_kld"] is not None
+    assert "noise floor" in notes["max_kld"]
+    assert notes["max_p99_kld"] is None
+
+
+def test_a_text_that_the_model_was_calibrated_on_is_refused(
+    tiny_checkpoint: TinyCheckpoint, text_file: Path, tmp_path: Path
+) -> None:
+    from aphroquant.conversion import convert
+
+    base = tiny_checkpoint("llama")
+    text = tmp_path / "calibration.txt"
+    text.write_text(text_file.read_text() * 2)
+    convert(base, to="gptq", out=tmp_path / "out", calibration=[text], samples=2, seq_len=64, group_size=32)
+    with pytest.raises(UsageError, match=r"was calibrated on .*calibration.txt, as its aphroquant.json says"):
+        evaluate(tmp_path / "out", against=base, texts=[text], **WINDOWS)
+    allowed = evaluate(tmp_path / "out", against=base, texts=[text], allow_calibration_text=True, **WINDOWS)
+    assert allowed.calibrated_on == (str(text),)
+    assert evaluate(tmp_path / "out", against=base, texts=[text_file], **WINDOWS).calibrated_on == ()
+
+
+@pytest.mark.parametrize("record", ["[]", '{"calibration": 3}', '{"calibration": {"sources": [5]}}', "{", "\x80"])
+def test_a_record_that_is_not_ours_says_nothing_of_calibration(
+    record: str, tiny_checkpoint: TinyCheckpoint, text_file: Path, tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_checkpoint("llama"), model)
+    (model / "aphroquant.json").write_text(record, encoding="latin-1")
+    assert calibrated_on(open_checkpoint(model), read_texts([text_file])) == ()
+
+
+def test_the_worst_tokens_are_in_their_context_with_both_models_guesses(
+    tiny_checkpoint: TinyCheckpoint, noisy_copy: Copy, text_file: Path
+) -> None:
+    base = tiny_checkpoint("llama")
+    result = evaluate(noisy_copy(base, 0.2), against=base, texts=[text_file], **WINDOWS)
+    klds = [worst.kld for worst in result.worst]
+    assert klds == sorted(klds, reverse=True)
+    assert klds[0] == result.max_kld
+    text = text_file.read_text()
+    for worst in result.worst:
+        assert worst.before + worst.token + worst.after in text
+        for top in (worst.base_top, worst.model_top):
+            probabilities = [guess.probability for guess in top]
+            assert probabilities == sorted(probabilities, reverse=True)
+            assert sum(probabilities) <= 1 + 1e-9
+        guesses = {guess.text: guess.probability for guess in worst.base_top}
+        if worst.token in guesses:
+            assert guesses[worst.token] == pytest.approx(worst.base_probability)
+
+
+def test_plain_values_give_the_run_back(
+    tiny_checkpoint: TinyCheckpoint, noisy_copy: Copy, changed_copy: Copy, text_file: Path
+) -> None:
+    base = tiny_checkpoint("llama")
+    broken = changed_copy(base, lambda tensors: tensors["model.layers.0.mlp.up_proj.weight"].fill_(math.nan))
+    run = evaluate_models([noisy_copy(base, 0.1), broken], against=base, texts=[text_file], **WINDOWS)
+    plain = json.loads(json.dumps(run.to_dict(), allow_nan=False))
+    restored = EvaluationRun.from_dict(plain)
+    assert restored.to_dict() == plain
+    assert restored.evaluations[0] == run.evaluations[0]
+    assert restored.evaluations[1].mean_kld == restored.evaluations[1].worst[0].kld == math.inf
+    assert EvaluationRun.from_dict(run.evaluations[0].to_dict()).evaluations == run.evaluations[:1]
+
+
+def test_a_record_of_an_earlier_version_is_read_and_a_damaged_one_is_told(
+    tiny_checkpoint: TinyCheckpoint, text_file: Path
+) -> None:
+    path = tiny_checkpoint("llama")
+    record = evaluate(path, against=path, texts=[text_file], **WINDOWS).to_dict()
+    added = ("texts", "noise_floor", "worst", "histogram", "entropy_buckets", "mean_kld_interval", "drift", "tasks")
+    earlier = {key: value for key, value in record.items() if key not in added}
+    assert Evaluation.from_dict(earlier | {"gate": [], "unknown": 1}).mean_kld == record["mean_kld"]
+    with pytest.raises(InputError, match=r"evaluation.protocol.windows = 'x' must be of type int"):
+        Evaluation.from_dict(record | {"protocol": record["protocol"] | {"windows": "x"}})
+    with pytest.raises(InputError, match=r"evaluation.mean_kld is missing"):
+        Evaluation.from_dict({key: value for key, value in record.items() if key != "mean_kld"})

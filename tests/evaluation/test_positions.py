@@ -86,6 +86,6 @@ def test_a_broken_base_is_told_apart() -> None:
 def test_rows_are_independent_of_the_chunk_size(monkeypatch: pytest.MonkeyPatch) -> None:
     base, model, targets = torch.randn(11, 50), torch.randn(11, 50), torch.randint(0, 50, (11,))
     whole = compare_logits(base, model, targets)
-    monkeypatch.setattr(positions, "ROWS", 4)
+    monkeypatch.setattr(positions, "ELEMENTS", 4 * 50)
     for name, expected, found in zip(whole._fields, whole, compare_logits(base, model, targets), strict=True):
         assert torch.equal(expected, found), name

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from aphroquant.evaluation.intervals import clustered_stderr
 from aphroquant.evaluation.positions import Positions, compare_logits
-from aphroquant.evaluation.summary import clustered_stderr, quantile, summarize
+from aphroquant.evaluation.summary import quantile, summarize
 
 
 def positions(count: int = 400, noise: float = 0.5) -> Positions:

@@ -83,14 +83,22 @@ def test_one_vocabulary_used_differently_is_refused() -> None:
         check(FakeTokenizer(LETTERS), FakeTokenizer(LETTERS, words=True))
 
 
-def test_texts_are_joined_by_an_empty_line_and_hashed(tmp_path: Path) -> None:
+def test_texts_are_read_one_by_one_and_hashed(tmp_path: Path) -> None:
     first, second = tmp_path / "a.txt", tmp_path / "b.txt"
     first.write_text("abc")
     second.write_text("dé", encoding="utf-8")
-    text, sources = read_texts([first, second])
-    assert text == "abc\n\ndé"
+    texts = read_texts([first, second])
+    assert [text.content for text in texts] == ["abc", "dé"]
+    sources = [text.source for text in texts]
     assert sources[0].sha256 == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180 example
     assert [source.num_characters for source in sources] == [3, 2]
+
+
+def test_a_text_given_twice_is_refused(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("the same")
+    with pytest.raises(UsageError, match=r"a.txt and .*b.txt are the same; give it once"):
+        read_texts([tmp_path / "a.txt", tmp_path / "b.txt"])
 
 
 def test_a_text_that_is_not_utf8_is_refused_naming_the_byte(tmp_path: Path) -> None:
