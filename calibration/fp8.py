@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from aphroquant.calibration.inputs import E4M3_MAX, with_input_scale
 from aphroquant.calibration.solution import Solution, relative_error
 from aphroquant.calibration.statistics import InputStatistics
 from aphroquant.errors import InputError
@@ -17,7 +18,6 @@ from aphroquant.kernels.cpu import rounding
 from aphroquant.numbers import is_finite, largest_magnitude
 from aphroquant.schemes import FloatScheme, QuantizedWeight, Scheme
 
-E4M3_MAX = 448.0
 _DETAILS = {"rounding": "nearest"}
 
 
@@ -26,19 +26,15 @@ def solve(
 ) -> list[Solution]:
     """Each weight [N, K] rounded to FP8; with static inputs all get one scale from the greatest |x|."""
     assert isinstance(scheme, FloatScheme)
-    extra = {}
-    if scheme.activations is not None and not scheme.activations.dynamic:
-        assert statistics is not None
-        extra["input_scale"] = _scale_of(statistics.max_abs.max())
     solutions = []
     for weight in weights:
         rounded = round_fp8(weight, scheme)
         quantized, error = rounded.weight, rounded.relative_error
         if statistics is not None:
             error = relative_error(weight.float(), quantized.dequantize(), statistics)
-        solution = QuantizedWeight(scheme, {**quantized.tensors, **extra}, quantized.shape)
-        details = rounded.details | {name: float(value) for name, value in extra.items()}
-        solutions.append(Solution(solution, error, details))
+        solution = with_input_scale(quantized, statistics)
+        static = {"input_scale": float(solution["input_scale"])} if "input_scale" in solution.tensors else {}
+        solutions.append(Solution(solution, error, rounded.details | static))
     return solutions
 
 

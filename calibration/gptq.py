@@ -23,12 +23,13 @@ import torch
 from torch import Tensor
 
 from aphroquant.calibration import rtn
-from aphroquant.calibration.integer_grid import IntegerGrid, dequantize, expand, search_grid, to_quantized_weight
+from aphroquant.calibration.grids import Points, searched_grids
+from aphroquant.calibration.inputs import with_input_scale
 from aphroquant.calibration.replay import Replayed
 from aphroquant.calibration.solution import Solution, relative_error
 from aphroquant.calibration.statistics import InputStatistics
 from aphroquant.kernels.reference.matmul import linear
-from aphroquant.schemes import IntegerScheme, Scheme
+from aphroquant.schemes import Scheme
 
 DAMPING = 0.1  # of the mean diagonal, added to the diagonal
 DAMPING_GROWTH = 10.0
@@ -61,22 +62,20 @@ def solve(
     weights: Sequence[Tensor], statistics: InputStatistics | None, scheme: Scheme, scale_dtype: torch.dtype
 ) -> list[Solution]:
     """Weights [N, K] that share an input, rounded with error feedback; to nearest if the Hessian cannot be used."""
-    assert isinstance(scheme, IntegerScheme)
     assert statistics is not None
     assert statistics.second_moment is not None
     factor = factorize(statistics.second_moment)
     if factor is None:
         return [_without_feedback(solution) for solution in rtn.solve(weights, statistics, scheme, scale_dtype)]
-    stacked = torch.cat([weight.float() for weight in weights])
-    grid = search_grid(stacked, statistics.mean_square, scheme, scale_dtype)
-    codes, loss = round_weight(stacked, grid, scheme, factor)
+    grids = searched_grids(weights, statistics.mean_square, scheme, scale_dtype)
+    rounded = round_weight(torch.cat([weight.float() for weight in weights]), [grid.points() for grid in grids], factor)
     solutions, first = [], 0
-    for weight in weights:
+    for weight, grid in zip(weights, grids, strict=True):
         rows = slice(first, first + weight.shape[0])
-        own_grid = IntegerGrid(grid.scales[rows], grid.zeros[rows])
-        error = relative_error(weight, dequantize(codes[rows], own_grid, scheme), statistics)
-        details = _details(factor) | {"proxy_loss": float(loss[rows].sum())}
-        quantized = to_quantized_weight(codes[rows], own_grid, scheme, scale_dtype)
+        codes = rounded.codes[rows]
+        error = relative_error(weight, grid.decode(codes), statistics)
+        details = _details(factor) | {"proxy_loss": float(rounded.loss[rows].sum())}
+        quantized = with_input_scale(grid.quantized(codes), statistics)
         solutions.append(Solution(quantized, error, details, _warnings(factor)))
         first = rows.stop
     return solutions
@@ -106,20 +105,25 @@ def factorize(second_moment: Tensor, *, damping: float = DAMPING) -> HessianFact
 
 
 def round_weight(
-    weight: Tensor, grid: IntegerGrid, scheme: IntegerScheme, factor: HessianFactor, *, block_size: int = BLOCK_SIZE
+    weight: Tensor, points: Sequence[Points], factor: HessianFactor, *, block_size: int = BLOCK_SIZE
 ) -> RoundedWeight:
-    """Round weight [N, K] onto the grid. The block size changes the speed, and results only by float rounding."""
+    """Round weight [N, K] to points, those of several weights standing for rows below each other, all of one kind.
+
+    The block size changes the speed, and results only by float rounding.
+    """
     order, upper = factor.order, factor.upper
-    scales, zeros = (part[:, order].T.contiguous() for part in expand(grid, scheme, weight.shape[1]))
+    parameters = [
+        torch.cat(parts)[:, order].T.contiguous() for parts in zip(*(part.parameters for part in points), strict=True)
+    ]
     columns = weight.float()[:, order].T.contiguous()  # [K, N]: a column of the weight is one row of memory
     codes = torch.empty_like(columns)
     loss = torch.zeros(weight.shape[0], device=weight.device)
-    whole = _ColumnBlock(block_size, weight.shape[0], scheme.bits, weight.device)
+    whole = _ColumnBlock(block_size, weight.shape[0], points[0], weight.device)
     for start in range(0, columns.shape[0], block_size):
         end = min(start + block_size, columns.shape[0])
         full = end - start == block_size
-        block = whole if full else _ColumnBlock(end - start, weight.shape[0], scheme.bits, weight.device)
-        block.round(columns[start:end], scales[start:end], zeros[start:end], upper[start:end, start:end])
+        block = whole if full else _ColumnBlock(end - start, weight.shape[0], points[0], weight.device)
+        block.round(columns[start:end], [part[start:end] for part in parameters], upper[start:end, start:end])
         codes[start:end] = block.codes
         loss += block.errors.square().sum(0)
         if end < columns.shape[0]:
@@ -138,17 +142,18 @@ class _ColumnBlock:
     `codes` and `errors` (divided by the factor's diagonal) are what the last call found, [B, N].
     """
 
-    def __init__(self, size: int, num_rows: int, bits: int, device: torch.device) -> None:
-        self._highest = 2**bits - 1
-        self._values, self._scales, self._zeros, self.codes, self.errors = torch.empty(5, size, num_rows, device=device)
+    def __init__(self, size: int, num_rows: int, points: Points, device: torch.device) -> None:
+        self._points = points
+        self._values, self.codes, self.errors, *self._parameters = torch.empty(
+            3 + len(points.parameters), size, num_rows, device=device
+        )
         self._upper = torch.empty(size, size, device=device)
         self._replayed = Replayed(self._round, device)
 
-    def round(self, values: Tensor, scales: Tensor, zeros: Tensor, upper: Tensor) -> None:
-        for own, given in zip(
-            (self._values, self._scales, self._zeros, self._upper), (values, scales, zeros, upper), strict=True
-        ):
-            own.copy_(given)
+    def round(self, values: Tensor, parameters: Sequence[Tensor], upper: Tensor) -> None:
+        own = (self._values, *self._parameters, self._upper)
+        for mine, given in zip(own, (values, *parameters, upper), strict=True):
+            mine.copy_(given)
         self._replayed()
 
     def release(self) -> None:
@@ -157,9 +162,9 @@ class _ColumnBlock:
 
     def _round(self) -> None:
         for column, value in enumerate(self._values):
-            scale, zero, error = self._scales[column], self._zeros[column], self.errors[column]
-            code = torch.div(value, scale, out=self.codes[column]).add_(zero).round_().clamp_(0, self._highest)
-            torch.sub(zero, code, out=error).mul_(scale).add_(value).div_(self._upper[column, column])
+            error = self.errors[column]
+            self._points.round(value, [part[column] for part in self._parameters], self.codes[column], error)
+            error.div_(self._upper[column, column])
             self._values[column + 1 :].addr_(self._upper[column, column + 1 :], error, alpha=-1)
 
 

@@ -7,7 +7,8 @@ gets. Zero points are whole numbers in float32. The last group of a row may be s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -27,6 +28,40 @@ class IntegerGrid(NamedTuple):
 
     scales: Tensor
     zeros: Tensor
+
+
+class IntegerPoints(NamedTuple):
+    """The points of a weight, scale and zero point spread to every element, float32 [N, K]."""
+
+    parameters: tuple[Tensor, ...]
+    highest: int
+
+    def round(self, values: Tensor, parameters: Sequence[Tensor], codes: Tensor, errors: Tensor) -> None:
+        scale, zero = parameters
+        torch.div(values, scale, out=codes).add_(zero).round_().clamp_(0, self.highest)
+        torch.sub(zero, codes, out=errors).mul_(scale).add_(values)
+
+
+@dataclass(frozen=True)
+class IntegerWeightGrid:
+    """An integer grid as a `WeightGrid`."""
+
+    grid: IntegerGrid
+    scheme: IntegerScheme
+    scale_dtype: torch.dtype
+    width: int
+
+    def nearest(self, weight: Tensor) -> Tensor:
+        return quantize(weight, self.grid, self.scheme)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        return dequantize(codes, self.grid, self.scheme)
+
+    def points(self) -> IntegerPoints:
+        return IntegerPoints(tuple(expand(self.grid, self.scheme, self.width)), 2**self.scheme.bits - 1)
+
+    def quantized(self, codes: Tensor) -> QuantizedWeight:
+        return to_quantized_weight(codes, self.grid, self.scheme, self.scale_dtype)
 
 
 def min_max_grid(weight: Tensor, scheme: IntegerScheme, scale_dtype: torch.dtype = torch.float16) -> IntegerGrid:

@@ -11,14 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from aphroquant.calibration.integer_grid import (
-    dequantize,
-    min_max_grid,
-    quantize,
-    search_grid,
-    to_quantized_weight,
-    too_large,
-)
+from aphroquant.calibration.grids import plain_grids, searched_grids
+from aphroquant.calibration.inputs import with_input_scale
+from aphroquant.calibration.integer_grid import too_large
 from aphroquant.calibration.solution import Solution, relative_error
 from aphroquant.calibration.statistics import InputStatistics
 from aphroquant.kernels.cpu import rounding
@@ -29,17 +24,16 @@ from aphroquant.schemes import IntegerScheme, QuantizedWeight, Scheme
 def solve(
     weights: Sequence[Tensor], statistics: InputStatistics | None, scheme: Scheme, scale_dtype: torch.dtype
 ) -> list[Solution]:
-    """Each weight [N, K] rounded on its own."""
-    assert isinstance(scheme, IntegerScheme)
-    return [_solve_one(weight, statistics, scheme, scale_dtype) for weight in weights]
+    """Each weight [N, K] rounded on its own, but that scales which engines want to be equal are shared."""
+    if isinstance(scheme, IntegerScheme) and statistics is None:
+        return [_solve_one(weight, scheme, scale_dtype) for weight in weights]
+    return solve_in_torch(weights, statistics, scheme, scale_dtype)
 
 
-def _solve_one(
-    weight: Tensor, statistics: InputStatistics | None, scheme: IntegerScheme, scale_dtype: torch.dtype
-) -> Solution:
-    if statistics is None and rounding.usable(weight, scale_dtype) and is_finite(weight):
+def _solve_one(weight: Tensor, scheme: IntegerScheme, scale_dtype: torch.dtype) -> Solution:
+    if rounding.usable(weight, scale_dtype) and is_finite(weight):
         return _solve_compiled(weight, scheme, scale_dtype)
-    return solve_in_torch(weight.float(), statistics, scheme, scale_dtype)
+    return solve_in_torch([weight], None, scheme, scale_dtype)[0]
 
 
 def _solve_compiled(weight: Tensor, scheme: IntegerScheme, scale_dtype: torch.dtype) -> Solution:
@@ -56,14 +50,18 @@ def _solve_compiled(weight: Tensor, scheme: IntegerScheme, scale_dtype: torch.dt
 
 
 def solve_in_torch(
-    weight: Tensor, statistics: InputStatistics | None, scheme: IntegerScheme, scale_dtype: torch.dtype
-) -> Solution:
-    """What `solve` gives for one weight, on any device."""
+    weights: Sequence[Tensor], statistics: InputStatistics | None, scheme: Scheme, scale_dtype: torch.dtype
+) -> list[Solution]:
+    """What `solve` gives, on any device."""
+    weights = [weight.float() for weight in weights]
     if statistics is None:
-        grid = min_max_grid(weight, scheme, scale_dtype)
+        grids, searched = plain_grids(weights, scheme, scale_dtype), "whole"
     else:
-        grid = search_grid(weight, statistics.mean_square, scheme, scale_dtype)
-    codes = quantize(weight, grid, scheme)
-    error = relative_error(weight, dequantize(codes, grid, scheme), statistics)
-    details = {"rounding": "nearest", "range": "whole" if statistics is None else "searched"}
-    return Solution(to_quantized_weight(codes, grid, scheme, scale_dtype), error, details)
+        grids, searched = searched_grids(weights, statistics.mean_square, scheme, scale_dtype), "searched"
+    solutions = []
+    for weight, grid in zip(weights, grids, strict=True):
+        codes = grid.nearest(weight)
+        error = relative_error(weight, grid.decode(codes), statistics)
+        quantized = with_input_scale(grid.quantized(codes), statistics)
+        solutions.append(Solution(quantized, error, {"rounding": "nearest", "range": searched}))
+    return solutions

@@ -28,7 +28,8 @@ class Solution:
 
 
 # Weights [N, K] of layers that share an input, its statistics, the scheme, and the dtype that scales are stored in.
-# Layers are solved together because what costs time belongs to the input; the result of each does not depend on it.
+# Layers are solved together because what costs time belongs to the input, and so that they share the scale of a tensor
+# where engines, which multiply them as one layer, want that (NVFP4); else the result of each does not depend on others.
 Rounding = Callable[[Sequence[Tensor], InputStatistics | None, Scheme, torch.dtype], list[Solution]]
 
 

@@ -22,55 +22,74 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import cast
+from typing import Literal, cast
 
 from aphroquant.calibration.solution import Rounding
 from aphroquant.errors import UsageError
-from aphroquant.schemes import FloatScheme, Scheme
+from aphroquant.schemes import AdditiveScheme, FloatScheme, IntegerScheme, LookupScheme, Scheme
+
+ChannelScaling = Literal["awq", "smoothquant"]  # how the candidates for channels' scales are made
 
 
 @dataclass(frozen=True)
 class Solver:
-    """`load` imports the rounding when it is first needed. `summary` is one line for the user."""
+    """`modules` has the rounding for each kind of scheme that it makes; `summary` is one line for the user."""
 
     name: str
     summary: str
-    load: Callable[[], Rounding]
-    scales_channels: bool = False
+    modules: Mapping[type, str]
+    scales_channels: ChannelScaling | None = None
     needs_second_moment: bool = False
+    needs_data: bool = True
+
+    def makes(self, scheme: Scheme) -> bool:
+        """Whether there is a rounding for schemes of that kind."""
+        return type(scheme) in self.modules
 
 
-def _lazy(module: str) -> Callable[[], Rounding]:
-    def load() -> Rounding:
-        return cast(Rounding, importlib.import_module(f"aphroquant.calibration.{module}").solve)
-
-    return load
+def _codes(module: str) -> dict[type, str]:
+    return {IntegerScheme: module, LookupScheme: module}
 
 
 SOLVERS: Mapping[str, Solver] = {
     solver.name: solver
     for solver in (
-        Solver("rtn", "round to nearest, ranges searched by E[x**2]", _lazy("rtn")),
-        Solver("gptq", "error feedback between columns", _lazy("gptq"), needs_second_moment=True),
-        Solver("awq", "channels scaled by activations, then as rtn", _lazy("rtn"), scales_channels=True),
+        Solver(
+            "rtn",
+            "round to nearest, ranges searched by E[x**2]",
+            _codes("rtn") | {FloatScheme: "fp8"},
+            needs_data=False,
+        ),
+        Solver(
+            "gptq",
+            "error feedback between columns",
+            _codes("gptq"),
+            needs_second_moment=True,
+        ),
+        Solver(
+            "awq",
+            "channels scaled by activations, then as rtn",
+            _codes("rtn"),
+            scales_channels="awq",
+        ),
         Solver(
             "awq-gptq",
             "channels scaled by activations, then as gptq",
-            _lazy("gptq"),
-            scales_channels=True,
+            _codes("gptq"),
+            scales_channels="awq",
             needs_second_moment=True,
         ),
-        Solver("aqlm", "sums of codebook vectors, for AQLM", _lazy("aqlm.solve"), needs_second_moment=True),
+        Solver("aqlm", "sums of codebook vectors, for AQLM", {AdditiveScheme: "aqlm.solve"}, needs_second_moment=True),
     )
 }
-FP8_ROUNDING = _lazy("fp8")
 
 
 def rounding_for(scheme: Scheme, solver: Solver) -> Rounding:
-    """What makes weights of a scheme: the solver's rounding, but for floats, which have only one."""
-    return FP8_ROUNDING() if isinstance(scheme, FloatScheme) else solver.load()
+    """What makes weights of a scheme, imported when it is first needed."""
+    module = importlib.import_module(f"aphroquant.calibration.{solver.modules[type(scheme)]}")
+    return cast(Rounding, module.solve)
 
 
 def find_solver(name: str) -> Solver:

@@ -7,7 +7,15 @@ import torch
 from torch import Tensor
 
 from aphroquant.calibration import gptq, rtn
-from aphroquant.calibration.integer_grid import IntegerGrid, dequantize, min_max_grid, quantize, search_grid
+from aphroquant.calibration.grids import Points
+from aphroquant.calibration.integer_grid import (
+    IntegerGrid,
+    IntegerWeightGrid,
+    dequantize,
+    min_max_grid,
+    quantize,
+    search_grid,
+)
 from aphroquant.calibration.solution import quadratic_form
 from aphroquant.calibration.statistics import InputStatistics
 from aphroquant.schemes import IntegerScheme
@@ -23,6 +31,10 @@ def correlated_moment(width: int, tokens: int = 2000) -> Tensor:
 def statistics_of(moment: Tensor) -> InputStatistics:
     diagonal = moment.diagonal().clone()
     return InputStatistics(1000, diagonal, diagonal.clamp(min=0).sqrt(), diagonal.clamp(min=0).sqrt(), moment)
+
+
+def points(grid: IntegerGrid, scheme: IntegerScheme, weight: Tensor) -> list[Points]:
+    return [IntegerWeightGrid(grid, scheme, torch.float16, weight.shape[1]).points()]
 
 
 def loss(weight: Tensor, codes: Tensor, grid: IntegerGrid, scheme: IntegerScheme, moment: Tensor) -> float:
@@ -64,7 +76,7 @@ def test_the_output_error_is_below_that_of_rounding_to_nearest(bits: int, symmet
     grid = search_grid(weight, moment.diagonal(), scheme)
     factor = gptq.factorize(moment, damping=0.01)
     assert factor is not None
-    ours = loss(weight, gptq.round_weight(weight, grid, scheme, factor).codes, grid, scheme, moment)
+    ours = loss(weight, gptq.round_weight(weight, points(grid, scheme, weight), factor).codes, grid, scheme, moment)
     nearest = loss(weight, quantize(weight, grid, scheme), grid, scheme, moment)
     assert ours < nearest
 
@@ -75,7 +87,9 @@ def test_uncorrelated_inputs_give_exactly_rounding_to_nearest() -> None:
     grid = min_max_grid(weight, scheme)
     factor = gptq.factorize(torch.eye(40))
     assert factor is not None
-    assert torch.equal(gptq.round_weight(weight, grid, scheme, factor).codes, quantize(weight, grid, scheme))
+    assert torch.equal(
+        gptq.round_weight(weight, points(grid, scheme, weight), factor).codes, quantize(weight, grid, scheme)
+    )
 
 
 @pytest.mark.parametrize("shape", [(3, 12), (1, 1), (5, 20)])
@@ -85,7 +99,7 @@ def test_codes_agree_with_a_scalar_float64_reference(shape: tuple[int, int]) -> 
     grid = min_max_grid(weight, scheme)
     factor = gptq.factorize(moment, damping=0.01)
     assert factor is not None
-    ours = gptq.round_weight(weight, grid, scheme, factor).codes
+    ours = gptq.round_weight(weight, points(grid, scheme, weight), factor).codes
     assert torch.equal(ours, reference_codes(weight, grid, scheme, moment, 0.01))
 
 
@@ -95,7 +109,7 @@ def test_the_proxy_loss_is_the_quadratic_error_with_the_damped_hessian() -> None
     grid = min_max_grid(weight, scheme)
     factor = gptq.factorize(moment, damping=0.05)
     assert factor is not None
-    codes, proxy = gptq.round_weight(weight, grid, scheme, factor)
+    codes, proxy = gptq.round_weight(weight, points(grid, scheme, weight), factor)
     damped = moment + 0.05 * moment.diagonal().mean() * torch.eye(48)
     exact = quadratic_form(weight - dequantize(codes, grid, scheme), damped)
     torch.testing.assert_close(proxy, exact, rtol=1e-3, atol=1e-5)
@@ -108,7 +122,7 @@ def test_the_loss_stays_under_the_bound_of_the_nearest_plane_method() -> None:
     grid = IntegerGrid(torch.full((8, 1), 0.25), torch.full((8, 1), 128.0))
     factor = gptq.factorize(moment, damping=0.01)
     assert factor is not None
-    proxy = gptq.round_weight(weight, grid, scheme, factor).loss
+    proxy = gptq.round_weight(weight, points(grid, scheme, weight), factor).loss
     bound = float(((0.25 / 2) ** 2 / factor.upper.diagonal() ** 2).sum())
     assert float(proxy.max()) <= bound
 
@@ -120,8 +134,8 @@ def test_the_block_size_does_not_change_the_result(block_size: int) -> None:
     grid = min_max_grid(weight, scheme)
     factor = gptq.factorize(moment)
     assert factor is not None
-    expected = gptq.round_weight(weight, grid, scheme, factor, block_size=16).codes
-    found = gptq.round_weight(weight, grid, scheme, factor, block_size=block_size).codes
+    expected = gptq.round_weight(weight, points(grid, scheme, weight), factor, block_size=16).codes
+    found = gptq.round_weight(weight, points(grid, scheme, weight), factor, block_size=block_size).codes
     assert (found != expected).float().mean() < 0.002  # ties that float rounding decides
 
 
@@ -154,7 +168,7 @@ def test_dead_inputs_are_rounded_to_nearest_and_counted() -> None:
     factor = gptq.factorize(moment)
     assert factor is not None
     assert factor.dead == 1
-    codes = gptq.round_weight(weight, grid, scheme, factor).codes
+    codes = gptq.round_weight(weight, points(grid, scheme, weight), factor).codes
     assert torch.equal(codes[:, 5], quantize(weight, grid, scheme)[:, 5])
 
 

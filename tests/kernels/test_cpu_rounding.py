@@ -40,7 +40,7 @@ def test_integers_are_those_of_torch(
         weight = weight_of(shape, dtype)
         assert rounding.usable(weight, scale_dtype)
         found = rtn.solve([weight], None, scheme, scale_dtype)[0]
-        expected = rtn.solve_in_torch(weight.float(), None, scheme, scale_dtype)
+        expected = rtn.solve_in_torch([weight], None, scheme, scale_dtype)[0]
         assert set(found.weight.tensors) == set(expected.weight.tensors)
         for name, tensor in expected.weight.tensors.items():
             assert found.weight[name].dtype == tensor.dtype
