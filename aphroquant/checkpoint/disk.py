@@ -54,3 +54,14 @@ def fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a small file that is whole as soon as it has its name."""
+    partial = path.parent / f".{path.name}.partial-{os.getpid()}"
+    try:
+        partial.write_bytes(content)
+        fsync(partial)
+        partial.rename(path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -23,7 +23,7 @@ from aphroquant.checkpoint.gguf_header import ALIGNMENT, PlacedTensor, Value, en
 from aphroquant.checkpoint.gguf_metadata import architecture_of, model_metadata, rope_factors
 from aphroquant.checkpoint.gguf_names import ROPE_FACTORS, gguf_name, permuted_heads, permuted_rows, unpermuted_rows
 from aphroquant.checkpoint.gguf_tokenizer_metadata import tokenizer_metadata
-from aphroquant.checkpoint.hashes import FileRecord, GrowingFileHash
+from aphroquant.checkpoint.hashes import FileRecord, GrowingFileHash, Span
 from aphroquant.checkpoint.leftovers import claim, partial_path, remove_leftovers
 from aphroquant.checkpoint.tensor_io import write_bytes
 from aphroquant.errors import UsageError
@@ -148,7 +148,8 @@ class GgufWriter:
         with self._disk_errors_told():
             write_bytes(self._descriptor, self.path, 0, torch.frombuffer(bytearray(header), dtype=torch.uint8))
             os.ftruncate(self._descriptor, self.num_bytes)
-        self._hash, self._filled = GrowingFileHash(self._descriptor), len(header)
+        spans = {name: Span(len(header) + tensor.begin, tensor.nbytes) for name, tensor in self._planned.items()}
+        self._hash, self._filled = GrowingFileHash(self._descriptor, spans), len(header)
         self._hash.reached(self._filled)
         if factors is not None:
             self._put(ROPE_FACTORS, 0, factors)
@@ -218,6 +219,11 @@ class GgufWriter:
             self._partial.rename(self.path)
             fsync(self.path.parent)
         return self.path
+
+    def tensor_sums(self) -> dict[str, str]:
+        """CRC-32 of each tensor's bytes, by its name in the file, once that is finished."""
+        assert self._hash is not None
+        return self._hash.tensor_sums()
 
     def _check_target(self) -> None:
         if self.path.is_dir():

@@ -1,11 +1,16 @@
-"""SHA-256 of files, computed beside other work: most of what is hashed is still, or already, in the page cache."""
+"""SHA-256 of files, computed beside other work: most of what is hashed is still, or already, in the page cache.
+
+With it, in the same pass, the CRC-32 of each tensor in the file: the hash proves that a file is another one, and the
+check sums, which cost little beside it, tell where.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import threading
-from collections.abc import Mapping
+import zlib
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -23,6 +28,43 @@ class FileRecord(NamedTuple):
     sha256: str
 
 
+class Span(NamedTuple):
+    """Where the bytes of one tensor are in a file."""
+
+    begin: int
+    nbytes: int
+
+
+class TensorSums:
+    """CRC-32 of tensors, eight hexadecimal digits each, from the bytes of their file, which come in order."""
+
+    def __init__(self, spans: Mapping[str, Span]) -> None:
+        self._order = sorted(spans.items(), key=lambda item: item[1])
+        self._sums = dict.fromkeys((name for name, _ in self._order), 0)
+        self._next = 0  # the first in `_order` that is not complete
+
+    def update(self, position: int, content: memoryview) -> None:
+        """The file's bytes from `position` on, which is where the last call ended."""
+        end = position + len(content)
+        for name, span in self._open(end):
+            begin = max(span.begin - position, 0)
+            self._sums[name] = zlib.crc32(content[begin : span.begin + span.nbytes - position], self._sums[name])
+
+    def sums(self) -> dict[str, str]:
+        return {name: f"{value:08x}" for name, value in self._sums.items()}
+
+    def _open(self, end: int) -> Iterator[tuple[str, Span]]:
+        """Those that begin before `end` and were not complete before."""
+        while self._next < len(self._order):
+            name, span = self._order[self._next]
+            if span.begin >= end:
+                return
+            yield name, span
+            if span.begin + span.nbytes > end:
+                return
+            self._next += 1
+
+
 class FileHashes:
     """Hashes files one after the other in a thread of its own. Use as a context manager; leaving it stops the work."""
 
@@ -30,6 +72,7 @@ class FileHashes:
         self._stopped = threading.Event()
         self._pool = ThreadPoolExecutor(max_workers=1)
         self._records: dict[str, Future[FileRecord]] = {}
+        self._tensors: dict[str, TensorSums] = {}
         for name, path in (files or {}).items():
             self.add(name, path)
 
@@ -41,23 +84,29 @@ class FileHashes:
     ) -> None:
         self.stop()
 
-    def add(self, name: str, path: Path) -> None:
-        """The file must stay where it is until `records` has been asked for."""
-        self._records[name] = self._pool.submit(self._record, path)
+    def add(self, name: str, path: Path, tensors: Mapping[str, Span] | None = None) -> None:
+        """The file must stay where it is until `records` has been asked for; `tensors` are those to sum in it."""
+        sums = self._tensors[name] = TensorSums(tensors or {})
+        self._records[name] = self._pool.submit(self._record, path, sums)
 
     def records(self) -> dict[str, FileRecord]:
         """Of every file added so far, once they are done. InputError naming one that cannot be read."""
         return {name: record.result() for name, record in self._records.items()}
 
+    def tensor_sums(self, name: str) -> dict[str, str]:
+        """The check sums of a file's tensors, once `records` has been asked for."""
+        return self._tensors[name].sums()
+
     def stop(self) -> None:
         self._stopped.set()
         self._pool.shutdown(cancel_futures=True)
 
-    def _record(self, path: Path) -> FileRecord:
-        digest, buffer, size = hashlib.sha256(), bytearray(_STEP), 0
+    def _record(self, path: Path, sums: TensorSums) -> FileRecord:
+        digest, buffer, size = hashlib.sha256(), memoryview(bytearray(_STEP)), 0
         with opened(path) as (file, _):
             while (count := file.readinto(buffer)) and not self._stopped.is_set():
-                digest.update(memoryview(buffer)[:count])
+                digest.update(buffer[:count])
+                sums.update(size, buffer[:count])
                 size += count
         return FileRecord(size, digest.hexdigest())
 
@@ -65,9 +114,10 @@ class FileHashes:
 class GrowingFileHash:
     """Hashes a file that is being written, from its beginning, as far as it has been `reached`, in a thread."""
 
-    def __init__(self, descriptor: int) -> None:
+    def __init__(self, descriptor: int, tensors: Mapping[str, Span] | None = None) -> None:
         self._descriptor = descriptor
         self._digest = hashlib.sha256()
+        self._tensors = TensorSums(tensors or {})
         self._reached = 0
         self._complete = self._stopped = False
         self._changed = threading.Condition()
@@ -89,6 +139,10 @@ class GrowingFileHash:
             raise self._error
         return FileRecord(size, self._digest.hexdigest())
 
+    def tensor_sums(self) -> dict[str, str]:
+        """The check sums of the file's tensors, once `record` has been asked for."""
+        return self._tensors.sums()
+
     def stop(self) -> None:
         """End the thread, whose descriptor may then be closed."""
         with self._changed:
@@ -109,6 +163,7 @@ class GrowingFileHash:
             if count == 0:
                 raise OSError("the file is shorter than what was written")
             self._digest.update(buffer[:count])
+            self._tensors.update(position, buffer[:count])
             position += count
 
     def _wait(self, position: int) -> int | None:

@@ -4,11 +4,28 @@ from __future__ import annotations
 
 import errno
 from pathlib import Path
+from typing import NamedTuple
 
 from aphroquant.checkpoint.carried import CARRIED_PATTERNS
 from aphroquant.errors import InputError, ResourceError
 
-_ALLOWED = ["*.safetensors", "*.json", "*.txt", "*.jinja", *CARRIED_PATTERNS]
+_ALLOWED = ["*.safetensors", "*.json", "*.txt", "*.jinja", "README.md", *CARRIED_PATTERNS]
+
+
+class HubPlace(NamedTuple):
+    """A repository of the Hub, and the commit of it."""
+
+    repository: str
+    revision: str
+
+
+def hub_place(path: Path) -> HubPlace | None:
+    """What a directory in the Hub cache, or a file in it, is a copy of: models--ORG--NAME/snapshots/COMMIT."""
+    for folder in (path.absolute(), *path.absolute().parents):
+        cached = folder.parent.parent
+        if folder.parent.name == "snapshots" and cached.name.startswith("models--"):
+            return HubPlace(cached.name.removeprefix("models--").replace("--", "/", 1), folder.name)
+    return None
 
 
 def download(repository: str, revision: str | None, *, alternative: Path | None = None) -> Path:

@@ -23,9 +23,9 @@ from torch import Tensor
 
 from aphroquant.checkpoint.carried import TEMPLATES_FOLDER
 from aphroquant.checkpoint.disk import check_parents, fsync, telling_disk_errors
-from aphroquant.checkpoint.hashes import FileHashes, FileRecord
+from aphroquant.checkpoint.hashes import FileHashes, FileRecord, Span
 from aphroquant.checkpoint.leftovers import claim, partial_path, remove_leftovers, replaced_path
-from aphroquant.checkpoint.safetensors_header import DTYPE_NAMES
+from aphroquant.checkpoint.safetensors_header import DTYPE_NAMES, read_header
 from aphroquant.checkpoint.shard import Shard
 from aphroquant.errors import InputError, UsageError
 
@@ -36,7 +36,8 @@ _RESERVED = ("config.json", "model.safetensors.index.json")
 class CheckpointWriter:
     """Writes `directory` atomically. Use as a context manager and end with `finish`; leaving without it, or on an
     exception, removes what was written. An existing checkpoint is replaced only with `overwrite`, by the last rename.
-    `removed` says what killed writers of the same name had left. With `hashed`, `records` tells the files' hashes.
+    `removed` says what killed writers of the same name had left. With `hashed`, `records` tells the files' hashes, and
+    `tensor_sums` the check sums of the tensors in them.
     """
 
     def __init__(
@@ -114,9 +115,16 @@ class CheckpointWriter:
             target.parent.mkdir(exist_ok=True)
             target.write_bytes(content)
 
-    def write_json(self, name: str, value: Any) -> None:
+    def write_json(self, name: str, value: Any) -> FileRecord:
         """Write `value` as the file `name`."""
-        self._write_json(self._file(name), value)
+        return self.write_text(name, json_text(value))
+
+    def write_text(self, name: str, text: str) -> FileRecord:
+        """Write the file `name`, in UTF-8."""
+        path, content = self._file(name), text.encode()
+        with self._full_disk_told():
+            path.write_bytes(content)
+        return FileRecord(len(content), hashlib.sha256(content).hexdigest())
 
     def records(self, config: dict[str, Any]) -> dict[str, FileRecord]:
         """What every file is once `finish` has written `config`; what is added afterwards is not among them."""
@@ -129,9 +137,14 @@ class CheckpointWriter:
         others = {name: path for name, path in files.items() if path.is_file() and not name.endswith(".safetensors")}
         with FileHashes(others) as small:
             found = small.records() | {self._shard_names[name]: record for name, record in shards.items()}
-        text = _json_text(config).encode()
+        text = json_text(config).encode()
         found["config.json"] = FileRecord(len(text), hashlib.sha256(text).hexdigest())
         return dict(sorted(found.items()))
+
+    def tensor_sums(self) -> dict[str, dict[str, str]]:
+        """File -> tensor -> CRC-32 of its bytes, once `records` has been asked for."""
+        assert self._hashes is not None, "the writer was not asked to hash"
+        return {name: self._hashes.tensor_sums(shard) for shard, name in self._shard_names.items()}
 
     def finish(self, config: dict[str, Any]) -> Path:
         """Complete the checkpoint with `config` as its config.json, put it into place, and return its path."""
@@ -180,7 +193,7 @@ class CheckpointWriter:
 
     def _write_json(self, path: Path, value: Any) -> None:
         with self._full_disk_told():
-            path.write_text(_json_text(value), encoding="utf-8")
+            path.write_text(json_text(value), encoding="utf-8")
 
     def _close_shard(self) -> None:
         if self._open is None:
@@ -188,7 +201,9 @@ class CheckpointWriter:
         with self._full_disk_told():
             self._open.finish()
         if self._hashes is not None:
-            self._hashes.add(self._open.path.name, self._open.path)
+            tensors = read_header(self._open.path).tensors
+            spans = {name: Span(tensor.begin, tensor.nbytes) for name, tensor in tensors.items()}
+            self._hashes.add(self._open.path.name, self._open.path, spans)
         self._shards.append(self._open)
         self._open = None
 
@@ -228,5 +243,6 @@ class CheckpointWriter:
         return sum(shard.nbytes for shard in [*self._shards, self._open] if shard is not None)
 
 
-def _json_text(value: Any) -> str:
+def json_text(value: Any) -> str:
+    """A JSON file as this writer writes it."""
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"

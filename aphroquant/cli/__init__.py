@@ -16,6 +16,7 @@ COMMANDS = {
     "convert": "Quantize a checkpoint.",
     "eval": "Measure a quantized model against its base.",
     "inspect": "Show what a checkpoint is made of.",
+    "verify": "Check that the files of an output are those that were written.",
     "serve": "Serve a model over an OpenAI-compatible HTTP API.",
     "chat": "Talk to a model in the terminal.",
     "bench": "Measure speed on this machine.",

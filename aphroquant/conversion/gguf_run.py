@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -14,9 +12,10 @@ from torch import Tensor
 
 from aphroquant.calibration.data import CalibrationData
 from aphroquant.checkpoint import Checkpoint, GgufWriter
-from aphroquant.checkpoint.disk import fsync, telling_disk_errors
+from aphroquant.checkpoint.disk import replace_file, telling_disk_errors
 from aphroquant.checkpoint.gguf import GgufCheckpoint
 from aphroquant.checkpoint.hashes import FileHashes
+from aphroquant.checkpoint.writer import json_text
 from aphroquant.conversion.ahead import in_order
 from aphroquant.conversion.conversion import Conversion
 from aphroquant.conversion.gguf_plan import make_gguf_plan
@@ -35,8 +34,10 @@ from aphroquant.conversion.request import ConversionRequest
 from aphroquant.conversion.result import ConversionResult
 from aphroquant.conversion.soundness import check_carried, check_complete
 from aphroquant.errors import UsageError
+from aphroquant.provenance.card import model_card
+from aphroquant.provenance.checksums import sums_text
+from aphroquant.provenance.records import CARD, OutputRecord
 
-PROVENANCE = ".aphroquant.json"  # after the file's name
 # About the tensors of the old file, or about how they were placed.
 _NOT_CARRIED = ("general.file_type", "general.quantization_version", "general.alignment", "split.")
 _OF_THE_ENCODING = ("quantize.",)  # how the old numbers were found
@@ -72,18 +73,36 @@ class GgufConversion(Conversion):
                 writer.plan(self.plan.tensors)
                 self._write_tensors(writer, importance)
             self.progress.stage("writing")
-            provenance = Path(f"{writer.path}{PROVENANCE}")
+            output = OutputRecord(writer.path)
             with telling_disk_errors(writer.path, lambda: self.plan.num_bytes):
-                provenance.unlink(missing_ok=True)  # of the file that is replaced
+                for path in (output.manifest_path, output.sums_path):
+                    path.unlink(missing_ok=True)  # of the file that is replaced
             with self.timed("hashes"):
                 source_files = sources.records()
             writer.finish()
             assert writer.record is not None
             result, files = self._result(done=True), {writer.path.name: writer.record}
-            told = manifest(self.request, result, data, self.timings, source_files=source_files, files=files)
-            with telling_disk_errors(provenance, lambda: self.plan.num_bytes):
-                _write_json(provenance, told)
+            told = manifest(
+                self.request,
+                result,
+                data,
+                self.timings,
+                checkpoint=self.checkpoint,
+                source_files=source_files,
+                files=files,
+                tensor_sums={writer.path.name: writer.tensor_sums()},
+            )
+            with telling_disk_errors(output.manifest_path, lambda: self.plan.num_bytes):
+                self._write_records(output, told, writer.record.sha256)
         return result
+
+    def _write_records(self, output: OutputRecord, told: Mapping[str, Any], sha256: str) -> None:
+        """What stands beside the file; a model card where the directory was given, and has none."""
+        name, card = output.path.name, output.path.with_name(CARD)
+        replace_file(output.manifest_path, json_text(told).encode())
+        replace_file(output.sums_path, sums_text({name: sha256}).encode())
+        if self.plan.path != self.request.out and not card.exists():
+            replace_file(card, model_card(told, self.checkpoint, name).encode())
 
     def _write_tensors(self, writer: GgufWriter, importance: Mapping[str, Tensor]) -> None:
         total, done, name = len(self.plan.tensors), 0, ""
@@ -189,14 +208,3 @@ class GgufConversion(Conversion):
 
 def _quantizes_inputs(checkpoint: Checkpoint, module: str) -> bool:
     return getattr(checkpoint.schemes()[module], "activations", None) is not None
-
-
-def _write_json(path: Path, content: Any) -> None:
-    """Write a file that is whole as soon as it has its name."""
-    partial = path.parent / f".{path.name}.partial-{os.getpid()}"
-    try:
-        partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        fsync(partial)
-        partial.rename(path)
-    finally:
-        partial.unlink(missing_ok=True)

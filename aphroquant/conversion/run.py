@@ -35,7 +35,7 @@ from aphroquant.conversion.loss import (
     requantized,
     would_be_repacked,
 )
-from aphroquant.conversion.manifest import FILE_NAME, manifest
+from aphroquant.conversion.manifest import manifest
 from aphroquant.conversion.plan import DEQUANTIZED_DTYPE, EXACT_DTYPE, ConversionPlan, make_plan, read_carried
 from aphroquant.conversion.progress import Progress
 from aphroquant.conversion.repack import RepackPlan, Stack, make_repack_plan, repack_module
@@ -53,6 +53,10 @@ from aphroquant.conversion.targets import can_be_quantized_for, check_known
 from aphroquant.conversion.training_memory import refusal
 from aphroquant.devices import torch_device
 from aphroquant.errors import UsageError
+from aphroquant.provenance.card import model_card
+from aphroquant.provenance.checksums import FILE_NAME as SUMS
+from aphroquant.provenance.checksums import sums_text
+from aphroquant.provenance.records import CARD, MANIFEST
 from aphroquant.schemes import FloatScheme
 
 Plan = ConversionPlan | RepackPlan
@@ -183,8 +187,19 @@ class _Conversion(Conversion):
             with self.timed("hashes"):
                 files, source_files = writer.records(config), sources.records()
             result = self._result(done=True)
-            told = manifest(self.request, result, data, self.timings, source_files=source_files, files=files)
-            writer.write_json(FILE_NAME, told)
+            told = manifest(
+                self.request,
+                result,
+                data,
+                self.timings,
+                checkpoint=self.checkpoint,
+                source_files=source_files,
+                files=files,
+                tensor_sums=writer.tensor_sums(),
+            )
+            card = writer.write_text(CARD, model_card(told, self.checkpoint, writer.directory.name))
+            sums = files | {CARD: card, MANIFEST: writer.write_json(MANIFEST, told)}
+            writer.write_text(SUMS, sums_text({name: record.sha256 for name, record in sums.items()}))
             writer.finish(config)
         return replace(result, seconds=time.monotonic() - self.started, peak_memory_bytes=peak_memory())
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from aphroquant.checkpoint import Checkpoint
@@ -12,14 +10,16 @@ from aphroquant.checkpoint.base import read_json, suffix
 from aphroquant.checkpoint.expected import expected_modules, expected_vectors
 from aphroquant.checkpoint.problems import QUANTIZED_SUFFIXES, tokenizer_problems, unexpected_names
 from aphroquant.errors import InputError
-from aphroquant.inspection.findings import Finding
+from aphroquant.inspection.findings import Finding, Severity
 from aphroquant.models.spec import GATE, UP, DecoderSpec, K, Q, V
+from aphroquant.provenance.records import CARD, OutputRecord
+from aphroquant.provenance.verification import verify_files
 from aphroquant.schemes import DenseScheme, Scheme
 
 FUSED = ((Q, K, V), (GATE, UP))
 INDEX = "model.safetensors.index.json"
-MANIFEST = "aphroquant.json"
 _CONFIG = "config.json"
+_DAMAGED = "it was changed or damaged after it was written: get it again"
 _INCOMPLETE = "the download is incomplete, or config.json belongs to another model"
 
 
@@ -46,28 +46,15 @@ def structure_findings(checkpoint: Checkpoint, schemes: Mapping[str, Scheme]) ->
 
 
 def manifest_findings(checkpoint: Checkpoint) -> Iterator[Finding]:
-    """Files whose hashes differ from those in aphroquant.json. Reads every file that it names."""
-    of_file = checkpoint.path.with_name(f"{checkpoint.path.name}.{MANIFEST}")
-    path = checkpoint.path / MANIFEST if checkpoint.path.is_dir() else of_file
-    if not path.exists():
+    """Files that are not those of aphroquant.json and the check sums. Reads every file that they name."""
+    if not OutputRecord(checkpoint.path).exists:
         return
-    files = read_json(path).get("files")
-    if not isinstance(files, dict):
-        return
-    if checkpoint.path.is_file() and len(files) == 1:
-        files = {checkpoint.path.name: next(iter(files.values()))}  # which may have another name by now
-    for name, entry in files.items():
-        expected = entry.get("sha256") if isinstance(entry, dict) else entry
-        file = checkpoint.directory / str(name)
-        if Path(str(name)).name != name or not isinstance(expected, str):
-            continue
-        if not file.is_file():
-            yield Finding(
-                "error", "file-missing", name, f"{path.name} names it, and it is not there", _INCOMPLETE, name
-            )
-        elif _sha256(file) != expected:
-            advice = "it was changed or damaged after it was written: get it again"
-            yield Finding("error", "file-changed", name, f"its SHA-256 is not the one in {path.name}", advice, name)
+    for difference in verify_files(checkpoint.path).differences:
+        if difference.kind != "extra":
+            advice = _INCOMPLETE if difference.kind == "missing" else _DAMAGED
+            severity: Severity = "info" if difference.file == CARD else "error"  # the card is anybody's to edit
+            check = f"file-{difference.kind}"
+            yield Finding(severity, check, difference.file, difference.message, advice, difference.file)
 
 
 def _config_findings(checkpoint: Checkpoint, schemes: Mapping[str, Scheme]) -> Iterator[Finding]:
@@ -158,8 +145,3 @@ def _stray_files(checkpoint: Checkpoint) -> Iterator[Finding]:
         if path.name not in used and not path.name.startswith("consolidated"):
             message = "is not part of the checkpoint: no index names it"
             yield Finding("warning", "stray-file", path.name, message, "remove it, or write the index again", path.name)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -216,4 +216,4 @@ def test_a_killed_gguf_file_does_not_have_its_name(tiny_checkpoint: Tiny, tmp_pa
     process.communicate()
     assert [path.name for path in tmp_path.iterdir()] == [f".a.gguf.partial-{process.pid}"]
     assert run(arguments) == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.gguf", "a.gguf.aphroquant.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.gguf", "a.gguf.aphroquant.json", "a.gguf.sha256"]

@@ -227,7 +227,12 @@ def test_a_directory_gets_a_file_named_after_the_model_and_its_types(tiny_checkp
     result = converted(source, tmp_path / "made" / "here", scheme="q5_k_m")
     path = tmp_path / "made" / "here" / "My-Model-Q5_K_M.gguf"
     assert result.out == str(path)
-    assert sorted(entry.name for entry in path.parent.iterdir()) == [path.name, f"{path.name}.aphroquant.json"]
+    assert sorted(entry.name for entry in path.parent.iterdir()) == [
+        "My-Model-Q5_K_M.gguf",
+        f"{path.name}.aphroquant.json",
+        f"{path.name}.sha256",
+        "README.md",
+    ]
     record = json.loads((path.parent / f"{path.name}.aphroquant.json").read_text())
     assert record["result"]["scheme"] == "Q5_K_M"
     assert record["result"]["modules"][DOWN] == {"type": "Q6_K"}

@@ -15,6 +15,7 @@ from aphroquant.checkpoint import CheckpointWriter, open_checkpoint
 from aphroquant.inspection import verify
 
 Tiny = Callable[..., Path]
+OF_THEMSELVES = ("aphroquant.json", "README.md", "SHA256SUMS")  # what the manifest cannot, or does not, tell of
 ROUND: dict[str, Any] = {"solver": "rtn", "samples": 0}
 
 
@@ -50,8 +51,8 @@ def test_a_conversion_tells_the_hashes_of_what_it_read_and_wrote(
         source, out = out, tmp_path / "again"
         aphroquant.convert(source, to="awq", out=out)
     told = manifest(out / "aphroquant.json")
-    assert told["source_files"] == records(source, "aphroquant.json")
-    assert told["files"] == records(out, "aphroquant.json")
+    assert told["source_files"] == records(source, *OF_THEMSELVES)
+    assert told["files"] == records(out, *OF_THEMSELVES)
     assert changed(out) == []
     content = bytearray((out / "model.safetensors").read_bytes())
     content[-1] ^= 1
@@ -68,20 +69,21 @@ def test_files_beside_the_weights_are_told_too(tiny_checkpoint: Tiny, tmp_path: 
     aphroquant.convert(source, to="awq", out=tmp_path / "out", **ROUND)
     told = manifest(tmp_path / "out" / "aphroquant.json")
     assert "additional_chat_templates/tool.jinja" in told["source_files"]
-    assert told["files"] == records(tmp_path / "out", "aphroquant.json")
+    assert told["files"] == records(tmp_path / "out", *OF_THEMSELVES)
 
 
 @pytest.mark.parametrize("scheme", ["q4_k_m", "f16"])
 def test_a_gguf_file_s_hash_stands_beside_it(scheme: str, tiny_checkpoint: Tiny, tmp_path: Path) -> None:
     aphroquant.convert(tiny_checkpoint("llama"), to="gguf", out=tmp_path / "m.gguf", scheme=scheme)
     told = manifest(tmp_path / "m.gguf.aphroquant.json")
-    assert told["files"] == records(tmp_path, "m.gguf.aphroquant.json")
+    assert told["files"] == records(tmp_path, "m.gguf.aphroquant.json", "m.gguf.sha256")
     aphroquant.convert(tmp_path / "m.gguf", to="gguf", out=tmp_path / "again.gguf")
     again = manifest(tmp_path / "again.gguf.aphroquant.json")
     assert again["source_files"] == told["files"]
     moved = tmp_path / "moved.gguf"
     (tmp_path / "m.gguf").rename(moved)
     (tmp_path / "m.gguf.aphroquant.json").rename(tmp_path / "moved.gguf.aphroquant.json")
+    (tmp_path / "m.gguf.sha256").rename(tmp_path / "moved.gguf.sha256")
     assert changed(moved) == []
     content = bytearray(moved.read_bytes())
     content[-1] ^= 1

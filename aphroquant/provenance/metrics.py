@@ -1,0 +1,87 @@
+"""Figures of an evaluation in an output: in aphroquant.json, in the model card, and the check sums of both."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from aphroquant.checkpoint.disk import replace_file
+from aphroquant.checkpoint.writer import json_text
+from aphroquant.errors import InputError
+from aphroquant.provenance.checksums import sums_text
+from aphroquant.provenance.records import CARD, OutputRecord
+
+BEGIN, END = "<!-- aphroquant: measured quality -->", "<!-- aphroquant: end of measured quality -->"
+NOT_MEASURED = "Not measured. `aphroquant eval DIR --against BASE --record` measures it and writes the figures here."
+
+_FIGURES = (  # key, label, form, of the base too
+    ("mean_kld", "mean KL divergence, nats", "{:.5f}", None),
+    ("median_kld", "median", "{:.5f}", None),
+    ("p99_kld", "99th percentile", "{:.4f}", None),
+    ("max_kld", "largest", "{:.3f}", None),
+    ("top1_agreement", "same most likely token", "{:.2%}", None),
+    ("perplexity", "perplexity", "{:.4f}", "base_perplexity"),
+)
+
+
+def metrics_section(metrics: Mapping[str, Any] | None) -> str:
+    """The card's table of figures and the protocol, between marks by which it is found again."""
+    text = NOT_MEASURED if metrics is None else "\n".join([*_rows(metrics), "", _protocol(metrics)])
+    return f"{BEGIN}\n{text}\n{END}"
+
+
+def record_evaluation(path: str | Path, metrics: Mapping[str, Any]) -> None:
+    """Put the figures of `Evaluation.to_dict()` into an output's manifest, card and check sums.
+
+    `path` is the directory or the .gguf file. InputError if no conversion has recorded anything of it.
+    """
+    record = OutputRecord(Path(path).expanduser())
+    if not record.manifest_path.exists():
+        raise InputError(
+            f"{record.path}: there is no {record.manifest_path.name} to write the figures into",
+            hint="figures are recorded with what aphroquant convert has written",
+        )
+    changed = {record.manifest_path: json_text({**record.manifest, "metrics": dict(metrics)})}
+    card = record.directory / CARD
+    if record.path.is_dir() and card.is_file():
+        text = card.read_text(encoding="utf-8")
+        if BEGIN in text and END in text:  # else its owner has taken the section out
+            before, after = text.split(BEGIN, 1)[0], text.split(END, 1)[1]
+            changed[card] = before + metrics_section(metrics) + after
+    sums = dict(record.sums)
+    for file, content in changed.items():
+        if file.name in sums:
+            sums[file.name] = hashlib.sha256(content.encode()).hexdigest()
+    if record.sums_path.exists():
+        changed[record.sums_path] = sums_text(sums)
+    for file, content in changed.items():
+        replace_file(file, content.encode())
+
+
+def _rows(metrics: Mapping[str, Any]) -> list[str]:
+    lines = ["| figure | this model | base |", "|---|---|---|"]
+    for key, label, form, base in _FIGURES:
+        value = _told(metrics.get(key), form)
+        if key == "mean_kld" and isinstance(error := metrics.get("mean_kld_stderr"), float):
+            value += f" ± {error:.5f}"
+        lines.append(f"| {label} | {value} | {_told(metrics.get(base), form) if base else ''} |")
+    return lines
+
+
+def _told(value: Any, form: str) -> str:
+    return form.format(value) if isinstance(value, int | float) else "not finite"
+
+
+def _protocol(metrics: Mapping[str, Any]) -> str:
+    """How it was measured, in one sentence."""
+    protocol, versions = metrics["protocol"], metrics.get("versions", {})
+    texts = ", ".join(f"{Path(text['name']).name} (SHA-256 {text['sha256'][:12]}…)" for text in protocol["texts"])
+    drawn = "evenly spaced" if protocol["seed"] is None else f"drawn with seed {protocol['seed']}"
+    return (
+        f"Measured against {Path(str(metrics['against'])).name} on {protocol['windows']} windows of "
+        f"{protocol['window_len']} tokens, {drawn}, of {texts}: {protocol['scored_tokens']} scored tokens, "
+        f"teacher-forced, in {protocol['dtype']}, without BOS; ± is one standard error, clustered by window; "
+        f"aphroquant {versions.get('aphroquant', '?')}, torch {versions.get('torch', '?')}."
+    )
