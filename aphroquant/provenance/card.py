@@ -126,10 +126,15 @@ def _making(manifest: Mapping[str, Any], name: str) -> str:
 def _serving(manifest: Mapping[str, Any], name: str) -> str:
     result = manifest["result"]
     lines = ["## How to run it"]
-    for command in serving_commands(support(result["to"], result["scheme"].split(", ")), name):
+    for command in serving_commands(support(result["to"], schemes_in(result["scheme"])), name):
         note = f" ({command.note})" if command.note else ""
         lines += ["", f"{command.title}{note}:", "", f"```{command.language}", command.text, "```"]
     return "\n".join(lines)
+
+
+def schemes_in(text: str) -> list[str]:
+    """The schemes that a result tells of: "int4 sym g64 (209), int8 sym g64 (1)" are two."""
+    return [re.sub(r" \(\d+\)$", "", part) for part in text.split(", ")]
 
 
 def _last(path: str) -> str:

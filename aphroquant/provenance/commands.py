@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from aphroquant.compatibility import Support
+from aphroquant.conversion.rules import ModuleRule
 
 _FLAGS = ("requantize",)
 _TITLES = {"aphroquant": "aphroquant", "transformers": "transformers", "vllm": "vLLM", "sglang": "SGLang"}
@@ -37,6 +38,8 @@ def _option(name: str, value: Any) -> list[str]:
         return ["--symmetric" if value else "--asymmetric"]
     if name in _FLAGS:
         return [flag] if value else []
+    if name == "rules":
+        return [word for rule in value for word in ("--rule", str(ModuleRule(**rule)))]
     if isinstance(value, list):
         return [word for item in value for word in (flag, str(item))]
     return [flag, str(value)]

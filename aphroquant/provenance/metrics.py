@@ -24,6 +24,7 @@ _FIGURES = (  # key, label, form, of the base too
     ("top1_agreement", "same most likely token", "{:.2%}", None),
     ("perplexity", "perplexity", "{:.4f}", "base_perplexity"),
 )
+_NOT_RECORDED = ("worst",)  # tokens of the evaluation text in their context: a report's, not the model's
 
 
 def metrics_section(metrics: Mapping[str, Any] | None) -> str:
@@ -43,7 +44,8 @@ def record_evaluation(path: str | Path, metrics: Mapping[str, Any]) -> None:
             f"{record.path}: there is no {record.manifest_path.name} to write the figures into",
             hint="figures are recorded with what aphroquant convert has written",
         )
-    changed = {record.manifest_path: json_text({**record.manifest, "metrics": dict(metrics)})}
+    kept = {key: value for key, value in metrics.items() if key not in _NOT_RECORDED}
+    changed = {record.manifest_path: json_text({**record.manifest, "metrics": kept})}
     card = record.directory / CARD
     if record.path.is_dir() and card.is_file():
         text = card.read_text(encoding="utf-8")
@@ -67,7 +69,15 @@ def _rows(metrics: Mapping[str, Any]) -> list[str]:
         if key == "mean_kld" and isinstance(error := metrics.get("mean_kld_stderr"), float):
             value += f" ± {error:.5f}"
         lines.append(f"| {label} | {value} | {_told(metrics.get(base), form) if base else ''} |")
+    parts = metrics.get("texts") or []
+    for part in parts if len(parts) > 1 else []:
+        value = _told(part.get("mean_kld"), "{:.5f}")
+        lines.append(f"| mean KL divergence on {_cell(Path(part['text']['name']).name)} | {value} | |")
     return lines
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
 
 
 def _told(value: Any, form: str) -> str:
