@@ -56,7 +56,11 @@ def quantize_dequantize(x: Tensor, scheme: ActivationScheme, input_scale: Tensor
     width = scheme.group_size or x.shape[1]
     groups = torch.nn.functional.pad(x, (0, -x.shape[1] % width)).view(x.shape[0], -1, width)  # [T, G, width]
     top = FP8_MAX if scheme.kind == "float" else 2.0 ** (scheme.bits - 1) - 1
-    scale = groups.abs().amax(-1, keepdim=True) / top if scheme.dynamic else _static(input_scale)
+    if scheme.dynamic:
+        largest = groups.abs().amax(-1, keepdim=True)
+        scale = largest / torch.full_like(largest, top)  # by a plain number, torch on a GPU multiplies by its inverse
+    else:
+        scale = _static(input_scale)
     codes = groups / torch.where(scale == 0, 1.0, scale)
     if scheme.kind == "float":
         codes = codes.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).float()

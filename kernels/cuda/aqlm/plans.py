@@ -71,11 +71,13 @@ def _ranges(layer: Layer, blocks: int) -> int:
 @lru_cache(maxsize=8192)
 def runs_one_by_one(layer: Layer, tokens: int, table: str) -> bool:
     """Whether so many launches of the kernel for one token are faster than gathering for all of them at once."""
+    if tokens >= TOKENS_OF_TILE:
+        return False
     one = tuned_entry(table, layer.problem(1), layer.device)
     gathered = tuned_entry(GATHER, layer.problem(gathered_as(tokens)), layer.device)
     if one is None or gathered is None or _size(one.problem) != _size(gathered.problem):
         return tokens == 1
-    return tokens < TOKENS_OF_TILE and tokens * one.microseconds < gathered.microseconds
+    return tokens * one.microseconds < gathered.microseconds
 
 
 def _size(problem: Problem) -> tuple[int, int]:

@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from aphroquant.kernels.cuda import tuning
+from aphroquant.kernels.cuda.aqlm import plans
 from aphroquant.kernels.cuda.aqlm.dequantize import DequantizePlan, dequantize_multiply
 from aphroquant.kernels.cuda.aqlm.gather import GatherPlan, gather_multiply
 from aphroquant.kernels.cuda.aqlm.linear import CudaAdditiveLinear, unsupported
@@ -16,6 +18,7 @@ from aphroquant.kernels.cuda.aqlm.packing import CodeLayout, pack_additive, pack
 from aphroquant.kernels.cuda.aqlm.plans import estimate_gather
 from aphroquant.kernels.cuda.aqlm.sliced import SlicedLinear, SlicedPlan
 from aphroquant.kernels.cuda.aqlm.slices import slice_codes
+from aphroquant.kernels.cuda.device import Gpu
 from aphroquant.kernels.random_weights import random_weight
 from aphroquant.schemes import AdditiveScheme, QuantizedWeight
 
@@ -184,6 +187,24 @@ def test_slices_hold_every_code_once_with_its_inputs(scheme: AdditiveScheme) -> 
         for row, place in itertools.product(range(rows), range(flat.shape[1]))
     ]
     assert sorted(found) == sorted(expected)
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 8, 9, 64, 65, 300, 4096])
+def test_any_number_of_tokens_has_a_way(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The choice between the kernels, by the checked-in tables, as on the GPU that they were measured on."""
+    h100 = Gpu(0, "NVIDIA H100 80GB HBM3", (9, 0), 80 << 30, 132, 50 << 20)
+    for name in ("aphroquant.kernels.cuda.tuning.gpu", "aphroquant.kernels.cuda.aqlm.plans.gpu"):
+        monkeypatch.setattr(name, lambda device: h100)
+    for scheme in (AdditiveScheme(2, 8), AdditiveScheme(1, 16), AdditiveScheme(2, 12)):
+        layer = plans.Layer(scheme, 4096, 4096, 0)
+        one_by_one = [plans.runs_one_by_one(layer, tokens, table) for table in (plans.LOOKUP, plans.SLICED)]
+        if tokens >= 8:
+            assert one_by_one == [False, False]
+            assert tokens <= plans.MAX_GATHERED or not plans.gathers(layer, tokens)
+        if tokens <= plans.MAX_GATHERED:
+            assert plans.gather_plan(layer, tokens).warps
+    for cached in (plans.runs_one_by_one, plans.gathers, plans.gather_plan, tuning._tuned):
+        cached.cache_clear()
 
 
 def test_estimates_fit_into_shared_memory() -> None:
