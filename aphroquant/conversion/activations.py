@@ -45,6 +45,12 @@ class Activations:
     def __len__(self) -> int:
         return self.rows.shape[0]
 
+    def copy(self, memory_limit: int, device: torch.device) -> Activations:
+        """The same rows in a store of their own."""
+        copy = Activations(len(self), self.rows.shape[1], memory_limit=memory_limit, device=device)
+        copy.rows.copy_(self.rows)
+        return copy
+
 
 def chunks(num_tokens: int, window_len: int) -> Iterator[slice]:
     """Slices of whole windows, about CHUNK_TOKENS rows each."""

@@ -14,18 +14,19 @@ from torch import Tensor
 from aphroquant.calibration.solution import Solution
 from aphroquant.calibration.solvers import rounding_for
 from aphroquant.calibration.statistics import InputStatistics, StatisticsCollector
-from aphroquant.conversion.activations import Activations, chunks, default_memory_limit
+from aphroquant.conversion.activations import Activations, chunks
 from aphroquant.conversion.ahead import in_order
-from aphroquant.conversion.calibration_block import BlockLinear, CalibrationBlock, load_calibration_block
+from aphroquant.conversion.calibration_block import BlockLinear, CalibrationBlock
 from aphroquant.conversion.dataless import joined, naming_modules, solve_in_pieces, square_sum
 from aphroquant.conversion.experts import RoutedTokens
 from aphroquant.conversion.plan import ConversionPlan
 from aphroquant.conversion.refinement import BlockRefiner, Unrounded
 from aphroquant.conversion.scaling import SAMPLE_TOKENS, BlockScaler
+from aphroquant.conversion.source_pass import SourcePass
 from aphroquant.conversion.targets import is_trainable
 from aphroquant.errors import InputError
 from aphroquant.models.decoder import rms_norm
-from aphroquant.models.loader import load_embedding, load_final_norm, load_head
+from aphroquant.models.loader import load_final_norm, load_head
 from aphroquant.models.spec import DOWN, GATE, INPUT_NORM, LM_HEAD, POST_ATTENTION_NORM, UP, K, O, Q, V
 from aphroquant.schemes import IntegerScheme
 
@@ -64,73 +65,35 @@ class CalibratedSolver:
     block is refined, if the plan says so; the states of the source model are then carried along as well.
     """
 
-    def __init__(self, plan: ConversionPlan, windows: Tensor, device: torch.device = CPU) -> None:
-        """Blocks are solved on `device`; the hidden states of all windows stay on the CPU, unless it is a roomy GPU."""
+    def __init__(
+        self,
+        plan: ConversionPlan,
+        hidden: Activations,
+        window_len: int,
+        *,
+        source: SourcePass | None,
+        memory_limit: int,
+        device: torch.device = CPU,
+    ) -> None:
+        """`hidden` are the embedded windows, which are changed; `source` has passed each block before it is solved,
+        and is needed to refine. Blocks are solved on `device`."""
         self._plan, self._device = plan, device
-        self._window_len = windows.shape[1]
-        keeps_source = plan.refine_steps > 0 or plan.distill_steps > 0
-        self._memory_limit = default_memory_limit(4 if keeps_source else 2)
+        self._window_len, self._memory_limit = window_len, memory_limit
         self._scaler = self._make_scaler()
-        self._refiner = BlockRefiner(plan, self._window_len, device) if plan.refine_steps else None
+        self._refiner = BlockRefiner(plan, window_len, device) if plan.refine_steps else None
         self._unrounded = Unrounded()
-        self._hidden = self._embed(windows)
-        self._source = self._copy(self._hidden) if keeps_source else None
+        self._hidden, self._source = hidden, source
 
     @property
-    def spilled(self) -> bool:
-        """Whether hidden states went to a temporary file."""
-        return self._hidden.spilled
-
-    @property
-    def source_states(self) -> Tensor:
-        """The source's hidden states [T, H] behind the blocks solved so far."""
-        assert self._source is not None
-        return self._source.rows
-
-    def solve(self) -> Iterator[SolvedBlock]:
-        """All blocks, one at a time."""
-        for layer in range(self._plan.spec.num_layers):
-            yield self._solve_block(self._load(layer))
-        if LM_HEAD in self._plan.modules:
-            yield self._solve_head()
-
-    def _load(self, layer: int) -> CalibrationBlock:
-        return load_calibration_block(self._plan.checkpoint, layer, self._window_len, self._device)
+    def states(self) -> Tensor:
+        """The quantized model's hidden states [T, H] behind the blocks solved so far."""
+        return self._hidden.rows
 
     @torch.no_grad()
-    def _solve_head(self) -> SolvedBlock:
-        """A piece of the rows at a time: it may be larger than a block."""
-        plan, spec = self._plan, self._plan.spec
-        head, gain = load_head(plan.checkpoint), load_final_norm(plan.checkpoint).to(self._device)
-        _check_finite(LM_HEAD, head)
-        statistics = None
-        if plan.calibrates_module(LM_HEAD):
-            second_moment = plan.solvers[LM_HEAD].needs_second_moment
-            collector = StatisticsCollector(
-                LM_HEAD, spec.hidden_size, self._window_len, second_moment=second_moment, device=self._device
-            )
-            for rows in self._chunks():
-                collector.update(rms_norm(self._states(rows), gain, spec.norm_eps))
-            statistics = collector.finish()
-        rounding = rounding_for(plan.schemes[LM_HEAD], plan.solvers[LM_HEAD])
-
-        def solved() -> Iterator[tuple[Solution, float]]:
-            scheme = plan.schemes[LM_HEAD]
-            for start in range(0, len(head), _HEAD_ROWS):
-                weight = head[start : start + _HEAD_ROWS]
-                solution = rounding([weight.to(self._device)], statistics, scheme, plan.scale_dtype)[0]
-                yield replace(solution, weight=solution.weight.to(CPU)), square_sum(solution, weight)
-
-        with naming_modules(LM_HEAD):
-            return SolvedBlock(spec.num_layers, {LM_HEAD: joined(solved(), plan.modules[LM_HEAD])})
-
-    @torch.no_grad()
-    def _solve_block(self, block: CalibrationBlock) -> SolvedBlock:
+    def solve(self, block: CalibrationBlock) -> SolvedBlock:
+        """The next block, which becomes the quantized one."""
         solved = SolvedBlock(block.block.layer, {})
-        self._check_weights(block)
-        if self._source is not None:
-            self._pass_through(block, self._source)
-        start = self._copy(self._hidden) if self._refiner is not None else None
+        start = self._hidden.copy(self._memory_limit, self._device) if self._refiner is not None else None
         self._half(block, solved, INPUT_NORM, (Q, K, V), O)
         if block.block.router is None:
             self._half(block, solved, POST_ATTENTION_NORM, (GATE, UP), DOWN)
@@ -198,10 +161,10 @@ class CalibratedSolver:
 
     def _refine(self, block: CalibrationBlock, solved: SolvedBlock, start: Activations) -> None:
         """Better numbers for a block with these states before it; the states behind it are made anew with them."""
-        assert self._refiner is not None
+        assert self._refiner is not None and self._source is not None
         unrounded, self._unrounded = self._unrounded, Unrounded()
         solved.solutions, solved.refinement = self._refiner.refine(
-            block, solved.solutions, unrounded, start.rows, self.source_states
+            block, solved.solutions, unrounded, start.rows, self._source.states
         )
         self._pass_through(block, start)
         self._hidden = start
@@ -209,11 +172,6 @@ class CalibratedSolver:
     def _pass_through(self, block: CalibrationBlock, states: Activations) -> None:
         for rows in self._chunks():
             states.rows[rows] = block.forward(states.rows[rows].to(self._device))
-
-    def _copy(self, states: Activations) -> Activations:
-        copy = Activations(len(states), states.rows.shape[1], memory_limit=self._memory_limit, device=self._device)
-        copy.rows.copy_(states.rows)
-        return copy
 
     def _states(self, rows: slice) -> Tensor:
         """Hidden states of some windows, on the device."""
@@ -299,19 +257,6 @@ class CalibratedSolver:
         checkpoint = self._plan.checkpoint
         return BlockScaler(schemes, scaled, lambda name: checkpoint.tensors[name].dtype)
 
-    def _embed(self, windows: Tensor) -> Activations:
-        ids = windows.reshape(-1)
-        spec = self._plan.spec
-        if ids.numel() and int(ids.max()) >= spec.vocab_size:
-            raise InputError(
-                f"the tokenizer gives token id {int(ids.max())}, but the model's vocabulary ends at {spec.vocab_size}"
-            )
-        hidden = Activations(ids.numel(), spec.hidden_size, memory_limit=self._memory_limit, device=self._device)
-        embedding = load_embedding(self._plan.checkpoint)
-        for rows in chunks(ids.numel(), self._window_len):
-            hidden.rows[rows] = embedding[ids[rows]]
-        return hidden
-
     def _chunks(self) -> Iterator[slice]:
         return chunks(len(self._hidden), self._window_len)
 
@@ -322,9 +267,61 @@ class CalibratedSolver:
         starts = torch.arange(count) * num_windows // count * self._window_len
         return (starts[:, None] + torch.arange(self._window_len)).reshape(-1)
 
-    def _check_weights(self, block: CalibrationBlock) -> None:
-        for name, linear in block.linears.items():
-            _check_finite(f"{block.prefix}.{name}", linear.weight)
+
+@torch.no_grad()
+def solve_observed(plan: ConversionPlan, block: CalibrationBlock, source: SourcePass) -> SolvedBlock:
+    """A block of FP8 layers with static inputs, whose scales are those of the source's own activations: rounding to
+    eight bits moves them too little to follow it. `block` is not changed."""
+    solved = SolvedBlock(block.block.layer, {})
+    for name, linear in block.linears.items():
+        module = f"{block.prefix}.{name}"
+        if module not in plan.modules:
+            continue
+        scheme = plan.schemes[module]
+        statistics = source.statistics[module] if plan.calibrates_module(module) else None
+        with naming_modules(module):
+            rounding = rounding_for(scheme, plan.solvers[module])
+            solution = rounding([linear.weight], statistics, scheme, plan.scale_dtype)[0]
+        warnings = (source.warnings[module],) if module in source.warnings else ()
+        solved.solutions[module] = replace(
+            solution,
+            weight=solution.weight.to(CPU),
+            details=solution.details | source.reports.get(module, {}),
+            warnings=(*solution.warnings, *warnings),
+        )
+    return solved
+
+
+@torch.no_grad()
+def solve_head(plan: ConversionPlan, states: Tensor, window_len: int, device: torch.device) -> SolvedBlock:
+    """The head, from the states [T, H] behind all blocks; a piece of its rows at a time, as it may be large."""
+    spec, head = plan.spec, load_head(plan.checkpoint)
+    gain, scheme, solver = load_final_norm(plan.checkpoint).to(device), plan.schemes[LM_HEAD], plan.solvers[LM_HEAD]
+    _check_finite(LM_HEAD, head)
+    statistics = None
+    if plan.calibrates_module(LM_HEAD):
+        collector = StatisticsCollector(
+            LM_HEAD, spec.hidden_size, window_len, second_moment=solver.needs_second_moment, device=device
+        )
+        for rows in chunks(len(states), window_len):
+            collector.update(rms_norm(states[rows].to(device), gain, spec.norm_eps))
+        statistics = collector.finish()
+    rounding = rounding_for(scheme, solver)
+
+    def solved() -> Iterator[tuple[Solution, float]]:
+        for start in range(0, len(head), _HEAD_ROWS):
+            weight = head[start : start + _HEAD_ROWS]
+            solution = rounding([weight.to(device)], statistics, scheme, plan.scale_dtype)[0]
+            yield replace(solution, weight=solution.weight.to(CPU)), square_sum(solution, weight)
+
+    with naming_modules(LM_HEAD):
+        return SolvedBlock(spec.num_layers, {LM_HEAD: joined(solved(), plan.modules[LM_HEAD])})
+
+
+def check_weights(block: CalibrationBlock) -> None:
+    """InputError naming the first layer of a block with something else than numbers."""
+    for name, linear in block.linears.items():
+        _check_finite(f"{block.prefix}.{name}", linear.weight)
 
 
 def _check_finite(module: str, weight: Tensor) -> None:

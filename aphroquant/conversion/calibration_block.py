@@ -69,6 +69,12 @@ class CalibrationBlock:
         block = replace(self.block, linears=dict(linears))
         return CalibrationBlock(block, linears, self.window_len)
 
+    def copy(self) -> CalibrationBlock:
+        """A block of its own to change: tensors are shared, and are replaced, never written to."""
+        linears = {name: BlockLinear(linear.weight, linear.bias) for name, linear in self.linears.items()}
+        block = replace(self.block, linears=dict(linears), norms=dict(self.block.norms))
+        return CalibrationBlock(block, linears, self.window_len)
+
     def _without(self, name: str) -> DecoderBlock:
         linears = {**self.block.linears, name: lambda x: x}
         return replace(self.block, linears=linears)

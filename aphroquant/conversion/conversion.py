@@ -1,22 +1,33 @@
-"""What every conversion has, whatever it writes: a request, a source, timed stages, notes, warnings and an outcome."""
+"""What every conversion has, whatever it writes: a request, a source, timed stages, notes, warnings and an outcome.
+
+A conversion is one output. `together.py` takes any number of them through the same phases, in this order: `check`,
+`writing` (its files are open), `write_alone` (what needs no calibration), `take` (each block, solved), `write_rest`,
+`finish` (the output gets its name).
+"""
 
 from __future__ import annotations
 
 import resource
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any
 
+from aphroquant.calibration.data import CalibrationData
+from aphroquant.calibration.statistics import InputStatistics
 from aphroquant.checkpoint import Checkpoint
+from aphroquant.checkpoint.hashes import FileRecord
+from aphroquant.conversion.blocks import SolvedBlock
+from aphroquant.conversion.plan import ConversionPlan
 from aphroquant.conversion.progress import Progress
 from aphroquant.conversion.request import ConversionRequest
 from aphroquant.conversion.result import ConversionResult
 
 
 class Conversion(ABC):
-    """One run. Times its stages, and gathers what the report needs.
+    """One output. Times its stages, and gathers what the report needs.
 
     `reason` is why the source's own numbers cannot stay, when that is known already: then they are quantized anew.
     """
@@ -31,15 +42,55 @@ class Conversion(ABC):
         self.timings: dict[str, float] = {}
         self.warnings: list[str] = []
         self.notes: list[str] = []
+        self.shares = False  # the numbers of its blocks with other outputs
         self.started = time.monotonic()
 
     @abstractmethod
     def preview(self) -> ConversionResult:
         """What `run` would make."""
 
+    @property
     @abstractmethod
-    def run(self) -> ConversionResult:
-        """Make it."""
+    def calibrates(self) -> bool:
+        """Whether it needs calibration text."""
+
+    @property
+    def solved_plan(self) -> ConversionPlan | None:
+        """What it wants to be solved on calibration text; None if only the source's activations are asked for."""
+        return None
+
+    @property
+    @abstractmethod
+    def place(self) -> Path:
+        """The directory or file that it makes."""
+
+    @abstractmethod
+    def check(self) -> None:
+        """Find what would fail late. InputError for it."""
+
+    @abstractmethod
+    def writing(self) -> AbstractContextManager[Any]:
+        """The output while it is written; leaving it before `finish` leaves nothing behind."""
+
+    @abstractmethod
+    def write_alone(self) -> None:
+        """Write what needs no calibration, if that is all of it."""
+
+    def take(self, solved: SolvedBlock) -> None:
+        """Write a block of `solved_plan`."""
+        raise NotImplementedError
+
+    def distilled(self, report: dict[str, Any], seconds: float) -> None:
+        """Told of a model that was trained as a whole, before its blocks come."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def write_rest(self, statistics: Mapping[str, InputStatistics]) -> None:
+        """Write what is left. `statistics`: of the source's own layers, by module, if anyone asked for them."""
+
+    @abstractmethod
+    def finish(self, data: CalibrationData | None, source_files: Mapping[str, FileRecord]) -> ConversionResult:
+        """Give the output its name. `data` is None if it saw no calibration text."""
 
     def note(self, text: str) -> None:
         self.notes.append(text)

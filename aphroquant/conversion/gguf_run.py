@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,17 +12,17 @@ from typing import Any
 from torch import Tensor
 
 from aphroquant.calibration.data import CalibrationData
+from aphroquant.calibration.statistics import InputStatistics
 from aphroquant.checkpoint import Checkpoint, GgufWriter
 from aphroquant.checkpoint.disk import replace_file, telling_disk_errors
 from aphroquant.checkpoint.gguf import GgufCheckpoint
-from aphroquant.checkpoint.hashes import FileHashes
+from aphroquant.checkpoint.hashes import FileRecord
 from aphroquant.checkpoint.writer import json_text
 from aphroquant.conversion.ahead import in_order
 from aphroquant.conversion.conversion import Conversion
 from aphroquant.conversion.gguf_plan import make_gguf_plan
 from aphroquant.conversion.gguf_rows import encoded_rows, pieces
 from aphroquant.conversion.gguf_types import label
-from aphroquant.conversion.importance import gather_importance, read_windows
 from aphroquant.conversion.loss import (
     DENSE_OUTCOME,
     repacked,
@@ -62,38 +63,54 @@ class GgufConversion(Conversion):
     def preview(self) -> ConversionResult:
         return replace(self._result(done=False), dry_run=True, seconds=0.0, peak_memory_bytes=0)
 
-    def run(self) -> ConversionResult:
+    @property
+    def place(self) -> Path:
+        return self.plan.path
+
+    @property
+    def calibrates(self) -> bool:
+        return bool(self.request.calibration) and self.request.samples > 0 and self._encodes
+
+    def check(self) -> None:
+        if self.request.calibration and not self.calibrates:
+            self.note("the calibration text is not read: nothing is encoded with it")
         with self.timed("check"):
             check_carried(self.checkpoint, self.plan.carried)
-        data, importance = self._importance()
-        with FileHashes(self.checkpoint.files()) as sources, self._writer as writer:
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        with self._writer as writer:
             for line in writer.removed:
                 self.note(line)
-            with self.timed("tensors"):
-                writer.plan(self.plan.tensors)
-                self._write_tensors(writer, importance)
-            self.progress.stage("writing")
-            output = OutputRecord(writer.path)
-            with telling_disk_errors(writer.path, lambda: self.plan.num_bytes):
-                for path in (output.manifest_path, output.sums_path):
-                    path.unlink(missing_ok=True)  # of the file that is replaced
-            with self.timed("hashes"):
-                source_files = sources.records()
-            writer.finish()
-            assert writer.record is not None
-            result, files = self._result(done=True), {writer.path.name: writer.record}
-            told = manifest(
-                self.request,
-                result,
-                data,
-                self.timings,
-                checkpoint=self.checkpoint,
-                source_files=source_files,
-                files=files,
-                tensor_sums={writer.path.name: writer.tensor_sums()},
-            )
-            with telling_disk_errors(output.manifest_path, lambda: self.plan.num_bytes):
-                self._write_records(output, told, writer.record.sha256)
+            yield
+
+    def write_alone(self) -> None:
+        self._write_tensors({})
+
+    def write_rest(self, statistics: Mapping[str, InputStatistics]) -> None:
+        if self.calibrates:
+            self._write_tensors({module: found.mean_square.cpu() for module, found in statistics.items()})
+
+    def finish(self, data: CalibrationData | None, source_files: Mapping[str, FileRecord]) -> ConversionResult:
+        writer, output = self._writer, OutputRecord(self._writer.path)
+        with telling_disk_errors(writer.path, lambda: self.plan.num_bytes):
+            for path in (output.manifest_path, output.sums_path):
+                path.unlink(missing_ok=True)  # of the file that is replaced
+        writer.finish()
+        assert writer.record is not None
+        result, files = self._result(done=True), {writer.path.name: writer.record}
+        told = manifest(
+            self.request,
+            result,
+            data,
+            self.timings,
+            checkpoint=self.checkpoint,
+            source_files=source_files,
+            files=files,
+            tensor_sums={writer.path.name: writer.tensor_sums()},
+        )
+        with telling_disk_errors(output.manifest_path, lambda: self.plan.num_bytes):
+            self._write_records(output, told, writer.record.sha256)
         return result
 
     def _write_records(self, output: OutputRecord, told: Mapping[str, Any], sha256: str) -> None:
@@ -104,8 +121,13 @@ class GgufConversion(Conversion):
         if self.plan.path != self.request.out and not card.exists():
             replace_file(card, model_card(told, self.checkpoint, name).encode())
 
-    def _write_tensors(self, writer: GgufWriter, importance: Mapping[str, Tensor]) -> None:
-        total, done, name = len(self.plan.tensors), 0, ""
+    @property
+    def _encodes(self) -> bool:
+        return any(module not in self.plan.exact for module in self.plan.modules)
+
+    def _write_tensors(self, importance: Mapping[str, Tensor]) -> None:
+        writer, total, done, name = self._writer, len(self.plan.tensors), 0, ""
+        writer.plan(self.plan.tensors)
         self.progress.stage("repacking" if self.plan.exact else "encoding")
         work = partial(encoded_rows, self.checkpoint, self.plan, writer, importance)
         for piece, rows in in_order(pieces(self.checkpoint, self.plan), work):
@@ -115,21 +137,6 @@ class GgufConversion(Conversion):
             writer.add_rows(piece.name, piece.start, rows.encoded)
             self._squared = [mine + its for mine, its in zip(self._squared, rows.squares, strict=True)]
             self._num_rescaled += rows.rescaled
-
-    def _importance(self) -> tuple[CalibrationData | None, Mapping[str, Tensor]]:
-        """E[x**2] of every layer's inputs, if calibration text is given and something is encoded."""
-        if not self.request.calibration:
-            return None, {}
-        encoded = [module for module in self.plan.modules if module not in self.plan.exact]
-        if not encoded or self.request.samples == 0:
-            self.note("the calibration text is not read: nothing is encoded with it")
-            return None, {}
-        self.progress.stage("reading calibration data")
-        with self.timed("calibration data"):
-            data = read_windows(self.checkpoint, self.request)
-        self.progress.stage("calibrating")
-        with self.timed("calibration"):
-            return data, gather_importance(self.checkpoint, data.windows, self.progress)
 
     def _check_output(self) -> None:
         path, source = self.plan.path.expanduser().resolve(), self.checkpoint.path.resolve()

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from aphroquant.conversion.request import ConversionRequest
+
 
 class Progress:
     """Called as the work goes on. This one says nothing."""
@@ -17,3 +22,26 @@ class Progress:
 
     def warn(self, text: str) -> None:
         """Something that makes the result worse than it should be."""
+
+    def of(self, request: ConversionRequest, num_outputs: int) -> Progress:
+        """The same for one of several outputs, whose notes and warnings say which it is."""
+        return self if num_outputs == 1 else _OfOutput(self, request.out.name)
+
+
+class _OfOutput(Progress):
+    """Tells another what it is told, with a name before it."""
+
+    def __init__(self, progress: Progress, name: str) -> None:
+        self._progress, self._name = progress, name
+
+    def stage(self, text: str) -> None:
+        self._progress.stage(f"{self._name}: {text}")
+
+    def block(self, done: int, total: int) -> None:
+        self._progress.block(done, total)
+
+    def note(self, text: str) -> None:
+        self._progress.note(f"{self._name}: {text}")
+
+    def warn(self, text: str) -> None:
+        self._progress.warn(f"{self._name}: {text}")

@@ -5,25 +5,26 @@ from __future__ import annotations
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from aphroquant.calibration.data import CalibrationData, calibration_windows
+from aphroquant.calibration.data import CalibrationData
 from aphroquant.calibration.effort import DEFAULT_EFFORT, find_effort
+from aphroquant.calibration.statistics import InputStatistics
 from aphroquant.checkpoint import Checkpoint, CheckpointWriter, open_checkpoint
 from aphroquant.checkpoint.base import naming
 from aphroquant.checkpoint.carried import carried_name
-from aphroquant.checkpoint.hashes import FileHashes
+from aphroquant.checkpoint.hashes import FileRecord
 from aphroquant.conversion.ahead import in_order
-from aphroquant.conversion.blocks import CalibratedSolver, SolvedBlock, solve_without_data
+from aphroquant.conversion.blocks import SolvedBlock, solve_without_data
 from aphroquant.conversion.conversion import Conversion, peak_memory
-from aphroquant.conversion.distillation import Distiller
 from aphroquant.conversion.fused import unequal_groups
 from aphroquant.conversion.gguf_run import GgufConversion
 from aphroquant.conversion.kv_cache import in_targets_shape, with_cache_scheme, written_names
@@ -50,9 +51,9 @@ from aphroquant.conversion.soundness import (
     rebuilds_tokenizer,
 )
 from aphroquant.conversion.targets import can_be_quantized_for, check_known
-from aphroquant.conversion.training_memory import refusal
-from aphroquant.devices import torch_device
-from aphroquant.errors import UsageError
+from aphroquant.conversion.together import LossOfOneError, check_together, run_together
+from aphroquant.errors import AphroquantError, UsageError
+from aphroquant.formats.base import Format
 from aphroquant.provenance.card import model_card
 from aphroquant.provenance.checksums import FILE_NAME as SUMS
 from aphroquant.provenance.checksums import sums_text
@@ -126,22 +127,41 @@ def convert(
         distill_steps=distill_steps,
         rules=tuple(parse_rule(rule) if isinstance(rule, str) else rule for rule in rules),
     )
-    checkpoint, say = open_checkpoint(source), progress or Progress()
-    try:
-        return _converted(request, checkpoint, say, dry_run=dry_run)
-    except LossError as error:
-        if not requantize or not can_be_quantized_for(to):
-            raise refuse_loss(checkpoint, request, error.message) from error
-        say.note(f"the source is quantized already and is quantized anew, with a loss, because {error.message}")
-        return _converted(request, checkpoint, say, dry_run=dry_run, reason=error.message)
+    return convert_all([request], dry_run=dry_run, progress=progress)[0]
 
 
-def _converted(
-    request: ConversionRequest, checkpoint: Checkpoint, progress: Progress, *, dry_run: bool, reason: str | None = None
-) -> ConversionResult:
+def convert_all(
+    requests: Sequence[ConversionRequest], *, dry_run: bool = False, progress: Progress | None = None
+) -> list[ConversionResult]:
+    """Several outputs of one source from one pass over it; results in the order of `requests`.
+
+    Those that calibrate must agree on text, samples, seq_len, seed and device. Each output is what it would be alone.
+    """
+    assert requests and len({request.source for request in requests}) == 1
+    checkpoint, say = open_checkpoint(requests[0].source), progress or Progress()
+    reasons: list[str | None] = [None] * len(requests)
+    while True:
+        conversions = []
+        try:
+            for index, request in enumerate(requests):
+                conversions.append(_planned(request, checkpoint, say.of(request, len(requests)), reasons[index]))
+            check_together(conversions)
+            if dry_run:
+                return [conversion.preview() for conversion in conversions]
+            return run_together(conversions, checkpoint, say)
+        except LossError as error:
+            index = error.index if isinstance(error, LossOfOneError) else len(conversions)
+            request = requests[index]
+            if not request.requantize or not can_be_quantized_for(request.to):
+                raise refuse_loss(checkpoint, request, error.message) from error
+            told = f"the source is quantized already and is quantized anew, with a loss, because {error.message}"
+            say.of(request, len(requests)).note(told)
+            reasons[index] = error.message
+
+
+def _planned(request: ConversionRequest, checkpoint: Checkpoint, progress: Progress, reason: str | None) -> Conversion:
     kind = GgufConversion if request.to == "gguf" else _Conversion
-    conversion = kind(request, checkpoint, progress, reason=reason)
-    return conversion.preview() if dry_run else conversion.run()
+    return kind(request, checkpoint, progress, reason=reason)
 
 
 class _Conversion(Conversion):
@@ -156,6 +176,7 @@ class _Conversion(Conversion):
         self.refinement: dict[str, dict[str, Any]] = {}
         self.distillation: dict[str, Any] = {}
         self._num_rescaled = 0
+        self._changed: dict[str, Tensor] = {}
         with self.timed("plan"):
             check_output_place(checkpoint, request.out)
             check_complete(checkpoint)
@@ -166,42 +187,82 @@ class _Conversion(Conversion):
     def preview(self) -> ConversionResult:
         return replace(self._result(done=False), dry_run=True, seconds=0.0, peak_memory_bytes=0)
 
-    def run(self) -> ConversionResult:
-        if isinstance(self.plan, ConversionPlan) and self.plan.calibrates:  # else it is found soon enough while copying
+    @property
+    def place(self) -> Path:
+        return self.writer.directory
+
+    @property
+    def calibrates(self) -> bool:
+        return self.solved_plan is not None
+
+    @property
+    def solved_plan(self) -> ConversionPlan | None:
+        return self.plan if isinstance(self.plan, ConversionPlan) and self.plan.calibrates else None
+
+    def check(self) -> None:
+        if self.solved_plan is not None:  # else it is found soon enough while copying
             with self.timed("check"):
-                check_carried(self.checkpoint, self.plan.dense_names)
-        data = self._read_calibration()
-        with FileHashes(self.checkpoint.files()) as sources, self.writer as writer:
+                check_carried(self.checkpoint, self.solved_plan.dense_names)
+        elif self.request.calibration:
+            self.note("the calibration text is not read: this scheme and solver need none")
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        with self.writer as writer:
             for line in writer.removed:
                 self.note(line)
-            with self.timed("blocks"):
-                if isinstance(self.plan, RepackPlan):
-                    self._repack(self.plan, writer)
-                else:
-                    self._quantize(self.plan, data, writer)
-            target = with_cache_scheme(self.plan.format, self.checkpoint)
-            with self.timed("files"):
-                self._carry_files(writer, target.side_files())
-            self.progress.stage("writing")
-            config = self.checkpoint.config | {"quantization_config": target.quantization_config()}
-            with self.timed("hashes"):
-                files, source_files = writer.records(config), sources.records()
-            result = self._result(done=True)
-            told = manifest(
-                self.request,
-                result,
-                data,
-                self.timings,
-                checkpoint=self.checkpoint,
-                source_files=source_files,
-                files=files,
-                tensor_sums=writer.tensor_sums(),
-            )
-            card = writer.write_text(CARD, model_card(told, self.checkpoint, writer.directory.name))
-            sums = files | {CARD: card, MANIFEST: writer.write_json(MANIFEST, told)}
-            writer.write_text(SUMS, sums_text({name: record.sha256 for name, record in sums.items()}))
-            writer.finish(config)
+            yield
+
+    def write_alone(self) -> None:
+        if isinstance(self.plan, RepackPlan):
+            self._repack(self.plan)
+            return
+        total = self.plan.spec.num_layers
+        self.progress.stage("solving")
+        self.progress.block(0, total)
+        with naming(self.checkpoint.path):
+            for solved in solve_without_data(self.plan):
+                self.take(solved)
+                self.progress.block(min(solved.layer + 1, total), total)
+
+    def take(self, solved: SolvedBlock) -> None:
+        assert isinstance(self.plan, ConversionPlan)
+        self._changed |= solved.changed
+        self._write_block(self.plan, solved)
+
+    def distilled(self, report: dict[str, Any], seconds: float) -> None:
+        self.distillation = report
+        self.timings["distillation"] = seconds
+
+    def write_rest(self, statistics: Mapping[str, InputStatistics]) -> None:
+        with naming(self.checkpoint.path):
+            self._carry_tensors(self._changed)
+        self._carry_files(self._target.side_files())
+
+    def finish(self, data: CalibrationData | None, source_files: Mapping[str, FileRecord]) -> ConversionResult:
+        config = self.checkpoint.config | {"quantization_config": self._target.quantization_config()}
+        with self.timed("hashes"):
+            files = self.writer.records(config)
+        result = self._result(done=True)
+        told = manifest(
+            self.request,
+            result,
+            data,
+            self.timings,
+            checkpoint=self.checkpoint,
+            source_files=source_files,
+            files=files,
+            tensor_sums=self.writer.tensor_sums(),
+        )
+        card = self.writer.write_text(CARD, model_card(told, self.checkpoint, self.writer.directory.name))
+        sums = files | {CARD: card, MANIFEST: self.writer.write_json(MANIFEST, told)}
+        self.writer.write_text(SUMS, sums_text({name: record.sha256 for name, record in sums.items()}))
+        self.writer.finish(config)
         return replace(result, seconds=time.monotonic() - self.started, peak_memory_bytes=peak_memory())
+
+    @cached_property
+    def _target(self) -> Format:
+        return with_cache_scheme(self.plan.format, self.checkpoint)
 
     def _make_plan(self) -> Plan:
         found = make_repack_plan(self.checkpoint, self.request) if self.reason is None else None
@@ -221,23 +282,7 @@ class _Conversion(Conversion):
             names = " and ".join(plan.dequantized)
             self.note(f"{names}, which {self.request.to} keeps dense, in float32, which holds every bit")
 
-    def _read_calibration(self) -> CalibrationData | None:
-        if not isinstance(self.plan, ConversionPlan) or not self.plan.calibrates:
-            if self.request.calibration:
-                self.note("the calibration text is not read: this scheme and solver need none")
-            return None
-        request = self.request
-        self.progress.stage("reading calibration data")
-        with self.timed("calibration data"):
-            return calibration_windows(
-                self.checkpoint.tokenizer(),
-                request.calibration,
-                samples=request.samples,
-                seq_len=request.seq_len,
-                seed=request.seed,
-            )
-
-    def _repack(self, plan: RepackPlan, writer: CheckpointWriter) -> None:
+    def _repack(self, plan: RepackPlan) -> None:
         self.progress.stage("repacking")
         stacks = list(plan.stacks)
         sizes = [(module, plan.size_in_work(module)) for modules, _ in stacks for module in modules]
@@ -247,61 +292,23 @@ class _Conversion(Conversion):
             stack = Stack(num_entries)
             for module, (tensors, rescaled) in islice(repacked, len(modules)):
                 self._num_rescaled += rescaled
-                self._add_module(writer, module, tensors, stack)
+                self._add_module(module, tensors, stack)
                 done += 1
                 self.progress.block(done, len(plan.schemes))
             for name, tensor in stack.tensors.items():
-                writer.add(name, tensor)
-        self._carry_tensors(writer, {})
+                self.writer.add(name, tensor)
 
-    def _quantize(self, plan: ConversionPlan, data: CalibrationData | None, writer: CheckpointWriter) -> None:
-        total = plan.spec.num_layers
-        self.progress.stage("calibrating and solving" if data else "solving")
-        self.progress.block(0, total)
-        if data is None:
-            solved_blocks = solve_without_data(plan)
-        else:
-            device = torch_device(self.request.device)
-            if plan.distill_steps and (reason := refusal(plan, data.windows.shape[1], device)):
-                self.warn(reason)
-                plan = replace(plan, distill_steps=0)
-            with naming(self.checkpoint.path):
-                solver = CalibratedSolver(plan, data.windows, device)
-            if solver.spilled:
-                self.note("the hidden states are kept in a temporary file")
-            solved_blocks = self._distilled(plan, data, solver) if plan.distill_steps else solver.solve()
-        changed: dict[str, Tensor] = {}
-        with naming(self.checkpoint.path):
-            for solved in solved_blocks:
-                changed |= solved.changed
-                self._write_block(plan, solved, writer)
-                self.progress.block(min(solved.layer + 1, total), total)
-        self._carry_tensors(writer, changed)
-
-    def _distilled(
-        self, plan: ConversionPlan, data: CalibrationData, solver: CalibratedSolver
-    ) -> Iterator[SolvedBlock]:
-        """The blocks of a model that is distilled once all of them are solved."""
-        blocks = []
-        for solved in solver.solve():
-            blocks.append(solved)
-            self.progress.block(min(len(blocks), plan.spec.num_layers), plan.spec.num_layers)
-        self.progress.stage("distilling")
-        with self.timed("distillation"):
-            distiller = Distiller(plan, data.windows, blocks, solver.source_states, torch_device(self.request.device))
-            distilled = distiller.run(blocks, self.progress.block)
-        self.distillation = distilled.report
-        self.progress.stage("packing")
-        yield from distilled.blocks
-
-    def _write_block(self, plan: ConversionPlan, solved: SolvedBlock, writer: CheckpointWriter) -> None:
+    def _write_block(self, plan: ConversionPlan, solved: SolvedBlock) -> None:
         if solved.scaling:
             self.scaling[plan.spec.block_prefix(solved.layer)] = solved.scaling
         if solved.refinement:
             self.refinement[plan.spec.block_prefix(solved.layer)] = solved.refinement
         stack = Stack(0)
         for module, solution in solved.solutions.items():
-            self._add_module(writer, module, plan.format.write(module, solution.weight), stack)
+            tensors = plan.format.write(module, solution.weight)
+            if self.shares and not plan.format.read(module, tensors).same_values(solution.weight):
+                raise AphroquantError(f"{module}: {self.request.to} does not hold the numbers that it shares")
+            self._add_module(module, tensors, stack)
             self.modules[module] = {
                 "scheme": str(solution.weight.scheme),
                 "relative_error": solution.relative_error,
@@ -311,16 +318,16 @@ class _Conversion(Conversion):
                 self.warn(f"{module}: {warning}")
         assert not stack.tensors, "solvers know no stacked modules"
 
-    def _add_module(self, writer: CheckpointWriter, module: str, tensors: dict[str, Tensor], stack: Stack) -> None:
+    def _add_module(self, module: str, tensors: dict[str, Tensor], stack: Stack) -> None:
         """Write the tensors of one module, or put them into the stack that they are a part of."""
         for suffix, tensor in tensors.items():
             name, entry = self.plan.format.place(module, suffix)
             if entry is None:
-                writer.add(name, tensor)
+                self.writer.add(name, tensor)
             else:
                 stack.put(name, entry, tensor)
 
-    def _carry_tensors(self, writer: CheckpointWriter, changed: dict[str, Tensor]) -> None:
+    def _carry_tensors(self, changed: dict[str, Tensor]) -> None:
         """All that is not quantized: as it is, but for what scaling has changed, and the names of cache scales."""
         target, names = self.request.to, self.plan.dense_names
         dtype = EXACT_DTYPE if isinstance(self.plan, RepackPlan) else DEQUANTIZED_DTYPE
@@ -328,25 +335,25 @@ class _Conversion(Conversion):
         for name in names:
             for new_name in written[name]:
                 if name in changed:
-                    writer.add(new_name, changed[name])
+                    self.writer.add(new_name, changed[name])
                     continue
                 carried = read_carried(self.checkpoint, name, target, dtype)
                 shape = in_targets_shape(new_name, carried.shape, target)
-                writer.add_pieces(new_name, carried.dtype, shape, carried.pieces)
+                self.writer.add_pieces(new_name, carried.dtype, shape, carried.pieces)
         left_out = [name for name in names if not written[name]]
         if left_out:
             self.note(f"{left_out[0]} is left out: the same scale is stored under another name, which counts")
 
-    def _carry_files(self, writer: CheckpointWriter, side_files: dict[str, Any]) -> None:
+    def _carry_files(self, side_files: dict[str, Any]) -> None:
         for path in self.checkpoint.carried_files():
-            writer.add_file(path, carried_name(path))
+            self.writer.add_file(path, carried_name(path))
         if rebuilds_tokenizer(self.checkpoint):
             with tempfile.TemporaryDirectory() as directory:
                 self.checkpoint.save_tokenizer(Path(directory))
                 for path in sorted(Path(directory).iterdir()):
-                    writer.add_file(path)
+                    self.writer.add_file(path)
         for name, content in side_files.items():
-            writer.write_json(name, content)
+            self.writer.write_json(name, content)
 
     def _result(self, *, done: bool) -> ConversionResult:
         plan = self.plan

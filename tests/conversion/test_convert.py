@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 import aphroquant
 from aphroquant.calibration.data import DEFAULT_TEXTS
 from aphroquant.checkpoint import open_checkpoint
-from aphroquant.conversion import ConversionResult, blocks
+from aphroquant.conversion import ConversionResult
+from aphroquant.conversion.blocks import SolvedBlock
 from aphroquant.errors import InputError, ResourceError, UsageError
 from aphroquant.formats import format_class
 from aphroquant.models.streamed import StreamedModel
@@ -49,18 +50,15 @@ def solved(monkeypatch: pytest.MonkeyPatch) -> dict[str, QuantizedWeight]:
     """Collects what the solvers produce on the way to the writer."""
     weights: dict[str, QuantizedWeight] = {}
 
-    def watch(original: Callable[..., Any]) -> Callable[..., Any]:
-        def watched(*args: Any) -> Any:
-            for block in original(*args):
-                weights.update({name: solution.weight for name, solution in block.solutions.items()})
-                yield block
-
-        return watched
-
-    monkeypatch.setattr(blocks.CalibratedSolver, "solve", watch(blocks.CalibratedSolver.solve))
     from aphroquant.conversion import run
 
-    monkeypatch.setattr(run, "solve_without_data", watch(blocks.solve_without_data))
+    take = run._Conversion.take
+
+    def watched(self: run._Conversion, block: SolvedBlock) -> None:
+        weights.update({name: solution.weight for name, solution in block.solutions.items()})
+        take(self, block)
+
+    monkeypatch.setattr(run._Conversion, "take", watched)
     return weights
 
 
@@ -295,12 +293,15 @@ def test_hidden_states_in_a_file_give_the_same_result(
     tiny_checkpoint: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     converted(tiny_checkpoint("llama"), tmp_path / "memory", to="awq")
-    original = blocks.Activations
+    from aphroquant.conversion import activations, blocks, source_pass
+
+    original = activations.Activations
 
     def spilling(num_tokens: int, width: int, **limits: Any) -> Any:
         return original(num_tokens, width, memory_limit=0)
 
-    monkeypatch.setattr(blocks, "Activations", spilling)
+    for module in (activations, blocks, source_pass):
+        monkeypatch.setattr(module, "Activations", spilling)
     result = converted(tiny_checkpoint("llama"), tmp_path / "file", to="awq")
     assert "temporary file" in result.notes[0]
     name = "model.safetensors"

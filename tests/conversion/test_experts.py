@@ -13,9 +13,11 @@ import torch
 from aphroquant import convert
 from aphroquant.calibration.data import DEFAULT_TEXTS
 from aphroquant.checkpoint import open_checkpoint
+from aphroquant.conversion import walk
 from aphroquant.conversion.activations import Activations
 from aphroquant.conversion.blocks import CalibratedSolver
 from aphroquant.conversion.experts import RoutedTokens
+from aphroquant.conversion.source_pass import embedded
 from aphroquant.errors import UsageError
 from aphroquant.models.loader import load_block
 from aphroquant.models.streamed import StreamedModel
@@ -113,19 +115,18 @@ def test_solved_blocks_compute_what_the_next_block_reads(
     kept: dict[str, CalibratedSolver] = {}
     solve = CalibratedSolver.solve
 
-    def watched(self: CalibratedSolver) -> Any:
+    def watched(self: CalibratedSolver, block: Any) -> Any:
         kept["solver"] = self
-        return solve(self)
+        return solve(self, block)
 
     monkeypatch.setattr(CalibratedSolver, "solve", watched)
     windows: list[torch.Tensor] = []
-    start = CalibratedSolver.__init__
 
-    def noting(self: CalibratedSolver, plan: Any, given: torch.Tensor, *rest: Any) -> None:
+    def noting(checkpoint: Any, given: torch.Tensor, **options: Any) -> Any:
         windows.append(given)
-        start(self, plan, given, *rest)
+        return embedded(checkpoint, given, **options)
 
-    monkeypatch.setattr(CalibratedSolver, "__init__", noting)
+    monkeypatch.setattr(walk, "embedded", noting)
     source = tiny_checkpoint("mixtral", **FAMILIES["mixtral"])
     converted(source, tmp_path / "out", solver="gptq")
     model = StreamedModel(open_checkpoint(tmp_path / "out"))

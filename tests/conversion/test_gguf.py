@@ -15,12 +15,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import aphroquant
-from aphroquant.calibration.data import DEFAULT_TEXTS
+from aphroquant.calibration.data import DEFAULT_TEXTS, calibration_windows
 from aphroquant.checkpoint import GgufTensorPlan, GgufWriter, open_checkpoint
 from aphroquant.conversion import ConversionResult
-from aphroquant.conversion.importance import gather_importance, read_windows
 from aphroquant.conversion.progress import Progress
-from aphroquant.conversion.request import ConversionRequest
+from aphroquant.conversion.walk import Walk
 from aphroquant.errors import InputError, UsageError
 from aphroquant.formats.gguf import block_type, quantize
 from aphroquant.schemes import DenseScheme
@@ -258,12 +257,19 @@ def test_a_dry_run_foretells_the_size_and_writes_nothing(tiny_checkpoint: Tiny, 
     assert (told.num_bytes, told.bits_per_weight) == (made.num_bytes, made.bits_per_weight)
 
 
+def importance_of(source: Path, windows: torch.Tensor) -> dict[str, torch.Tensor]:
+    """E[x**2] of every layer's inputs."""
+    walk = Walk(open_checkpoint(source), windows, [], torch.device("cpu"), Progress(), observes=True)
+    walk.run()
+    return {module: found.mean_square for module, found in walk.statistics.items()}
+
+
 def test_the_importance_of_a_column_is_the_mean_square_of_what_transformers_feeds_it(tiny_checkpoint: Tiny) -> None:
     from transformers import AutoModelForCausalLM
 
     source = tiny_checkpoint("qwen3")
     windows = torch.randint(0, 300, (3, 24))
-    found = gather_importance(open_checkpoint(source), windows, Progress())
+    found = importance_of(source, windows)
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float64)
     expected: dict[str, torch.Tensor] = {}
     for module in found:
@@ -285,10 +291,8 @@ def test_calibration_text_weighs_the_errors(tiny_checkpoint: Tiny, tmp_path: Pat
     record = json.loads((tmp_path / "weighed.gguf.aphroquant.json").read_text())
     assert record["calibration"]["windows"] == [16, 64]
     original = open_checkpoint(source)
-    request = ConversionRequest(
-        str(source), "gguf", tmp_path, calibration=(text["calibration"],), samples=16, seq_len=64
-    )
-    importance = gather_importance(original, read_windows(original, request).windows, Progress())
+    data = calibration_windows(original.tokenizer(), (text["calibration"],), samples=16, seq_len=64, seed=0)
+    importance = importance_of(source, data.windows)
     files = [open_checkpoint(tmp_path / f"{name}.gguf") for name in ("weighed", "plain")]
     for module, square in importance.items():
         exact = original.read(f"{module}.weight")

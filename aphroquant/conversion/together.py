@@ -1,0 +1,125 @@
+"""Any number of outputs of one source from one reading of the calibration text and one walk over its blocks.
+
+No output gets its name before all of them are written: an error leaves none behind.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+from aphroquant.calibration.data import CalibrationData, calibration_windows
+from aphroquant.calibration.statistics import InputStatistics
+from aphroquant.checkpoint import Checkpoint
+from aphroquant.checkpoint.base import naming
+from aphroquant.checkpoint.hashes import FileHashes
+from aphroquant.conversion.conversion import Conversion
+from aphroquant.conversion.loss import LossError
+from aphroquant.conversion.progress import Progress
+from aphroquant.conversion.result import ConversionResult
+from aphroquant.conversion.walk import Walk, branches
+from aphroquant.devices import torch_device
+from aphroquant.errors import UsageError
+
+
+class LossOfOneError(LossError):
+    """A `LossError` that came up while an output was written, with its place among all of them."""
+
+    def __init__(self, error: LossError, index: int) -> None:
+        super().__init__(error.message, hint=error.hint)
+        self.index = index
+
+
+def run_together(
+    conversions: Sequence[Conversion], checkpoint: Checkpoint, progress: Progress
+) -> list[ConversionResult]:
+    """Write all of them; results in their order."""
+    for conversion in conversions:
+        conversion.check()
+    calibrating = [conversion for conversion in conversions if conversion.calibrates]
+    data = _read(calibrating, checkpoint, progress) if calibrating else None
+    with FileHashes(checkpoint.files()) as sources, ExitStack() as outputs:
+        for conversion in conversions:
+            outputs.enter_context(conversion.writing())
+        for index, conversion in enumerate(conversions):
+            if not conversion.calibrates:
+                _write_alone(conversion, index)
+        statistics = _walked(calibrating, checkpoint, data, progress) if data is not None else {}
+        for conversion in conversions:
+            with conversion.timed("files"):
+                conversion.write_rest(statistics)
+        progress.stage("writing")
+        source_files = sources.records()
+        return [conversion.finish(data if conversion.calibrates else None, source_files) for conversion in conversions]
+
+
+def check_together(conversions: Sequence[Conversion]) -> None:
+    """UsageError for outputs that would replace one another, or that do not share their calibration."""
+    places: dict[Path, str] = {}
+    for conversion in conversions:
+        place = conversion.place.expanduser().resolve()
+        for other, name in places.items():
+            if place == other or place in other.parents or other in place.parents:
+                raise UsageError(f"the outputs {name} and {conversion.place} are in each other's place")
+        places[place] = str(conversion.place)
+    shared = {_calibration(conversion) for conversion in conversions if conversion.calibrates}
+    if len(shared) > 1:
+        raise UsageError(
+            "outputs of one pass share their calibration text, samples, seq_len, seed and device, and these do not",
+            hint="convert them one by one",
+        )
+
+
+def _calibration(conversion: Conversion) -> tuple[object, ...]:
+    request = conversion.request
+    return request.calibration, request.samples, request.seq_len, request.seed, request.device
+
+
+def _read(conversions: Sequence[Conversion], checkpoint: Checkpoint, progress: Progress) -> CalibrationData:
+    request = conversions[0].request
+    longest = checkpoint.spec.max_position_embeddings
+    if request.seq_len > longest:
+        raise UsageError(f"seq_len = {request.seq_len} is longer than the model's context of {longest} tokens")
+    progress.stage("reading calibration data")
+    begun = time.monotonic()
+    data = calibration_windows(
+        checkpoint.tokenizer(),
+        request.calibration,
+        samples=request.samples,
+        seq_len=request.seq_len,
+        seed=request.seed,
+    )
+    for conversion in conversions:
+        conversion.timings["calibration data"] = time.monotonic() - begun
+    return data
+
+
+def _write_alone(conversion: Conversion, index: int) -> None:
+    try:
+        with conversion.timed("blocks"):
+            conversion.write_alone()
+    except LossError as error:
+        raise LossOfOneError(error, index) from error
+
+
+def _walked(
+    conversions: Sequence[Conversion], checkpoint: Checkpoint, data: CalibrationData, progress: Progress
+) -> Mapping[str, InputStatistics]:
+    """Statistics of the source's own activations, if an output wants them; the others have got their blocks."""
+    solving = [(conversion.solved_plan, conversion) for conversion in conversions]
+    pairs = [(plan, conversion) for plan, conversion in solving if plan is not None]
+    progress.stage("calibrating and solving" if pairs else "calibrating")
+    begun = time.monotonic()
+    with naming(checkpoint.path):
+        found = branches(pairs)
+        device = torch_device(conversions[0].request.device)
+        walk = Walk(checkpoint, data.windows, found, device, progress, observes=len(pairs) < len(conversions))
+        for branch in found:
+            for conversion in (each for plan, each in pairs if each in branch.outputs and len(branch.outputs) > 1):
+                conversion.shares = True
+        walk.run()
+    for conversion in conversions:
+        conversion.timings["blocks"] = time.monotonic() - begun
+    return walk.statistics
