@@ -17,6 +17,8 @@ COMMANDS = {
     "eval": "Measure a quantized model against its base.",
     "inspect": "Show what a checkpoint is made of.",
     "verify": "Check that the files of an output are those that were written.",
+    "reproduce": "Make an output again and compare the bytes.",
+    "sign": "Sign an output.",
     "serve": "Serve a model over an OpenAI-compatible HTTP API.",
     "chat": "Talk to a model in the terminal.",
     "bench": "Measure speed on this machine.",

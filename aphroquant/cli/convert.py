@@ -148,7 +148,7 @@ def command(
         import torch
 
         torch.set_num_threads(min(threads, os.cpu_count() or 1))  # thousands crash its thread pool
-    with _removing_on_sigterm(), _progress() as progress:
+    with removing_on_sigterm(), conversion_progress() as progress:
         result = convert(
             source,
             to=to,
@@ -204,7 +204,7 @@ def _summary(result: ConversionResult) -> str:
 
 
 @contextmanager
-def _removing_on_sigterm() -> Iterator[None]:
+def removing_on_sigterm() -> Iterator[None]:
     """SIGTERM as an exception, so that what is half written is removed. The exit code is the usual one, 143."""
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread may choose what a signal does
@@ -221,7 +221,7 @@ def _removing_on_sigterm() -> Iterator[None]:
 
 
 @contextmanager
-def _progress() -> Iterator[Progress]:
+def conversion_progress() -> Iterator[Progress]:
     """Bars on a terminal, plain lines elsewhere; always on stderr."""
     console = Console(stderr=True)
     if not console.is_terminal:

@@ -48,6 +48,7 @@ _STAGES = {"base": "base model", "model": "quantized model", "logits": "comparin
 )
 @click.option("--allow-calibration-text", is_flag=True, help="Measure also on a text that DIR was calibrated on.")
 @click.option("--json", "json_file", metavar="FILE", help="Write all figures here; - for standard output.")
+@click.option("--record", is_flag=True, help="Write the figures into DIR: aphroquant.json, model card, check sums.")
 @click.option("--max-kld", type=float, help="Fail (exit 4) above this mean KL divergence, in nats.")
 @click.option("--max-p99-kld", type=float, help="Fail above this 99th percentile of it.")
 @click.option("--max-p999-kld", type=float, help="Fail above this 99.9th percentile of it.")
@@ -64,6 +65,7 @@ def command(
     noise_floor: bool,
     allow_calibration_text: bool,
     json_file: str | None,
+    record: bool,
     **bounds: float | None,
 ) -> None:
     """Measure the model in each DIR against BASE: KL divergence, top-1 agreement, perplexity, size.
@@ -75,6 +77,10 @@ def command(
     check_json_target(json_file)
     from aphroquant.evaluation import Bounds, check_bounds, evaluate_models
     from aphroquant.evaluation.gate import require
+    from aphroquant.provenance.metrics import check_recordable, record_evaluation
+
+    for model in models if record else ():
+        check_recordable(model)  # found before the work
 
     limits = Bounds(**bounds)
     with _progress(len(models)) as on_progress:
@@ -95,6 +101,8 @@ def command(
         _show(run, checks)
     if json_file is not None:
         write_json(json_file, _record(run, checks))
+    for result in run.evaluations if record else ():
+        record_evaluation(result.model, result.to_dict())
     require([check for of_model in checks for check in of_model])
 
 

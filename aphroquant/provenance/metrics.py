@@ -33,17 +33,23 @@ def metrics_section(metrics: Mapping[str, Any] | None) -> str:
     return f"{BEGIN}\n{text}\n{END}"
 
 
-def record_evaluation(path: str | Path, metrics: Mapping[str, Any]) -> None:
-    """Put the figures of `Evaluation.to_dict()` into an output's manifest, card and check sums.
-
-    `path` is the directory or the .gguf file. InputError if no conversion has recorded anything of it.
-    """
+def check_recordable(path: str | Path) -> OutputRecord:
+    """The record that figures can be written into. InputError if there is none."""
     record = OutputRecord(Path(path).expanduser())
     if not record.manifest_path.exists():
         raise InputError(
             f"{record.path}: there is no {record.manifest_path.name} to write the figures into",
             hint="figures are recorded with what aphroquant convert has written",
         )
+    return record
+
+
+def record_evaluation(path: str | Path, metrics: Mapping[str, Any]) -> None:
+    """Put the figures of `Evaluation.to_dict()` into an output's manifest, card and check sums.
+
+    `path` is the directory or the .gguf file. InputError if no conversion has recorded anything of it.
+    """
+    record = check_recordable(path)
     kept = {key: value for key, value in metrics.items() if key not in _NOT_RECORDED}
     changed = {record.manifest_path: json_text({**record.manifest, "metrics": kept})}
     card = record.directory / CARD
