@@ -28,13 +28,21 @@ def stored_size(checkpoint: Checkpoint) -> StoredSize:
     linear_bytes = sum(
         info.nbytes
         for name, info in checkpoint.tensors.items()
-        if name.rpartition(".")[0] in linears and name.rpartition(".")[2] not in COMPANIONS
+        if _is_part(name, linears) and name.rpartition(".")[2] not in COMPANIONS
     )
     return StoredSize(
         num_bytes=checkpoint.num_bytes,
         bits_per_weight=8 * checkpoint.num_bytes / num_parameters(spec),
         linear_bits_per_weight=8 * linear_bytes / _num_linear_weights(spec),
     )
+
+
+def _is_part(name: str, linears: set[str]) -> bool:
+    """Whether a tensor belongs to one of these, at any depth: bitsandbytes has LINEAR.weight.absmax."""
+    while name := name.rpartition(".")[0]:
+        if name in linears:
+            return True
+    return False
 
 
 def num_parameters(spec: DecoderSpec) -> int:

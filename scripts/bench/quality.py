@@ -1,8 +1,9 @@
 """Convert the off-grid sample model with efforts and solvers and measure the results on texts that were never seen.
 
 Calibration is State of the Union addresses, evaluation Wikipedia articles and whatever else is given. Every step is the
-command that a user runs, in a process of its own, so time and peak memory are the command's. Checkpoints that other
-libraries made of the base (--keep leaves it as FOLDER/base) can be put beside them. Ends with one JSON line.
+command that a user runs, in a process of its own, so time and peak memory are the command's. Rows may also name other
+libraries, which quantize the same base on the same windows (quality_peers.py lists them), and checkpoints that are
+there already can be put beside them. Ends with one JSON line.
 """
 
 from __future__ import annotations
@@ -24,8 +25,11 @@ sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "scripts" / "bench")]
 
 from fetch_sample import calibration_text, evaluation_text, sample_model  # noqa: E402
 from off_grid import write_off_grid  # noqa: E402
+from quality_peers import PEERS, PeerError, quantize  # noqa: E402
 
-from aphroquant.calibration.effort import EFFORTS  # noqa: E402
+from aphroquant.calibration.data import calibration_windows  # noqa: E402
+from aphroquant.calibration.effort import DEFAULT_EFFORT, EFFORTS, find_effort  # noqa: E402
+from aphroquant.checkpoint import open_checkpoint  # noqa: E402
 
 COLUMNS = "{:>5}  {:>12}  {:>6}  {:>10}  {:>9}  {:>7}  {:>7}  {:>8}  {:>8}  {:>7}  {:>6}"
 HEADINGS = ("bits", "row", "bpw", "text", "mean KLD", "+-", "p99.9", "top-1", "ppl", "seconds", "MiB")
@@ -34,7 +38,13 @@ FIGURES = ("mean_kld", "mean_kld_stderr", "p999_kld", "top1_agreement", "perplex
 
 
 @click.command()
-@click.option("--rows", default=f"{PLAIN},gptq,{','.join(EFFORTS)}", show_default=True, help="Efforts and solvers.")
+@click.option(
+    "--rows",
+    default=f"{PLAIN},gptq,{','.join(EFFORTS)}",
+    show_default=True,
+    help=f"Efforts, solvers, and the libraries {', '.join(PEERS)}.",
+)
+@click.option("--here", is_flag=True, help="Run libraries in this environment instead of ones made for them.")
 @click.option("--to", default="gptq", show_default=True)
 @click.option("--bits", default="4,4s,3,2", show_default=True, help="Bit widths; s behind one: symmetric.")
 @click.option("--group-size", default=64, show_default=True)
@@ -46,6 +56,7 @@ FIGURES = ("mean_kld", "mean_kld_stderr", "p999_kld", "top1_agreement", "perplex
 @click.option("--keep", type=click.Path(path_type=Path), help="Leave the checkpoints in this folder.")
 def main(
     rows: str,
+    here: bool,
     to: str,
     bits: str,
     group_size: int,
@@ -66,17 +77,48 @@ def main(
         measured = []
         for width in bits.split(","):
             for row in rows.split(","):
-                setting = ["--to", to, "--bits", width.rstrip("s"), "--group-size", str(group_size)]
-                setting += ["--symmetric" if width.endswith("s") else "--asymmetric", "--device", device]
-                setting += _choice(row, calibration or calibration_text(), seed)
                 out = folder / f"{row}-{width}"
-                files = ["--out", str(out), "--json", str(out.with_suffix(".convert.json")), "--overwrite"]
-                _aphroquant("convert", str(base), *files, *setting)
+                text = calibration or calibration_text()
+                if row in PEERS:
+                    if not _by_peer(row, width, group_size, base, out, text, seed, device, here):
+                        continue
+                else:
+                    setting = ["--to", to, "--bits", width.rstrip("s"), "--group-size", str(group_size)]
+                    setting += ["--symmetric" if width.endswith("s") else "--asymmetric", "--device", device]
+                    setting += _choice(row, text, seed)
+                    files = ["--out", str(out), "--json", str(_report(out, "convert")), "--overwrite"]
+                    _aphroquant("convert", str(base), *files, *setting)
                 measured += _measure(width, row, out, base, evaluated_on, device)
         for other in others:
             name, _, path = other.partition("=")
             measured += _measure("-", name, Path(path), base, evaluated_on, device)
         click.echo(json.dumps({"rows": measured, "cpu": platform.processor(), "torch": torch.__version__}))
+
+
+def _by_peer(
+    row: str, width: str, group_size: int, base: Path, out: Path, text: Path, seed: int, device: str, here: bool
+) -> bool:
+    """Let a library quantize the base; False if it cannot do this width, or fails, which is told."""
+    bits, symmetric = int(width.rstrip("s")), width.endswith("s")
+    if not PEERS[row].can(bits, symmetric):
+        return False
+    samples = find_effort(DEFAULT_EFFORT).samples
+    tokenizer = open_checkpoint(base).tokenizer()
+    windows = calibration_windows(tokenizer, [text], samples=samples, seq_len=512, seed=seed).windows
+    on = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    request = {"base": str(base), "out": str(out), "bits": bits, "group_size": group_size, "symmetric": symmetric}
+    try:
+        told = quantize(row, {**request, "token_ids": windows.tolist(), "device": on}, here=here)
+    except PeerError as error:
+        click.echo(str(error), err=True)
+        return False
+    _report(out, "convert").write_text(json.dumps(told))
+    return True
+
+
+def _report(out: Path, kind: str) -> Path:
+    """Beside a checkpoint."""
+    return out.with_name(f"{out.name}.{kind}.json")
 
 
 def _choice(row: str, calibration: Path, seed: int) -> list[str]:
@@ -89,11 +131,11 @@ def _choice(row: str, calibration: Path, seed: int) -> list[str]:
 
 def _measure(width: str, row: str, out: Path, base: Path, texts: Sequence[Path], device: str) -> list[dict[str, Any]]:
     """One line a text."""
-    converted = out.with_suffix(".convert.json")
+    converted = _report(out, "convert")
     conversion = json.loads(converted.read_text()) if converted.exists() else {}
     found = []
     for text in texts:
-        report = out.with_suffix(f".{text.stem}.json")
+        report = _report(out, text.stem)
         arguments = ["--against", str(base), "--text", str(text), "--device", device, "--json", str(report)]
         _aphroquant("eval", str(out), *arguments)
         evaluation = json.loads(report.read_text())
@@ -102,7 +144,7 @@ def _measure(width: str, row: str, out: Path, base: Path, texts: Sequence[Path],
             "row": row,
             "text": text.stem,
             **{figure: evaluation[figure] for figure in FIGURES},
-            "bits_per_weight": conversion.get("bits_per_weight"),
+            "bits_per_weight": evaluation["size"]["linear_bits_per_weight"],
             "seconds": conversion.get("seconds"),
             "peak_memory_mib": conversion["peak_memory_bytes"] / 2**20 if conversion else None,
         }
