@@ -18,7 +18,6 @@ the schemes decide and not the numbers. `for_schemes(..., checkpoint_format="gpt
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -32,6 +31,7 @@ from aphroquant.errors import InputError
 from aphroquant.formats import reading, writing
 from aphroquant.formats.base import Format, TensorHeader
 from aphroquant.formats.packing import WORD_BITS, num_words, pack, unpack
+from aphroquant.formats.patterns import exactly
 from aphroquant.schemes import IntegerScheme, QuantizedWeight, Scheme
 
 BITS = (2, 3, 4, 8)
@@ -130,10 +130,12 @@ class Gptq(Format):
         }
         settings = Counter(held.values()).most_common(1)[0][0] if held else Settings(4, 128, True, False)
         skipped = [module for module in writing.left_dense(schemes, dense_modules) if _in_block(module)]
-        dynamic: dict[str, Mapping[str, Any]] = {f"-:{_exactly(module)}": {} for module in skipped}
-        for module, own in held.items():
-            if own != settings:
-                dynamic[f"+:{_exactly(module)}"] = own.to_config()
+        dynamic: dict[str, Mapping[str, Any]] = {f"-:{pattern}": {} for pattern in exactly(skipped, held)}
+        for other in dict.fromkeys(held.values()):
+            own = [module for module in held if held[module] == other]
+            rest = [*skipped, *(module for module in held if held[module] != other)]
+            if other != settings:
+                dynamic |= {f"+:{pattern}": other.to_config() for pattern in exactly(own, rest)}
         automatic = V1 if all(own.symmetric for own in held.values()) else V2
         version = automatic if checkpoint_format == "auto" else checkpoint_format
         return cls(settings, version, dynamic, lm_head=writing.LM_HEAD in held)
@@ -291,7 +293,3 @@ def _group_index(module: str, index: Tensor, groups: int, scheme: IntegerScheme)
 def _in_block(module: str) -> bool:
     """Whether it is part of a numbered block: readers look for quantized layers only there (and at lm_head)."""
     return any(part.isdigit() for part in module.split("."))
-
-
-def _exactly(module: str) -> str:
-    return f"^{re.escape(module)}$"

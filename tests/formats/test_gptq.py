@@ -299,8 +299,7 @@ def test_mixed_schemes_are_written_as_dynamic_overrides(integer_weight: Fixture,
     assert config["lm_head"] is True
     assert config["checkpoint_format"] == "gptq_v2"
     assert config["dynamic"] == {
-        r"-:^model\.layers\.2\.mlp\.down_proj$": {},
-        r"-:^model\.layers\.2\.mlp\.gate$": {},
+        r"-:^model\.layers\.2\.mlp\.(?:down_proj|gate)$": {},
         r"+:^model\.layers\.0\.mlp\.down_proj$": {"bits": 8, "group_size": -1, "desc_act": False, "sym": False},
         r"+:^model\.layers\.1\.mlp\.down_proj$": {"bits": 2, "group_size": 32, "desc_act": True, "sym": True},
     }
