@@ -23,11 +23,13 @@ from aphroquant.calibration.training import TrainedGain, TrainedWeight
 from aphroquant.conversion.blocks import SolvedBlock
 from aphroquant.conversion.calibration_block import CalibrationBlock, load_calibration_block
 from aphroquant.conversion.plan import ConversionPlan
+from aphroquant.conversion.targets import is_trainable
 from aphroquant.conversion.training import WindowForward, trained_norms, trained_weight
 from aphroquant.errors import InputError
 from aphroquant.models.decoder import rms_norm
 from aphroquant.models.loader import load_embedding, load_final_norm, load_head
 from aphroquant.models.spec import FINAL_NORM
+from aphroquant.schemes import QuantizedWeight
 
 CPU = torch.device("cpu")
 
@@ -41,11 +43,15 @@ class Distilled(NamedTuple):
 
 @dataclass
 class _Layer:
-    """`frame` is the block without the weights that are trained."""
+    """`frame` is the block without the weights that are quantized: some are trained, others stay what they are."""
 
     frame: CalibrationBlock
     weights: dict[str, TrainedWeight]
+    fixed: dict[str, QuantizedWeight]
     gains: dict[str, TrainedGain]
+
+    def fixed_values(self) -> dict[str, Tensor]:
+        return {name: weight.dequantize() for name, weight in self.fixed.items()}
 
 
 class Distiller:
@@ -90,13 +96,17 @@ class Distiller:
 
     def _layer(self, solved: SolvedBlock) -> _Layer:
         frame = load_calibration_block(self._plan.checkpoint, solved.layer, self._windows.shape[1], self._device)
-        weights = {}
+        weights, fixed = dict[str, TrainedWeight](), dict[str, QuantizedWeight]()
         for name, own in frame.linears.items():
             module = f"{frame.prefix}.{name}"
             bias = solved.changed.get(f"{module}.bias")
             own.bias = own.bias if bias is None else bias.float().to(self._device)
             if module in solved.solutions:
-                weights[name] = trained_weight(solved.solutions[module].weight.to(self._device))
+                weight = solved.solutions[module].weight.to(self._device)
+                if is_trainable(self._plan.schemes[module]):
+                    weights[name] = trained_weight(weight)
+                else:
+                    fixed[name] = weight
                 own.weight = torch.empty(0)
         gains = {}
         for norm, gain in frame.norms.items():
@@ -105,13 +115,13 @@ class Distiller:
         for norm in trained_norms(frame, self._plan.modules.__contains__):
             dtype = self._plan.checkpoint.tensors[f"{frame.prefix}.{norm}.weight"].dtype
             gains[norm] = TrainedGain(frame.norms[norm], dtype)
-        return _Layer(frame, weights, gains)
+        return _Layer(frame, weights, fixed, gains)
 
     def _step(self, batch: Sequence[int], share: float) -> None:
         states = [self._embedded(batch)]
         with torch.no_grad():
             for layer in self._layers:
-                values = {name: weight.value() for name, weight in layer.weights.items()}
+                values = layer.fixed_values() | {name: weight.value() for name, weight in layer.weights.items()}
                 gains = {name: gain.value() for name, gain in layer.gains.items()}
                 states.append(self._forward.block(layer.frame, values, gains, states[-1]))
         output = output_gradient(
@@ -131,7 +141,8 @@ class Distiller:
         gains = {name: gain.value() for name, gain in layer.gains.items()}
         hidden.requires_grad_()
         with torch.enable_grad():
-            self._forward.block(layer.frame, values, gains, hidden).backward(gradient)  # type: ignore[no-untyped-call]
+            numbers = layer.fixed_values() | values
+            self._forward.block(layer.frame, numbers, gains, hidden).backward(gradient)  # type: ignore[no-untyped-call]
         for name, weight in layer.weights.items():
             by_weight = values.pop(name).grad
             assert by_weight is not None
@@ -151,7 +162,8 @@ class Distiller:
             batch = windows[start : start + BATCH_WINDOWS]
             hidden = self._embedded(batch)
             for layer in self._layers:
-                weights = {name: weight.rounded().dequantize() for name, weight in layer.weights.items()}
+                rounded = {name: weight.rounded().dequantize() for name, weight in layer.weights.items()}
+                weights = layer.fixed_values() | rounded
                 gains = {name: gain.rounded().float() for name, gain in layer.gains.items()}
                 hidden = self._forward.block(layer.frame, weights, gains, hidden)
             source, gain = self._source(batch), self._final.rounded().float()
@@ -176,7 +188,7 @@ class Distiller:
         for block, layer, found in zip(solved, self._layers, numbers[:-1], strict=True):
             prefix = layer.frame.prefix
             solutions = {
-                module: replace(solution, weight=found.weights[module.removeprefix(f"{prefix}.")])
+                module: replace(solution, weight=found.weights.get(module.removeprefix(f"{prefix}."), solution.weight))
                 for module, solution in block.solutions.items()
             }
             gains = {f"{prefix}.{norm}.weight": gain for norm, gain in found.gains.items()}

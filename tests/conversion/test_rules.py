@@ -191,7 +191,7 @@ def test_settings_schemes_and_solvers_differ_and_training_moves_what_it_can(
         group_size=32,
         solver="awq-gptq",
         refine_steps=4,
-        distill_steps=0,
+        distill_steps=8,
     )
     found = schemes_of(tmp_path / "out")
     assert found["0.self_attn.q_proj"] == IntegerScheme(8, 32, True)
