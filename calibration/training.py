@@ -50,6 +50,10 @@ class Adam:
         mean, square = self._mean / (1 - self._missing[0]), self._square / (1 - self._missing[1])
         return size * mean / square.sqrt_().clamp_(min=_SMALLEST)
 
+    def state(self) -> dict[str, Tensor]:
+        """What further steps depend on: the tensors themselves, to be filled in place."""
+        return {"mean": self._mean, "square": self._square, "missing": self._missing}
+
 
 class Curvature(NamedTuple):
     """The second derivative of a loss by each weight [N, K], as rows [N] times columns [K]."""
@@ -98,6 +102,12 @@ class TrainedWeight(Protocol):
 
     def rounded(self) -> QuantizedWeight:
         """The weight that would be stored."""
+
+    def moved(self) -> dict[str, Tensor]:
+        """What `rounded` depends on and steps move: the tensors themselves, to be filled in place."""
+
+    def momenta(self) -> dict[str, Tensor]:
+        """What else further steps depend on, likewise."""
 
 
 class TrainedInteger:
@@ -150,6 +160,16 @@ class TrainedInteger:
         codes = join_groups(self._code_values(), self.shape[1]).to(torch.uint8)
         return to_quantized_weight(codes, grid, self.scheme, self._scale_dtype)
 
+    def moved(self) -> dict[str, Tensor]:
+        """What `rounded` depends on and steps move: the tensors themselves, to be filled in place."""
+        moved = {"factors": self._factors}
+        return moved if self._positions is None else moved | {"positions": self._positions}
+
+    def momenta(self) -> dict[str, Tensor]:
+        """What else further steps depend on, likewise."""
+        momenta = self._adam.state()
+        return momenta if self._mean is None else momenta | {"codes.mean": self._mean}
+
     def _scales(self) -> Tensor:
         return self._first_scales * self._factors.exp()
 
@@ -186,6 +206,14 @@ class TrainedGain:
         """The gain that would be stored, in its dtype."""
         gain = (self._first * self._factors.exp()).to(self._dtype)
         return torch.where(gain.isfinite() & (gain != 0), gain, self._first.to(self._dtype))
+
+    def moved(self) -> dict[str, Tensor]:
+        """What `rounded` depends on and steps move: the tensors themselves, to be filled in place."""
+        return {"factors": self._factors}
+
+    def momenta(self) -> dict[str, Tensor]:
+        """What else further steps depend on, likewise."""
+        return self._adam.state()
 
 
 def _zeros(weight: QuantizedWeight) -> Tensor:

@@ -20,6 +20,7 @@ from rich.progress import Progress as Bars
 from aphroquant.calibration.effort import DEFAULT_EFFORT, EFFORTS
 from aphroquant.cli.json_report import STANDARD_OUTPUT, check_json_target, write_json
 from aphroquant.conversion.progress import Progress
+from aphroquant.errors import UsageError
 
 if TYPE_CHECKING:
     from aphroquant.conversion import ConversionResult
@@ -103,6 +104,13 @@ TARGETS = (
 )
 @click.option("--refine-steps", type=int, metavar="N", help="Steps of training each block. Default: by --effort.")
 @click.option("--distill-steps", type=int, metavar="N", help="Steps of training the model. Default: by --effort.")
+@click.option(
+    "--job",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="What is done so far, for the same command to go on from after a kill. Default: .NAME.job beside PATH.",
+)
+@click.option("--no-job", is_flag=True, help="Keep nothing of a conversion that is killed.")
 @click.option("--threads", type=click.IntRange(min=1), help="Processor threads to use. Default: all.")
 @click.option(
     "--requantize", is_flag=True, help="Allow a loss: quantize anew what is quantized already and cannot stay as it is."
@@ -129,6 +137,8 @@ def command(
     device: str,
     refine_steps: int | None,
     distill_steps: int | None,
+    job: Path | None,
+    no_job: bool,
     threads: int | None,
     requantize: bool,
     dry_run: bool,
@@ -142,6 +152,8 @@ def command(
     PATH appears only when it is complete.
     """
     check_json_target(json_file)
+    if job is not None and no_job:
+        raise UsageError("--job and --no-job contradict each other", hint="give one of them")
     from aphroquant.conversion import convert
 
     if threads is not None:
@@ -170,6 +182,7 @@ def command(
             effort=effort,
             refine_steps=refine_steps,
             distill_steps=distill_steps,
+            job=False if no_job else job,
             dry_run=dry_run,
             progress=progress,
         )

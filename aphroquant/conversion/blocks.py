@@ -83,6 +83,7 @@ class CalibratedSolver:
         self._refiner = BlockRefiner(plan, window_len, device) if plan.refine_steps else None
         self._unrounded = Unrounded()
         self._hidden, self._source = hidden, source
+        self.before_change: Callable[[], None] = nothing  # called before hidden states are written to
 
     @property
     def states(self) -> Tensor:
@@ -116,6 +117,7 @@ class CalibratedSolver:
         inner = self._inner(block, norm, block.attention_mix if is_attention else block.mlp_inner)
         statistics = self._gather(block, (last,), lambda rows: inner.rows[rows].to(self._device))
         self._round(block, solved, (last,), statistics)
+        self.before_change()
         for rows in self._chunks():
             output = block.linears[last](inner.rows[rows].to(self._device))
             self._hidden.rows[rows] += output.to(self._hidden.rows.device)
@@ -316,6 +318,10 @@ def solve_head(plan: ConversionPlan, states: Tensor, window_len: int, device: to
 
     with naming_modules(LM_HEAD):
         return SolvedBlock(spec.num_layers, {LM_HEAD: joined(solved(), plan.modules[LM_HEAD])})
+
+
+def nothing() -> None:
+    """What happens before a change unless someone wants to know."""
 
 
 def check_weights(block: CalibrationBlock) -> None:

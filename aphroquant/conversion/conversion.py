@@ -64,6 +64,11 @@ class Conversion(ABC):
     def place(self) -> Path:
         """The directory or file that it makes."""
 
+    @property
+    @abstractmethod
+    def num_bytes(self) -> int:
+        """Bytes of all tensors that it writes."""
+
     @abstractmethod
     def check(self) -> None:
         """Find what would fail late. InputError for it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ from aphroquant.calibration.refine import BATCH_WINDOWS, Numbers, batches, split
 from aphroquant.calibration.training import TrainedGain, TrainedWeight
 from aphroquant.conversion.blocks import SolvedBlock
 from aphroquant.conversion.calibration_block import CalibrationBlock, load_calibration_block
+from aphroquant.conversion.job.steps import StepKeeper, Steps
 from aphroquant.conversion.plan import ConversionPlan
 from aphroquant.conversion.targets import is_trainable
 from aphroquant.conversion.training import WindowForward, trained_norms, trained_weight
@@ -76,23 +78,60 @@ class Distiller:
         self._final = TrainedGain(self._source_gain, dtype)
         self._layers = [self._layer(block) for block in solved]
 
-    def run(self, solved: Sequence[SolvedBlock], on_step: Callable[[int, int], None]) -> Distilled:
-        """Train, and return `solved` with the best numbers seen on windows that no step was taken on."""
-        steps = self._plan.distill_steps
+    def run(
+        self, solved: Sequence[SolvedBlock], on_step: Callable[[int, int], None], keeper: StepKeeper | None = None
+    ) -> Distilled:
+        """Train, and return `solved` with the best numbers seen on windows that no step was taken on.
+
+        The `keeper` is told of every step, and may know of a training that did not end: then it goes on.
+        """
+        steps, keeper = self._plan.distill_steps, keeper or StepKeeper()
         trained, held_out = split_windows(len(self._windows))
         checks = {steps * (check + 1) // CHECKS for check in range(CHECKS)}
         with repeatable_training(self._device):
-            before = best = self._divergence(held_out)
-            kept: list[Numbers] | None = None
-            for step, batch in enumerate(batches(trained, steps, BATCH_WINDOWS, self._plan.request.seed)):
+            found = keeper.go_on(self._state()) or self._beginning(held_out)
+            order = enumerate(batches(trained, steps, BATCH_WINDOWS, self._plan.request.seed))
+            for step, batch in islice(order, found.done, None):
                 self._step(batch, step_share(step, steps))
-                on_step(step + 1, steps)
+                found = found._replace(done=step + 1)
                 if step + 1 in checks:
-                    now = self._divergence(held_out)
-                    if now < best:
-                        best, kept = now, self._numbers()
+                    found = self._better(found, held_out)
+                keeper.keep(found, self._state(), last=step + 1 == steps)
+                on_step(step + 1, steps)
+        before, best = found.facts["before"], found.facts["best"]
         report = {"steps": steps, "held_out_kld_before": before, "held_out_kld_after": best}
-        return Distilled(list(solved) if kept is None else self._taken_over(solved, kept), report)
+        if not found.best:
+            return Distilled(list(solved), report)
+        for name, tensor in self._moved().items():
+            tensor.copy_(found.best[name])
+        return Distilled(self._taken_over(solved, self._numbers()), report)
+
+    def _beginning(self, held_out: Sequence[int]) -> Steps:
+        before = self._divergence(held_out)
+        return Steps(0, {}, {"before": before, "best": before})
+
+    def _better(self, found: Steps, held_out: Sequence[int]) -> Steps:
+        """With the numbers as they are now, if they are the best so far."""
+        now = self._divergence(held_out)
+        if not now < found.facts["best"]:  # nor if it is no number
+            return found
+        best = {name: tensor.clone() for name, tensor in self._moved().items()}
+        return found._replace(best=best, facts=found.facts | {"best": now})
+
+    def _trained(self) -> dict[str, TrainedWeight | TrainedGain]:
+        """Everything that moves, by names that are the same in every run."""
+        trained: dict[str, TrainedWeight | TrainedGain] = {FINAL_NORM: self._final}
+        for layer in self._layers:
+            own: dict[str, TrainedWeight | TrainedGain] = {**layer.weights, **layer.gains}
+            trained |= {f"{layer.frame.prefix}.{name}": each for name, each in own.items()}
+        return trained
+
+    def _moved(self) -> dict[str, Tensor]:
+        return {f"{name}/{part}": t for name, each in self._trained().items() for part, t in each.moved().items()}
+
+    def _state(self) -> dict[str, Tensor]:
+        momenta = {f"{name}/{part}": t for name, each in self._trained().items() for part, t in each.momenta().items()}
+        return self._moved() | momenta
 
     def _layer(self, solved: SolvedBlock) -> _Layer:
         frame = load_calibration_block(self._plan.checkpoint, solved.layer, self._windows.shape[1], self._device)

@@ -68,6 +68,10 @@ class GgufConversion(Conversion):
         return self.plan.path
 
     @property
+    def num_bytes(self) -> int:
+        return self.plan.num_bytes
+
+    @property
     def calibrates(self) -> bool:
         return bool(self.request.calibration) and self.request.samples > 0 and self._encodes
 
@@ -81,7 +85,7 @@ class GgufConversion(Conversion):
     def writing(self) -> Iterator[None]:
         with self._writer as writer:
             for line in writer.removed:
-                self.note(line)
+                self.progress.note(line)
             yield
 
     def write_alone(self) -> None:

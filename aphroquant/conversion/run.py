@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -85,6 +85,7 @@ def convert(
     refine_steps: int | None = None,
     distill_steps: int | None = None,
     rules: Sequence[ModuleRule | str] = (),
+    job: str | Path | Literal[False] | None = None,
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> ConversionResult:
@@ -100,6 +101,8 @@ def convert(
     `effort` is "fast", "normal" or "best": it decides what is left out of `solver`, `samples`, `refine_steps` (steps of
     training a block against the source's) and `distill_steps` (of the whole model against the source's logits).
     `rules` give some modules another scheme or solver, or leave them dense: "down_proj: bits=8", "layers[0:2]: keep".
+    `job` is the directory in which a calibrated conversion keeps what is done, so that the same call goes on after a
+    kill; left out it is `.NAME.job` beside `out`, and with False nothing is kept. It is removed in the end.
     """
     check_known(to)
     if not str(out).strip():
@@ -127,15 +130,20 @@ def convert(
         distill_steps=distill_steps,
         rules=tuple(parse_rule(rule) if isinstance(rule, str) else rule for rule in rules),
     )
-    return convert_all([request], dry_run=dry_run, progress=progress)[0]
+    return convert_all([request], job=job, dry_run=dry_run, progress=progress)[0]
 
 
 def convert_all(
-    requests: Sequence[ConversionRequest], *, dry_run: bool = False, progress: Progress | None = None
+    requests: Sequence[ConversionRequest],
+    *,
+    job: str | Path | Literal[False] | None = None,
+    dry_run: bool = False,
+    progress: Progress | None = None,
 ) -> list[ConversionResult]:
     """Several outputs of one source from one pass over it; results in the order of `requests`.
 
     Those that calibrate must agree on text, samples, seq_len, seed and device. Each output is what it would be alone.
+    The `job` of all of them is beside the first that calibrates, if no place is given.
     """
     assert requests and len({request.source for request in requests}) == 1
     checkpoint, say = open_checkpoint(requests[0].source), progress or Progress()
@@ -148,7 +156,7 @@ def convert_all(
             check_together(conversions)
             if dry_run:
                 return [conversion.preview() for conversion in conversions]
-            return run_together(conversions, checkpoint, say)
+            return run_together(conversions, checkpoint, say, Path(job) if isinstance(job, str) else job)
         except LossError as error:
             index = error.index if isinstance(error, LossOfOneError) else len(conversions)
             request = requests[index]
@@ -192,6 +200,10 @@ class _Conversion(Conversion):
         return self.writer.directory
 
     @property
+    def num_bytes(self) -> int:
+        return self.plan.num_bytes
+
+    @property
     def calibrates(self) -> bool:
         return self.solved_plan is not None
 
@@ -210,7 +222,7 @@ class _Conversion(Conversion):
     def writing(self) -> Iterator[None]:
         with self.writer as writer:
             for line in writer.removed:
-                self.note(line)
+                self.progress.note(line)
             yield
 
     def write_alone(self) -> None:

@@ -16,10 +16,12 @@ from aphroquant.checkpoint import Checkpoint
 from aphroquant.checkpoint.base import naming
 from aphroquant.checkpoint.hashes import FileHashes
 from aphroquant.conversion.conversion import Conversion
+from aphroquant.conversion.job.directory import default_job, remove_abandoned
+from aphroquant.conversion.job.job import Job, Place, open_job
 from aphroquant.conversion.loss import LossError
 from aphroquant.conversion.progress import Progress
 from aphroquant.conversion.result import ConversionResult
-from aphroquant.conversion.walk import Walk, branches
+from aphroquant.conversion.walk import Branch, Walk, branches, kept_bytes
 from aphroquant.devices import torch_device
 from aphroquant.errors import UsageError
 
@@ -33,26 +35,52 @@ class LossOfOneError(LossError):
 
 
 def run_together(
-    conversions: Sequence[Conversion], checkpoint: Checkpoint, progress: Progress
+    conversions: Sequence[Conversion], checkpoint: Checkpoint, progress: Progress, place: Place = None
 ) -> list[ConversionResult]:
-    """Write all of them; results in their order."""
+    """Write all of them; results in their order. `place` is that of the job."""
     for conversion in conversions:
         conversion.check()
     calibrating = [conversion for conversion in conversions if conversion.calibrates]
     data = _read(calibrating, checkpoint, progress) if calibrating else None
+    found = branches([(plan, each) for each in calibrating if (plan := each.solved_plan) is not None])
     with FileHashes(checkpoint.files()) as sources, ExitStack() as outputs:
+        job = outputs.enter_context(_job(place, calibrating, found, checkpoint, data, progress))
         for conversion in conversions:
             outputs.enter_context(conversion.writing())
         for index, conversion in enumerate(conversions):
             if not conversion.calibrates:
                 _write_alone(conversion, index)
-        statistics = _walked(calibrating, checkpoint, data, progress) if data is not None else {}
+        statistics = _walked(calibrating, found, checkpoint, data, job, progress) if data is not None else {}
         for conversion in conversions:
             with conversion.timed("files"):
                 conversion.write_rest(statistics)
         progress.stage("writing")
         source_files = sources.records()
-        return [conversion.finish(data if conversion.calibrates else None, source_files) for conversion in conversions]
+        results = [each.finish(data if each.calibrates else None, source_files) for each in conversions]
+        job.finish()
+    for conversion in conversions:
+        remove_abandoned(default_job(conversion.place))
+    return results
+
+
+def _job(
+    place: Place,
+    conversions: Sequence[Conversion],
+    found: Sequence[Branch],
+    checkpoint: Checkpoint,
+    data: CalibrationData | None,
+    progress: Progress,
+) -> Job:
+    if data is None:
+        return Job()
+    num_bytes = kept_bytes(checkpoint, found, data.windows.numel(), observes=_observes(conversions))
+    device = torch_device(conversions[0].request.device)
+    return open_job(place, conversions, checkpoint, data, device, progress, num_bytes=num_bytes)
+
+
+def _observes(conversions: Sequence[Conversion]) -> bool:
+    """Whether an output wants to know of the source's own activations."""
+    return any(conversion.solved_plan is None for conversion in conversions)
 
 
 def check_together(conversions: Sequence[Conversion]) -> None:
@@ -105,19 +133,21 @@ def _write_alone(conversion: Conversion, index: int) -> None:
 
 
 def _walked(
-    conversions: Sequence[Conversion], checkpoint: Checkpoint, data: CalibrationData, progress: Progress
+    conversions: Sequence[Conversion],
+    found: Sequence[Branch],
+    checkpoint: Checkpoint,
+    data: CalibrationData,
+    job: Job,
+    progress: Progress,
 ) -> Mapping[str, InputStatistics]:
     """Statistics of the source's own activations, if an output wants them; the others have got their blocks."""
-    solving = [(conversion.solved_plan, conversion) for conversion in conversions]
-    pairs = [(plan, conversion) for plan, conversion in solving if plan is not None]
-    progress.stage("calibrating and solving" if pairs else "calibrating")
+    progress.stage("calibrating and solving" if found else "calibrating")
     begun = time.monotonic()
     with naming(checkpoint.path):
-        found = branches(pairs)
-        device = torch_device(conversions[0].request.device)
-        walk = Walk(checkpoint, data.windows, found, device, progress, observes=len(pairs) < len(conversions))
+        device, observes = torch_device(conversions[0].request.device), _observes(conversions)
+        walk = Walk(checkpoint, data.windows, found, device, progress, job, observes=observes)
         for branch in found:
-            for conversion in (each for plan, each in pairs if each in branch.outputs and len(branch.outputs) > 1):
+            for conversion in (each for each in conversions if each in branch.outputs and len(branch.outputs) > 1):
                 conversion.shares = True
         walk.run()
     for conversion in conversions:

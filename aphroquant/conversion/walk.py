@@ -8,7 +8,7 @@ is solved on what the quantized ones in front of it make. What is asked of the s
 from __future__ import annotations
 
 import time
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import replace
 from typing import Protocol, TypedDict
 
@@ -18,15 +18,27 @@ from torch import Tensor
 from aphroquant.calibration.statistics import InputStatistics
 from aphroquant.checkpoint import Checkpoint
 from aphroquant.conversion.activations import default_memory_limit
-from aphroquant.conversion.blocks import CalibratedSolver, SolvedBlock, check_weights, solve_head, solve_observed
+from aphroquant.conversion.blocks import (
+    CalibratedSolver,
+    SolvedBlock,
+    check_weights,
+    nothing,
+    solve_head,
+    solve_observed,
+)
 from aphroquant.conversion.calibration_block import CalibrationBlock, load_calibration_block
 from aphroquant.conversion.distillation import Distiller
+from aphroquant.conversion.job.job import Job
+from aphroquant.conversion.job.steps import StepKeeper
+from aphroquant.conversion.passed import PassedBlock
 from aphroquant.conversion.plan import ConversionPlan
 from aphroquant.conversion.progress import Progress
 from aphroquant.conversion.source_pass import SourcePass, embedded
 from aphroquant.conversion.targets import is_trainable
 from aphroquant.conversion.training_memory import refusal
 from aphroquant.models.spec import LM_HEAD
+
+_BYTES_A_WEIGHT = 1.125  # codes of one byte, and their scales
 
 
 class Output(Protocol):
@@ -64,13 +76,15 @@ class Branch:
         """Whether the source's states are what it is trained towards."""
         return self.plan.refine_steps > 0 or self.plan.distill_steps > 0
 
-    def take(self, block: CalibrationBlock, source: SourcePass | None) -> None:
-        """Solve a block of the source and hand it on."""
+    def solve(self, block: CalibrationBlock, source: SourcePass | None) -> SolvedBlock:
+        """What becomes of a block of the source."""
         if self.solver is not None:
-            solved = self.solver.solve(block.copy())
-        else:
-            assert source is not None
-            solved = solve_observed(self.plan, block, source)
+            return self.solver.solve(block.copy())
+        assert source is not None
+        return solve_observed(self.plan, block, source)
+
+    def hand_on(self, solved: SolvedBlock) -> None:
+        """Write a block, or keep it until the model is distilled."""
         if self.plan.distill_steps:
             self.solved.append(solved)
         else:
@@ -110,14 +124,15 @@ class Walk:
         branches: Sequence[Branch],
         device: torch.device,
         progress: Progress,
+        job: Job,
         *,
         observes: bool,
     ) -> None:
         self.statistics: dict[str, InputStatistics] = {}
         self._checkpoint, self._windows, self._branches = checkpoint, windows, branches
-        self._device, self._progress, self._observes = device, progress, observes
-        for branch in branches:
-            _without_room(branch, windows.shape[1], device)
+        self._device, self._progress, self._job, self._observes = device, progress, job, observes
+        for number, branch in enumerate(branches):
+            _without_room(branch, windows.shape[1], device, job, number)
         solving = [branch for branch in branches if not branch.observes]
         looks = observes or len(solving) < len(branches)
         keeps_source = looks or any(branch.compares for branch in branches)
@@ -141,35 +156,58 @@ class Walk:
         """All blocks, and then the training of whole models."""
         total = self._checkpoint.spec.num_layers
         self._progress.block(0, total)
-        for layer in range(total):
-            self._pass(load_calibration_block(self._checkpoint, layer, self._windows.shape[1], self._device))
-            self._progress.block(layer + 1, total)
-        for branch in self._branches:
+        for passed in self._job.passes(self):
+            self.statistics |= passed.statistics
+            for branch, solved in zip(self._branches, passed.solved, strict=True):
+                branch.hand_on(solved)
+            self._progress.block(passed.layer + 1, total)
+        for number, branch in enumerate(self._branches):
             head = self._head(branch) if LM_HEAD in branch.plan.modules else []
             if branch.plan.distill_steps:
-                self._distill(branch)
+                self._distill(branch, self._job.steps(number))
             branch.write(head)
+
+    def passes(self, first: int = 0, before_change: Callable[[], None] = nothing) -> Iterator[PassedBlock]:
+        """The source's blocks from `first` on, with the states in front of it; they change after `before_change`."""
+        for branch in self._branches:
+            if branch.solver is not None:
+                branch.solver.before_change = before_change
+        for layer in range(first, self._checkpoint.spec.num_layers):
+            block = load_calibration_block(self._checkpoint, layer, self._windows.shape[1], self._device)
+            check_weights(block)
+            if self._source is not None:
+                before_change()
+                self._source.step(block)
+            yield self._passed(block)
+
+    def states(self, layer: int) -> dict[str, Tensor]:
+        """The states behind a block that all further work depends on: views of them, to be read or filled."""
+        last = layer + 1 == self._checkpoint.spec.num_layers
+        found = {}
+        for number, branch in enumerate(self._branches):
+            if branch.solver is not None and (not last or LM_HEAD in branch.plan.modules):
+                found[f"branch {number}"] = branch.solver.states
+        later = any(branch.plan.distill_steps or LM_HEAD in branch.plan.modules for branch in self._branches)
+        if self._source is not None and (not last or later):
+            found["source"] = self._source.states
+        return found
 
     def _head(self, branch: Branch) -> list[SolvedBlock]:
         states = branch.solver or self._source
         assert states is not None
         return [solve_head(branch.plan, states.states, self._windows.shape[1], self._device)]
 
-    def _pass(self, block: CalibrationBlock) -> None:
-        check_weights(block)
-        if self._source is not None:
-            self._source.step(block)
-        if self._observes and self._source is not None:
-            self.statistics |= self._source.statistics
-        for branch in self._branches:
-            branch.take(block, self._source)
+    def _passed(self, block: CalibrationBlock) -> PassedBlock:
+        solved = [branch.solve(block, self._source) for branch in self._branches]
+        statistics = self._source.statistics if self._observes and self._source is not None else {}
+        return PassedBlock(block.block.layer, solved, statistics)
 
-    def _distill(self, branch: Branch) -> None:
+    def _distill(self, branch: Branch, keeper: StepKeeper) -> None:
         assert self._source is not None
         self._progress.stage("distilling")
         begun = time.monotonic()
         distiller = Distiller(branch.plan, self._windows, branch.solved, self._source.states, self._device)
-        found = distiller.run(branch.solved, self._progress.block)
+        found = distiller.run(branch.solved, self._progress.block, keeper)
         for output in branch.outputs:
             output.distilled(found.report, time.monotonic() - begun)
         self._progress.stage("packing")
@@ -177,9 +215,18 @@ class Walk:
         branch.solved = []
 
 
-def _without_room(branch: Branch, window_len: int, device: torch.device) -> None:
+def kept_bytes(checkpoint: Checkpoint, branches: Sequence[Branch], num_tokens: int, *, observes: bool) -> int:
+    """About what a walk's job takes at most: its states twice, and all blocks."""
+    stores = sum(not branch.observes for branch in branches)
+    stores += observes or any(branch.observes or branch.compares for branch in branches)
+    weights = sum(rows * columns for branch in branches for rows, columns in branch.plan.modules.values())
+    return int(num_tokens * checkpoint.spec.hidden_size * 4 * stores * 2 + weights * _BYTES_A_WEIGHT)
+
+
+def _without_room(branch: Branch, window_len: int, device: torch.device, job: Job, number: int) -> None:
     """Leave distillation out, and say so, where the memory does not suffice for it."""
-    if branch.plan.distill_steps and (reason := refusal(branch.plan, window_len, device)):
+    found = refusal(branch.plan, window_len, device) if branch.plan.distill_steps else None
+    if reason := job.decide(f"no distillation {number}", found):
         for output in branch.outputs:
             output.warn(reason)
         branch.plan = replace(branch.plan, distill_steps=0)

@@ -61,6 +61,15 @@ class TrainedAdditive:
         }
         return QuantizedWeight(self.scheme, tensors, self.shape)
 
+    def moved(self) -> dict[str, Tensor]:
+        """What `rounded` depends on and steps move: the tensors themselves, to be filled in place."""
+        return {"factors": self._factors, "moves": self._moves}
+
+    def momenta(self) -> dict[str, Tensor]:
+        """What else further steps depend on, likewise."""
+        scales, books = self._adams
+        return scales.state() | {f"books.{name}": tensor for name, tensor in books.state().items()}
+
     def _books(self) -> Tensor:
         return self._first_books + self._size * self._moves
 

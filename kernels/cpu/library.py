@@ -56,6 +56,11 @@ def obstacle() -> str | None:
     return None
 
 
+def compiled_file() -> Path | None:
+    """Where the compiled library is; None if there is none."""
+    return next((path for path in _candidates() if path.is_file()), None)
+
+
 def instruction_sets() -> list[str]:
     """What was built and runs here, best first."""
     return _names(library())
@@ -78,9 +83,9 @@ def _names(loaded: CDLL) -> list[str]:
 
 
 def _find() -> Path:
-    for path in _candidates():
-        if path.is_file():
-            return path
+    path = compiled_file()
+    if path is not None:
+        return path
     raise LibraryUnavailableError(
         "the package was installed without the compiled CPU library (no C++ compiler, or no OpenMP)"
     )

@@ -137,30 +137,31 @@ def test_kill_leaves_nothing_that_looks_complete(tiny_checkpoint: Tiny, tmp_path
     process = started(tiny_checkpoint("llama"), tmp_path / "out")
     process.kill()
     process.communicate()
-    left = [path.name for path in tmp_path.iterdir()]
-    assert left == [f".out.partial-{process.pid}"]
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {f".out.partial-{process.pid}", ".out.job"}
     assert not list(tmp_path.rglob("config.json"))
-    assert not list(tmp_path.rglob("*.safetensors"))
+    assert not list((tmp_path / f".out.partial-{process.pid}").glob("*.safetensors"))
 
 
-def test_an_interrupt_ends_with_130_and_leaves_nothing(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
+def test_an_interrupt_ends_with_130_and_leaves_its_job(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
     process = started(tiny_checkpoint("llama"), tmp_path / "out")
     time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     _, words = process.communicate(timeout=60)
     assert process.returncode == EXIT_INTERRUPTED
     assert "interrupted" in words
-    assert not list(tmp_path.iterdir())
+    assert f"the work so far is kept in {tmp_path / '.out.job'}: the same command goes on from it" in words
+    assert [path.name for path in tmp_path.iterdir()] == [".out.job"]
 
 
-def test_a_termination_ends_with_143_and_leaves_nothing(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
+def test_a_termination_ends_with_143_and_leaves_its_job(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
     process = started(tiny_checkpoint("llama"), tmp_path / "out")
     time.sleep(0.1)
     process.terminate()
     _, words = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM
     assert "Traceback" not in words
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == [".out.job"]
 
 
 def test_a_loss_has_to_be_allowed_and_the_output_says_which_it_was(
