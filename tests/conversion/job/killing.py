@@ -27,6 +27,7 @@ import aphroquant.conversion.run
 from aphroquant.checkpoint import open_checkpoint
 from aphroquant.conversion.job import pace
 
+RECORDS = ("aphroquant.json", "SHA256SUMS")  # which tell times, and the sums of files that do
 MEASURED = ("timings", "environment")
 
 
@@ -86,7 +87,7 @@ def counted(work: Callable[[], None], report: Path) -> None:
 
 
 def content(out: Path) -> dict[str, Any]:
-    found: dict[str, Any] = {path.name: path.read_bytes() for path in out.iterdir() if path.name != "aphroquant.json"}
+    found: dict[str, Any] = {path.name: path.read_bytes() for path in out.iterdir() if path.name not in RECORDS}
     told = json.loads((out / "aphroquant.json").read_text())
     return found | {"told": {key: value for key, value in told.items() if key not in MEASURED}}
 
@@ -103,9 +104,9 @@ def main(source: str, folder: Path, kills: int, seed: int) -> dict[str, Any]:
         return work
 
     begun = time.monotonic()
-    assert ended(fork(lambda: counted(convert(folder / "undisturbed"), folder / "operations"))) == 0
+    assert ended(fork(lambda: counted(convert(folder / "undisturbed" / "out"), folder / "operations"))) == 0
     duration, operations = time.monotonic() - begun, int((folder / "operations").read_text())
-    expected = content(folder / "undisturbed")
+    expected = content(folder / "undisturbed" / "out")
     told: dict[str, Any] = {"kills": 0, "outputs": 0, "differ": [], "left": []}
     while told["kills"] < kills:
         out = folder / f"out-{told['outputs']}" / "out"
