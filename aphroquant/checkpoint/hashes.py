@@ -65,14 +65,34 @@ class TensorSums:
             self._next += 1
 
 
+class FileDigest:
+    """The record of a file, and the check sums of its tensors, from its bytes, which come in order."""
+
+    def __init__(self, tensors: Mapping[str, Span] | None = None) -> None:
+        self.position = 0  # of the next byte
+        self._sha256 = hashlib.sha256()
+        self._tensors = TensorSums(tensors or {})
+
+    def update(self, content: memoryview) -> None:
+        self._sha256.update(content)
+        self._tensors.update(self.position, content)
+        self.position += len(content)
+
+    def record(self) -> FileRecord:
+        return FileRecord(self.position, self._sha256.hexdigest())
+
+    def tensor_sums(self) -> dict[str, str]:
+        return self._tensors.sums()
+
+
 class FileHashes:
     """Hashes files one after the other in a thread of its own. Use as a context manager; leaving it stops the work."""
 
     def __init__(self, files: Mapping[str, Path] | None = None) -> None:
         self._stopped = threading.Event()
         self._pool = ThreadPoolExecutor(max_workers=1)
+        self._digests: dict[str, FileDigest] = {}
         self._records: dict[str, Future[FileRecord]] = {}
-        self._tensors: dict[str, TensorSums] = {}
         for name, path in (files or {}).items():
             self.add(name, path)
 
@@ -86,8 +106,13 @@ class FileHashes:
 
     def add(self, name: str, path: Path, tensors: Mapping[str, Span] | None = None) -> None:
         """The file must stay where it is until `records` has been asked for; `tensors` are those to sum in it."""
-        sums = self._tensors[name] = TensorSums(tensors or {})
-        self._records[name] = self._pool.submit(self._record, path, sums)
+        digest = self._digests[name] = FileDigest(tensors)
+        self._records[name] = self._pool.submit(self._record, path, digest)
+
+    def add_known(self, name: str, digest: FileDigest) -> None:
+        """A file that has been hashed while it was made."""
+        self._digests[name], self._records[name] = digest, Future()
+        self._records[name].set_result(digest.record())
 
     def records(self) -> dict[str, FileRecord]:
         """Of every file added so far, once they are done. InputError naming one that cannot be read."""
@@ -95,20 +120,18 @@ class FileHashes:
 
     def tensor_sums(self, name: str) -> dict[str, str]:
         """The check sums of a file's tensors, once `records` has been asked for."""
-        return self._tensors[name].sums()
+        return self._digests[name].tensor_sums()
 
     def stop(self) -> None:
         self._stopped.set()
         self._pool.shutdown(cancel_futures=True)
 
-    def _record(self, path: Path, sums: TensorSums) -> FileRecord:
-        digest, buffer, size = hashlib.sha256(), memoryview(bytearray(_STEP)), 0
+    def _record(self, path: Path, digest: FileDigest) -> FileRecord:
+        buffer = memoryview(bytearray(_STEP))
         with opened(path) as (file, _):
             while (count := file.readinto(buffer)) and not self._stopped.is_set():
                 digest.update(buffer[:count])
-                sums.update(size, buffer[:count])
-                size += count
-        return FileRecord(size, digest.hexdigest())
+        return digest.record()
 
 
 class GrowingFileHash:
@@ -116,8 +139,7 @@ class GrowingFileHash:
 
     def __init__(self, descriptor: int, tensors: Mapping[str, Span] | None = None) -> None:
         self._descriptor = descriptor
-        self._digest = hashlib.sha256()
-        self._tensors = TensorSums(tensors or {})
+        self._digest = FileDigest(tensors)
         self._reached = 0
         self._complete = self._stopped = False
         self._changed = threading.Condition()
@@ -137,11 +159,12 @@ class GrowingFileHash:
         self._thread.join()
         if self._error is not None:
             raise self._error
-        return FileRecord(size, self._digest.hexdigest())
+        assert self._digest.position == size
+        return self._digest.record()
 
     def tensor_sums(self) -> dict[str, str]:
         """The check sums of the file's tensors, once `record` has been asked for."""
-        return self._tensors.sums()
+        return self._digest.tensor_sums()
 
     def stop(self) -> None:
         """End the thread, whose descriptor may then be closed."""
@@ -157,14 +180,12 @@ class GrowingFileHash:
             self._error = error
 
     def _hash(self) -> None:
-        position, buffer = 0, memoryview(bytearray(_STEP))
-        while (reached := self._wait(position)) is not None:
+        buffer = memoryview(bytearray(_STEP))
+        while (reached := self._wait(position := self._digest.position)) is not None:
             count = os.preadv(self._descriptor, [buffer[: min(_STEP, reached - position)]], position)
             if count == 0:
                 raise OSError("the file is shorter than what was written")
             self._digest.update(buffer[:count])
-            self._tensors.update(position, buffer[:count])
-            position += count
 
     def _wait(self, position: int) -> int | None:
         """How far there is something to hash after `position`; None at the end."""

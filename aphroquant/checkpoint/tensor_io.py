@@ -40,26 +40,36 @@ def as_tensor(buffer: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Ten
     return torch.empty(shape, dtype=dtype) if buffer.numel() == 0 else buffer.view(dtype).view(shape)
 
 
+def content_of(tensor: Tensor) -> Tensor:
+    """The bytes of a tensor, uint8 [n], not copied if they lie in order in memory."""
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+
+
 def write_bytes(descriptor: int, path: Path, position: int, tensor: Tensor) -> int:
     """Write the tensor's bytes to this place of a file open for both, and return where they end. ResourceError naming
     `path` unless the file then holds them."""
-    content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+    content = content_of(tensor)
     stored = torch.empty(min(_STEP, content.numel()), dtype=torch.uint8)
     for start in range(0, content.numel(), _STEP):
         part = content[start : start + _STEP]
-        again = stored[: part.numel()]
-        _write_all(descriptor, position, part)
-        if os.preadv(descriptor, [again.numpy().data], position) != part.numel() or not same_bytes(again, part):
-            raise ResourceError(
-                f"{path}: what was written is not what can be read back",
-                hint="the disk, or the memory, is faulty; give another --out",
-            )
+        write_all(descriptor, position, part)
+        check_same(descriptor, path, position, part, stored[: part.numel()])
         position += part.numel()
     return position
 
 
-def _write_all(descriptor: int, position: int, part: Tensor) -> None:
+def write_all(descriptor: int, position: int, part: Tensor) -> None:
+    """Write the bytes uint8 [n] to this place."""
     content = part.numpy().data
     while content:
         count = os.pwrite(descriptor, content, position)
         position, content = position + count, content[count:]
+
+
+def check_same(descriptor: int, path: Path, position: int, part: Tensor, again: Tensor) -> None:
+    """Read as many bytes into `again`. ResourceError naming `path` unless they are those of `part`."""
+    if os.preadv(descriptor, [again.numpy().data], position) != part.numel() or not same_bytes(again, part):
+        raise ResourceError(
+            f"{path}: what was written is not what can be read back",
+            hint="the disk, or the memory, is faulty; give another --out",
+        )

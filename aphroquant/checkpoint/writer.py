@@ -26,7 +26,7 @@ from aphroquant.checkpoint.disk import check_parents, fsync, telling_disk_errors
 from aphroquant.checkpoint.hashes import FileHashes, FileRecord, Span
 from aphroquant.checkpoint.leftovers import claim, partial_path, remove_leftovers, replaced_path
 from aphroquant.checkpoint.safetensors_header import DTYPE_NAMES, read_header
-from aphroquant.checkpoint.shard import Shard
+from aphroquant.checkpoint.shard import Promised, Shard, split_promises
 from aphroquant.errors import InputError, UsageError
 
 DEFAULT_SHARD_BYTES = 5 * 2**30
@@ -37,7 +37,7 @@ class CheckpointWriter:
     """Writes `directory` atomically. Use as a context manager and end with `finish`; leaving without it, or on an
     exception, removes what was written. An existing checkpoint is replaced only with `overwrite`, by the last rename.
     `removed` says what killed writers of the same name had left. With `hashed`, `records` tells the files' hashes, and
-    `tensor_sums` the check sums of the tensors in them.
+    `tensor_sums` the check sums of the tensors in them; `promise` saves reading what was written for them.
     """
 
     def __init__(
@@ -61,6 +61,7 @@ class CheckpointWriter:
         self._names: set[str] = set()
         self._shard_names: dict[str, str] = {}  # by those that the shards have until all are there
         self._hashes = FileHashes() if hashed else None
+        self._promised: list[list[Promised]] = []  # by shard
         with self._full_disk_told():
             self._check_target()
 
@@ -87,8 +88,13 @@ class CheckpointWriter:
             os.close(self._lock)
             self._lock = None
 
+    def promise(self, tensors: Iterable[Promised]) -> None:
+        """Say what will be added, in this order, if it is known: then shards are hashed while they are written. Nothing
+        is wrong if it comes otherwise."""
+        self._promised = split_promises(tensors, self._shard_bytes) if self._hashes is not None else []
+
     def add(self, name: str, tensor: Tensor) -> None:
-        """Store one tensor; its bytes are on disk, or the kernel's, when this returns."""
+        """Store one tensor, which may change when this returns."""
         self.add_pieces(name, tensor.dtype, tuple(tensor.shape), [tensor])
 
     def add_pieces(self, name: str, dtype: torch.dtype, shape: tuple[int, ...], pieces: Iterable[Tensor]) -> None:
@@ -101,7 +107,7 @@ class CheckpointWriter:
             if self._open is not None and self._open.nbytes + nbytes > self._shard_bytes:
                 self._close_shard()
             if self._open is None:
-                self._open = Shard(self._partial / f"shard-{len(self._shards) + 1:05d}")
+                self._open = self._new_shard()
             self._open.append(name, dtype, shape, pieces)
 
     def add_file(self, source: Path, name: str | None = None) -> None:
@@ -195,12 +201,19 @@ class CheckpointWriter:
         with self._full_disk_told():
             path.write_text(json_text(value), encoding="utf-8")
 
+    def _new_shard(self) -> Shard:
+        number = len(self._shards)
+        promised = self._promised[number] if number < len(self._promised) else ()
+        return Shard(self._partial / f"shard-{number + 1:05d}", promised)
+
     def _close_shard(self) -> None:
         if self._open is None:
             return
         with self._full_disk_told():
             self._open.finish()
-        if self._hashes is not None:
+        if self._hashes is not None and self._open.digest is not None:
+            self._hashes.add_known(self._open.path.name, self._open.digest)
+        elif self._hashes is not None:
             tensors = read_header(self._open.path).tensors
             spans = {name: Span(tensor.begin, tensor.nbytes) for name, tensor in tensors.items()}
             self._hashes.add(self._open.path.name, self._open.path, spans)

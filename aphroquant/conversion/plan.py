@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,10 +17,10 @@ from aphroquant.calibration.solvers import Solver
 from aphroquant.checkpoint import Checkpoint
 from aphroquant.checkpoint.disk import size_text
 from aphroquant.conversion.assignment import assign
-from aphroquant.conversion.kv_cache import written_names
+from aphroquant.conversion.kv_cache import in_targets_shape, written_names
 from aphroquant.conversion.request import ConversionRequest
 from aphroquant.conversion.rules import ModuleRule, RuleBook, matches
-from aphroquant.conversion.sizes import module_bytes
+from aphroquant.conversion.sizes import module_headers, num_bytes
 from aphroquant.conversion.soundness import finite_pieces
 from aphroquant.conversion.targets import (
     HEAD_TARGETS,
@@ -32,7 +31,7 @@ from aphroquant.conversion.targets import (
 )
 from aphroquant.errors import ResourceError, UsageError
 from aphroquant.formats import format_class
-from aphroquant.formats.base import Format
+from aphroquant.formats.base import Format, TensorHeader
 from aphroquant.models.spec import EMBEDDING, LM_HEAD, DecoderSpec
 from aphroquant.schemes import DenseScheme, Scheme
 
@@ -63,13 +62,18 @@ class ConversionPlan:
     distill_steps: int = 0
 
     @cached_property
-    def module_bytes(self) -> dict[str, int]:
-        return module_bytes(self.format, self.modules, self.schemes, self.scale_dtype)
+    def module_headers(self) -> dict[str, dict[str, TensorHeader]]:
+        """What each module will be stored as, by suffix."""
+        return module_headers(self.format, self.modules, self.schemes, self.scale_dtype)
 
     @cached_property
-    def dense_bytes(self) -> dict[str, int]:
-        """Bytes of each tensor that stays dense."""
-        return carried_bytes(self.checkpoint, self.dense_names, self.request.to, DEQUANTIZED_DTYPE)
+    def module_bytes(self) -> dict[str, int]:
+        return {module: num_bytes(headers) for module, headers in self.module_headers.items()}
+
+    @cached_property
+    def dense_headers(self) -> dict[str, TensorHeader]:
+        """What each tensor that stays dense will be, by the names that it gets."""
+        return carried_headers(self.checkpoint, self.dense_names, self.request.to, DEQUANTIZED_DTYPE)
 
     @cached_property
     def dense_names(self) -> list[str]:
@@ -79,7 +83,7 @@ class ConversionPlan:
     @property
     def num_bytes(self) -> int:
         """Bytes of all tensors of the output."""
-        return sum(self.module_bytes.values()) + sum(self.dense_bytes.values())
+        return sum(self.module_bytes.values()) + num_bytes(self.dense_headers)
 
     @property
     def bits_per_weight(self) -> float:
@@ -157,16 +161,19 @@ def read_carried(checkpoint: Checkpoint, name: str, target: str, dtype: torch.dt
     return Carried(dtype, checkpoint.info(name).shape, finite_pieces(checkpoint, name, stored))
 
 
-def carried_bytes(checkpoint: Checkpoint, names: Sequence[str], target: str, dtype: torch.dtype) -> dict[str, int]:
-    """Bytes of each carried tensor in the output, under all the names that it has there."""
+def carried_headers(
+    checkpoint: Checkpoint, names: Sequence[str], target: str, dtype: torch.dtype
+) -> dict[str, TensorHeader]:
+    """What carried tensors will be in the output, under all the names that they have there, in the order of writing."""
+    headers = {}
     written = written_names(checkpoint, names, target)
-    return {name: _carried_bytes(checkpoint, name, target, dtype) * len(written[name]) for name in names}
-
-
-def _carried_bytes(checkpoint: Checkpoint, name: str, target: str, dtype: torch.dtype) -> int:
-    dequantized = is_dequantized(checkpoint, name)
-    shape = _matrix_shape(checkpoint, name.removesuffix(".weight")) if dequantized else checkpoint.info(name).shape
-    return math.prod(shape) * _carried_dtype(checkpoint, name, target, dtype).itemsize
+    for name in names:
+        kept = _carried_dtype(checkpoint, name, target, dtype)
+        dequantized = is_dequantized(checkpoint, name)
+        shape = _matrix_shape(checkpoint, name.removesuffix(".weight")) if dequantized else checkpoint.info(name).shape
+        for new_name in written[name]:
+            headers[new_name] = TensorHeader(kept, in_targets_shape(new_name, shape, target))
+    return headers
 
 
 def _carried_dtype(checkpoint: Checkpoint, name: str, target: str, dequantized: torch.dtype) -> torch.dtype:

@@ -18,7 +18,7 @@ from aphroquant.checkpoint.base import suffix
 from aphroquant.conversion.loss import LossError, contradiction
 from aphroquant.conversion.plan import (
     EXACT_DTYPE,
-    carried_bytes,
+    carried_headers,
     carried_tensors,
     check_disk,
     is_dequantized,
@@ -26,12 +26,16 @@ from aphroquant.conversion.plan import (
 )
 from aphroquant.conversion.request import ConversionRequest
 from aphroquant.conversion.scales import check_scales
+from aphroquant.conversion.sizes import num_bytes
 from aphroquant.conversion.soundness import check_codes
 from aphroquant.errors import AphroquantError, UsageError
 from aphroquant.formats import format_class
 from aphroquant.formats.base import Format, Part, TensorHeader
+from aphroquant.formats.reading import headers_of
 from aphroquant.models.spec import EMBEDDING, LM_HEAD
 from aphroquant.schemes import DenseScheme, FloatScheme, IntegerScheme, QuantizedWeight, Scheme
+
+_Kind = tuple[Scheme, frozenset[tuple[str, tuple[int, ...]]]]  # of modules that are stored alike
 
 
 @dataclass(frozen=True)
@@ -59,16 +63,22 @@ class RepackPlan:
         return {module: self._measured[module][0] for module in self.schemes}
 
     @cached_property
-    def module_bytes(self) -> dict[str, int]:
+    def module_headers(self) -> dict[str, dict[str, TensorHeader]]:
+        """What each module will be stored as, by suffix."""
         return {module: self._measured[module][1] for module in self.schemes}
 
     @cached_property
-    def dense_bytes(self) -> dict[str, int]:
-        return carried_bytes(self.checkpoint, self.dense_names, self.request.to, EXACT_DTYPE)
+    def module_bytes(self) -> dict[str, int]:
+        return {module: num_bytes(headers) for module, headers in self.module_headers.items()}
+
+    @cached_property
+    def dense_headers(self) -> dict[str, TensorHeader]:
+        """What each carried tensor will be, by the names that it gets."""
+        return carried_headers(self.checkpoint, self.dense_names, self.request.to, EXACT_DTYPE)
 
     @property
     def num_bytes(self) -> int:
-        return sum(self.module_bytes.values()) + sum(self.dense_bytes.values())
+        return sum(self.module_bytes.values()) + num_bytes(self.dense_headers)
 
     @property
     def bits_per_weight(self) -> float:
@@ -91,17 +101,17 @@ class RepackPlan:
             yield [entries[number] for number in sorted(entries)], len(entries)
 
     @cached_property
-    def _measured(self) -> dict[str, tuple[tuple[int, int], int]]:
-        """Shape and stored bytes of each module. One of each kind is decoded and written; headers tell the kind."""
+    def _measured(self) -> dict[str, tuple[tuple[int, int], dict[str, TensorHeader]]]:
+        """Shape of each module, and what is stored of it. One of each kind is decoded and written; headers tell the
+        kind."""
         measured = {}
-        by_kind: dict[tuple[Scheme, frozenset[tuple[str, tuple[int, ...]]]], tuple[tuple[int, int], int]] = {}
+        by_kind: dict[_Kind, tuple[tuple[int, int], dict[str, TensorHeader]]] = {}
         headers = self._headers()
         for module, scheme in self.schemes.items():
             kind = scheme, frozenset(headers.get(module, {(module, ())}))
             if kind not in by_kind:
                 weight = self.checkpoint.weight(module)
-                written = self.format.write(module, weight)
-                by_kind[kind] = weight.shape, sum(tensor.nbytes for tensor in written.values())
+                by_kind[kind] = weight.shape, headers_of(self.format.write(module, weight))
             measured[module] = by_kind[kind]
         return measured
 
@@ -139,10 +149,10 @@ def make_repack_plan(checkpoint: Checkpoint, request: ConversionRequest) -> Repa
         target = format_type.for_schemes(schemes, list(dict.fromkeys(others)))
         target = target.for_model(model_dtype(checkpoint), checkpoint.format)
         plan = RepackPlan(request, checkpoint, target, schemes)
-        num_bytes = plan.num_bytes
+        size = plan.num_bytes
     except UsageError as error:
         raise LossError(error.message) from error
-    check_disk(request.out, num_bytes)
+    check_disk(request.out, size)
     check_scales(checkpoint, [name for name, held in schemes.items() if isinstance(held, IntegerScheme)], request.to)
     return plan
 

@@ -39,6 +39,7 @@ from aphroquant.conversion.loss import (
 from aphroquant.conversion.manifest import manifest
 from aphroquant.conversion.plan import DEQUANTIZED_DTYPE, EXACT_DTYPE, ConversionPlan, make_plan, read_carried
 from aphroquant.conversion.progress import Progress
+from aphroquant.conversion.promises import promised_tensors
 from aphroquant.conversion.repack import RepackPlan, Stack, make_repack_plan, repack_module
 from aphroquant.conversion.request import ConversionRequest
 from aphroquant.conversion.result import ConversionResult
@@ -223,6 +224,7 @@ class _Conversion(Conversion):
         with self.writer as writer:
             for line in writer.removed:
                 self.progress.note(line)
+            writer.promise(promised_tensors(self.plan))
             yield
 
     def write_alone(self) -> None:

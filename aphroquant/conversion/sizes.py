@@ -1,13 +1,15 @@
-"""Sizes before any work: a format writes an empty weight of each shape, and its tensors are measured."""
+"""Headers before any work: a format writes an empty weight of each kind, and its tensors are looked at."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from aphroquant.formats.base import Format
+from aphroquant.formats.base import Format, TensorHeader
+from aphroquant.formats.reading import headers_of
 from aphroquant.schemes import AdditiveScheme, FloatScheme, IntegerScheme, QuantizedWeight
 
 
@@ -30,19 +32,23 @@ def empty_weight(
     return QuantizedWeight(scheme, tensors, shape)
 
 
-def module_bytes(
+def module_headers(
     target: Format,
     modules: Mapping[str, tuple[int, int]],
     schemes: Mapping[str, IntegerScheme | FloatScheme | AdditiveScheme],
     scale_dtype: torch.dtype,
-) -> dict[str, int]:
-    """Stored bytes of each module. UsageError from the format if it cannot hold one of the shapes."""
-    by_kind: dict[tuple[tuple[int, int], IntegerScheme | FloatScheme | AdditiveScheme], int] = {}
-    sizes = {}
+) -> dict[str, dict[str, TensorHeader]]:
+    """What each module is stored as, by suffix. UsageError from the format if it cannot hold one of the shapes."""
+    by_kind: dict[tuple[tuple[int, int], IntegerScheme | FloatScheme | AdditiveScheme], dict[str, TensorHeader]] = {}
+    headers = {}
     for module, shape in modules.items():
         kind = shape, schemes[module]
         if kind not in by_kind:
-            tensors = target.write(module, empty_weight(schemes[module], shape, scale_dtype))
-            by_kind[kind] = sum(tensor.nbytes for tensor in tensors.values())
-        sizes[module] = by_kind[kind]
-    return sizes
+            by_kind[kind] = headers_of(target.write(module, empty_weight(schemes[module], shape, scale_dtype)))
+        headers[module] = by_kind[kind]
+    return headers
+
+
+def num_bytes(headers: Mapping[str, TensorHeader]) -> int:
+    """Of all these tensors."""
+    return sum(math.prod(header.shape) * header.dtype.itemsize for header in headers.values())
