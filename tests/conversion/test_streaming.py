@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from aphroquant.checkpoint import CheckpointWriter, open_checkpoint, shard
+from aphroquant.checkpoint import CheckpointWriter, hashes, open_checkpoint, shard
 from aphroquant.conversion import convert, dataless
 from aphroquant.conversion.ahead import MAX_WORKERS, in_order
 from aphroquant.inspection import compare
@@ -156,3 +159,29 @@ def test_an_error_ahead_comes_up_in_its_turn() -> None:
     assert [next(results), next(results)] == [(0, 0), (1, 1)]
     with pytest.raises(ValueError, match="two"):
         next(results)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({"to": "gptq", "symmetric": True}, {"to": "awq"}),
+        ({"to": "fp8", "scheme": "fp8-dynamic"}, {"to": "compressed-tensors"}),
+        ({"to": "bitsandbytes"}, None),
+        ({"to": "compressed-tensors", "ignore": ["*.o_proj"]}, {"to": "gptq"}),
+    ],
+)
+def test_no_shard_is_read_again_for_its_hash(
+    first: dict[str, Any], second: dict[str, Any] | None, tiny_checkpoint: Tiny, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(shard, "SMALL_BYTES", 0)
+    read: list[Path] = []
+    record = hashes.FileHashes._record
+    monkeypatch.setattr(hashes.FileHashes, "_record", lambda self, path: read.append(path) or record(self, path))
+    convert(tiny_checkpoint("llama"), out=tmp_path / "first", samples=0, **first)
+    if second is not None:
+        convert(tmp_path / "first", out=tmp_path / "second", **second)
+    assert not [path for path in read if path.name.startswith("shard-")]
+    content = (tmp_path / ("second" if second else "first") / "model.safetensors").read_bytes()
+    told = json.loads((tmp_path / ("second" if second else "first") / "aphroquant.json").read_text())["files"]
+    assert told["model.safetensors"] == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
