@@ -6,6 +6,7 @@ import errno
 import hashlib
 import os
 import threading
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from aphroquant.checkpoint import CheckpointWriter, hashes, open_checkpoint, shard, stream
+from aphroquant.checkpoint.hashes import FileDigest, Span
 from aphroquant.checkpoint.shard import Promised
 from aphroquant.checkpoint.stream import ALIGNMENT, OutputStream
 from aphroquant.errors import ResourceError
@@ -32,10 +34,14 @@ def random_bytes(count: int) -> Tensor:
     return torch.frombuffer(bytearray(os.urandom(count)), dtype=torch.uint8) if count else torch.empty(0).byte()
 
 
+def bytes_of(tensor: Tensor) -> bytes:
+    return tensor.flatten().view(torch.uint8).numpy().tobytes()
+
+
 @contextmanager
-def opened(path: Path, head: bytes | None = None) -> Iterator[OutputStream]:
+def opened(path: Path, digest: FileDigest | None = None) -> Iterator[OutputStream]:
     with path.open("wb+", buffering=0) as file:
-        written = OutputStream(file.fileno(), path, 0, head=head)
+        written = OutputStream(file.fileno(), path, 0, digest=digest)
         try:
             yield written
         finally:
@@ -46,7 +52,9 @@ def opened(path: Path, head: bytes | None = None) -> Iterator[OutputStream]:
 @pytest.mark.parametrize("step", [1000, SMALL, 5 * SMALL + 3])
 def test_what_is_appended_is_in_the_file_and_in_its_hash(count: int, step: int, tmp_path: Path) -> None:
     content = random_bytes(count)
-    with opened(tmp_path / "file", head=b"head") as written:
+    digest = FileDigest({"begin": Span(4, count // 2), "end": Span(4 + count // 2, count - count // 2)})
+    digest.update(memoryview(b"head"))
+    with opened(tmp_path / "file", digest) as written:
         for part in content.split(step):
             again = part.clone()
             written.write(again)
@@ -55,7 +63,9 @@ def test_what_is_appended_is_in_the_file_and_in_its_hash(count: int, step: int, 
         assert written.position == count
     stored = (tmp_path / "file").read_bytes()
     assert stored == content.numpy().tobytes()
-    assert written.sha256 == hashlib.sha256(b"head" + stored).hexdigest()
+    assert digest.record() == (4 + count, hashlib.sha256(b"head" + stored).hexdigest())
+    halves = {"begin": stored[: count // 2], "end": stored[count // 2 :]}
+    assert digest.tensor_sums() == {name: f"{zlib.crc32(half):08x}" for name, half in halves.items()}
 
 
 def test_a_stream_of_threads_leaves_none(tmp_path: Path) -> None:
@@ -158,16 +168,18 @@ def test_hashes_are_right_whatever_was_promised(
     monkeypatch.setattr(shard, "SMALL_BYTES", 0)
     read: list[Path] = []
     record = hashes.FileHashes._record
-    monkeypatch.setattr(hashes.FileHashes, "_record", lambda self, path: read.append(path) or record(self, path))
+    monkeypatch.setattr(hashes.FileHashes, "_record", lambda *given: read.append(given[1]) or record(*given))
     with CheckpointWriter(tmp_path / "out", shard_bytes=shard_bytes, hashed=True) as writer:
         writer.promise(OTHERS[promise])
         for name, tensor in TENSORS.items():
             writer.add(name, tensor)
-        told = writer.records({})
+        told, sums = writer.records({}), writer.tensor_sums()
         writer.finish({})
     for name, found in told.items():
         content = (tmp_path / "out" / name).read_bytes()
         assert found == (len(content), hashlib.sha256(content).hexdigest())
     assert any(path.name.startswith("shard-") for path in read) == (promise != "kept")
     checkpoint = open_checkpoint(tmp_path / "out")
+    found_sums = {name: value for tensors in sums.values() for name, value in tensors.items()}
+    assert found_sums == {name: f"{zlib.crc32(bytes_of(tensor)):08x}" for name, tensor in TENSORS.items()}
     assert all(torch.equal(checkpoint.read(name), tensor) for name, tensor in TENSORS.items())
