@@ -11,7 +11,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from aphroquant.cli.json_report import STANDARD_OUTPUT, check_json_target, write_json
+from aphroquant.cli.json_report import STANDARD_OUTPUT, check_html_target, check_json_target, write_json
 
 if TYPE_CHECKING:
     from aphroquant.evaluation import Evaluation, EvaluationRun, GateCheck
@@ -49,6 +49,7 @@ _STAGES = {"base": "base model", "model": "quantized model", "logits": "comparin
 @click.option("--allow-calibration-text", is_flag=True, help="Measure also on a text that DIR was calibrated on.")
 @click.option("--json", "json_file", metavar="FILE", help="Write all figures here; - for standard output.")
 @click.option("--record", is_flag=True, help="Write the figures into DIR: aphroquant.json, model card, check sums.")
+@click.option("--html", "html_file", metavar="FILE", help="Write a report with plots here: one page, for any browser.")
 @click.option("--max-kld", type=float, help="Fail (exit 4) above this mean KL divergence, in nats.")
 @click.option("--max-p99-kld", type=float, help="Fail above this 99th percentile of it.")
 @click.option("--max-p999-kld", type=float, help="Fail above this 99.9th percentile of it.")
@@ -66,6 +67,7 @@ def command(
     allow_calibration_text: bool,
     json_file: str | None,
     record: bool,
+    html_file: str | None,
     **bounds: float | None,
 ) -> None:
     """Measure the model in each DIR against BASE: KL divergence, top-1 agreement, perplexity, size.
@@ -75,13 +77,13 @@ def command(
     result misses one, after the tables and files were written.
     """
     check_json_target(json_file)
+    check_html_target(html_file)
     from aphroquant.evaluation import Bounds, check_bounds, evaluate_models
-    from aphroquant.evaluation.gate import require
+    from aphroquant.evaluation.gate import require_all
     from aphroquant.provenance.metrics import check_recordable, record_evaluation
 
     for model in models if record else ():
         check_recordable(model)  # found before the work
-
     limits = Bounds(**bounds)
     with _progress(len(models)) as on_progress:
         run = evaluate_models(
@@ -103,7 +105,12 @@ def command(
         write_json(json_file, _record(run, checks))
     for result in run.evaluations if record else ():
         record_evaluation(result.model, result.to_dict())
-    require([check for of_model in checks for check in of_model])
+    if html_file is not None:
+        from aphroquant.reporting import report_of_run, write_report
+
+        write_report(html_file, report_of_run(run, checks))
+    names = models if len(models) > 1 else ("",)
+    require_all(dict(zip(names, checks, strict=True)))
 
 
 def _show(run: EvaluationRun, checks: Sequence[Sequence[GateCheck]]) -> None:

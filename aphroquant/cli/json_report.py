@@ -1,4 +1,4 @@
-"""Where --json goes: a file, or standard output in place of the text."""
+"""Where --json and --html go: a file, or for JSON standard output in place of the text."""
 
 from __future__ import annotations
 
@@ -16,15 +16,27 @@ STANDARD_OUTPUT = "-"
 
 def check_json_target(target: str | None) -> None:
     """UsageError if a report could not be written there: found before the work, not after it."""
-    if target in (None, STANDARD_OUTPUT):
+    if target != STANDARD_OUTPUT:
+        _check_file("--json", target)
+
+
+def check_html_target(target: str | None) -> None:
+    """The same of a page, which is always a file."""
+    if target == STANDARD_OUTPUT:
+        raise UsageError("--html needs the name of a file; standard output is for --json")
+    _check_file("--html", target)
+
+
+def _check_file(option: str, target: str | None) -> None:
+    if target is None:
         return
     path = Path(target)
     if path.is_dir():
-        raise UsageError(f"--json {target} is a directory; give a file name")
+        raise UsageError(f"{option} {target} is a directory; give a file name")
     if not path.absolute().parent.is_dir():
-        raise UsageError(f"--json {target}: there is no directory {path.parent}")
+        raise UsageError(f"{option} {target}: there is no directory {path.parent}")
     if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
-        raise UsageError(f"--json {target} is not writable")
+        raise UsageError(f"{option} {target} is not writable")
 
 
 def write_json(target: str, report: dict[str, Any]) -> None:

@@ -112,7 +112,16 @@ def _note(name: str, bound: float, floor: NoiseFloor | None) -> str | None:
 
 def require(checks: Sequence[GateCheck]) -> None:
     """Raise GateError naming the checks that failed, if any did."""
-    failed = [check for check in checks if not check.passed]
-    if failed:
-        missed = ", ".join(f"{check.label} (is {check.value:.4g})" for check in failed)
-        raise GateError(f"the quality gate failed: {missed}")
+    require_all({"": checks})
+
+
+def require_all(checks: Mapping[str, Sequence[GateCheck]]) -> None:
+    """The same for several models by name."""
+    failed = {name: [check for check in of_one if not check.passed] for name, of_one in checks.items()}
+    missed = [
+        (f"{name}: " if name else "") + ", ".join(f"{check.label} (is {check.value:.4g})" for check in of_one)
+        for name, of_one in failed.items()
+        if of_one
+    ]
+    if missed:
+        raise GateError(f"the quality gate failed: {'; '.join(missed)}")

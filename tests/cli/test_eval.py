@@ -172,3 +172,67 @@ def test_on_a_terminal_a_table_is_drawn(
     assert "┃" in out
     assert "FAIL" in out
     assert "quantized model" in err
+
+
+def test_several_models_are_compared_and_each_has_its_gate(
+    model: Path, base: Path, evaluate: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "figures.json"
+    assert evaluate(str(base), "--max-kld", "1e-5", "--json", str(path)) == 4
+    out, err = capsys.readouterr()
+    assert f"error: the quality gate failed: {model}: max_kld 1e-05 (is " in err
+    assert f"{base} is nearer" in out
+    record = json.loads(path.read_text())
+    assert [found["model"] for found in record["evaluations"]] == [str(model), str(base)]
+    assert [found["passed"] for found in record["evaluations"]] == [False, True]
+    assert record["comparisons"][0]["better"] == str(base)
+    assert record["passed"] is False
+
+
+def test_each_text_has_its_own_gates(
+    evaluate: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other, path = tmp_path / "other.txt", tmp_path / "figures.json"
+    other.write_text("Another text of a lazy dog and a quick fox. " * 20)
+    assert evaluate("--text", str(other), "--max-kld", "100", "--json", str(path)) == 0
+    out = capsys.readouterr().out
+    assert f"max_kld 100 on {other}" in out
+    record = json.loads(path.read_text())
+    assert [check["text"] for check in record["gate"] if check["name"] == "max_kld"] == [
+        None, *(text["name"] for text in record["protocol"]["texts"]),
+    ]  # fmt: skip
+    assert len(record["texts"]) == 2
+
+
+def test_the_noise_floor_is_beside_the_figures_and_can_be_left_out(
+    evaluate: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "figures.json"
+    assert evaluate("--json", str(path), "--max-kld", "1e-12") == 4
+    out = capsys.readouterr().out
+    assert "noise floor" in out
+    assert "note: max_kld 1e-12: the base itself has" in out
+    assert json.loads(path.read_text())["noise_floor"]["mean_kld"] > 0
+    assert evaluate("--json", str(path), "--no-noise-floor") == 0
+    assert "noise floor" not in capsys.readouterr().out
+    assert json.loads(path.read_text())["noise_floor"] is None
+
+
+def test_the_report_is_written_before_the_gate_fails(evaluate: Callable[..., int], tmp_path: Path) -> None:
+    path = tmp_path / "report.html"
+    assert evaluate("--html", str(path), "--max-kld", "1e-12") == 4
+    text = path.read_text(encoding="utf-8")
+    assert text.startswith("<!doctype html>")
+    assert "1 of 2 checks failed" in text
+    assert "http://" not in text.replace("http://www.w3.org/2000/svg", "")
+
+
+@pytest.mark.parametrize(("target", "message"), [("-", "needs the name of a file"), ("/tmp", "is a directory")])
+def test_a_report_that_could_not_be_written_is_told_before_the_work(
+    target: str, message: str, evaluate: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert evaluate("--html", target) == 2
+    out, err = capsys.readouterr()
+    assert message in err
+    assert "base model" not in err
+    assert out == ""
