@@ -16,7 +16,7 @@ from torch import Tensor
 
 from aphroquant.checkpoint import Checkpoint
 from aphroquant.errors import InputError
-from aphroquant.evaluation.noise import FLOOR_DTYPE, floor_windows, rows_of_windows
+from aphroquant.evaluation.noise import FLOOR_DTYPE, floor_batch, floor_rows
 from aphroquant.evaluation.positions import Positions, compare_several
 from aphroquant.evaluation.worst import WorstRows, worst_rows
 from aphroquant.kernels.reference.linear import ReferenceLinear
@@ -60,8 +60,7 @@ def measure(
     """Positions of token windows [W, S], all but the last of each: W * (S - 1) entries."""
     progress = on_progress or (lambda what, done, total: None)
     targets = batch[:, 1:].flatten()
-    chosen = floor_windows(len(batch)) if with_floor else []
-    batches = [Batch(batch), *([Batch(batch[chosen], FLOOR_DTYPE)] if chosen else [])]
+    batches = [Batch(batch), *([Batch(floor_batch(batch), FLOOR_DTYPE)] if with_floor else [])]
     reference, *rounded = _states(base, batches, partial(progress, "base"), device)
     models = []
     for number, candidate in enumerate(candidates, 1):
@@ -71,13 +70,13 @@ def measure(
     _check_base(base, positions[0])
     floor = None
     if rounded:
-        rows = rows_of_windows(chosen, batch.shape[1] - 1)
+        rows = floor_rows(batch)
         floor = _compare(_Rows(reference.model, reference.hidden[rows]), rounded, targets[rows], vocab_size)[0]
     worst = []
     for model, found in zip(models, positions, strict=True):
         rows = worst_rows(found)
         worst.append(WorstRows(rows, reference.logits(rows, vocab_size).cpu(), model.logits(rows, vocab_size).cpu()))
-    return Measured(positions, worst, floor, len(chosen))
+    return Measured(positions, worst, floor, len(batches[-1].windows))
 
 
 def _states(

@@ -16,7 +16,7 @@ from aphroquant.evaluation.positions import Positions
 from aphroquant.evaluation.summary import Summary, summarize
 
 FLOOR_DTYPE = torch.bfloat16
-FLOOR_WINDOWS = 2  # enough for its size, and a small part of an evaluation
+FLOOR_WINDOWS, FLOOR_LEN = 2, 512  # the beginnings of two windows: enough for its size, a small part of the work
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,12 +26,6 @@ class NoiseFloor(Summary):
     setting: str
     windows: int
     scored_tokens: int
-
-
-def floor_windows(num_windows: int) -> list[int]:
-    """Which windows it is measured on: evenly spread."""
-    count = min(FLOOR_WINDOWS, num_windows)
-    return [i * num_windows // count for i in range(count)]
 
 
 def noise_floor(positions: Positions, num_windows: int) -> NoiseFloor:
@@ -45,6 +39,19 @@ def noise_floor(positions: Positions, num_windows: int) -> NoiseFloor:
     )
 
 
-def rows_of_windows(chosen: list[int], length: int) -> Tensor:
-    """Indices of the rows that some windows have in hidden states of windows of `length` rows each."""
-    return torch.cat([torch.arange(window * length, (window + 1) * length) for window in chosen])
+def floor_batch(batch: Tensor) -> Tensor:
+    """The windows [W, S] that it is measured on, evenly spread over `batch` and no longer than FLOOR_LEN."""
+    count = min(FLOOR_WINDOWS, len(batch))
+    return batch[_chosen(len(batch), count), :FLOOR_LEN]
+
+
+def floor_rows(batch: Tensor) -> Tensor:
+    """Which of the scored positions of `batch` [W, S], in rows of S - 1, those of `floor_batch` are."""
+    scored = batch.shape[1] - 1
+    length = min(FLOOR_LEN - 1, scored)
+    starts = (window * scored for window in _chosen(len(batch), min(FLOOR_WINDOWS, len(batch))))
+    return torch.cat([torch.arange(start, start + length) for start in starts])
+
+
+def _chosen(num_windows: int, count: int) -> list[int]:
+    return [i * num_windows // count for i in range(count)]
