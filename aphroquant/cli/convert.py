@@ -111,6 +111,9 @@ TARGETS = (
     help="What is done so far, for the same command to go on from after a kill. Default: .NAME.job beside PATH.",
 )
 @click.option("--no-job", is_flag=True, help="Keep nothing of a conversion that is killed.")
+@click.option(
+    "--rotate", is_flag=True, help="Rotate the channels of a dense model first: the same function, fewer outliers."
+)
 @click.option("--threads", type=click.IntRange(min=1), help="Processor threads to use. Default: all.")
 @click.option(
     "--requantize", is_flag=True, help="Allow a loss: quantize anew what is quantized already and cannot stay as it is."
@@ -139,6 +142,7 @@ def command(
     distill_steps: int | None,
     job: Path | None,
     no_job: bool,
+    rotate: bool,
     threads: int | None,
     requantize: bool,
     dry_run: bool,
@@ -183,6 +187,7 @@ def command(
             refine_steps=refine_steps,
             distill_steps=distill_steps,
             job=False if no_job else job,
+            rotate=rotate,
             dry_run=dry_run,
             progress=progress,
         )

@@ -23,6 +23,7 @@ class ConversionRequest:
     `rules` give some modules something else than all others; `ignore` has the last word.
     `requantize` allows what is quantized already to be changed, with a loss.
     `effort` ("fast", "normal" or "best") decides what `solver`, `refine_steps` and `distill_steps` leave open.
+    `rotate` writes the model in other channels, by a rotation drawn with `seed`, before anything else.
     """
 
     source: str
@@ -45,6 +46,7 @@ class ConversionRequest:
     refine_steps: int | None = None
     distill_steps: int | None = None
     rules: tuple[ModuleRule, ...] = ()
+    rotate: bool = False
 
     def __post_init__(self) -> None:
         if self.bits is not None and not 1 <= self.bits <= 8:

@@ -43,6 +43,7 @@ from aphroquant.conversion.promises import promised_tensors
 from aphroquant.conversion.repack import RepackPlan, Stack, make_repack_plan, repack_module
 from aphroquant.conversion.request import ConversionRequest
 from aphroquant.conversion.result import ConversionResult
+from aphroquant.conversion.rotated import RotatedCheckpoint
 from aphroquant.conversion.rules import ModuleRule, parse_rule
 from aphroquant.conversion.soundness import (
     check_carried,
@@ -87,6 +88,7 @@ def convert(
     distill_steps: int | None = None,
     rules: Sequence[ModuleRule | str] = (),
     job: str | Path | Literal[False] | None = None,
+    rotate: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> ConversionResult:
@@ -104,6 +106,7 @@ def convert(
     `rules` give some modules another scheme or solver, or leave them dense: "down_proj: bits=8", "layers[0:2]: keep".
     `job` is the directory in which a calibrated conversion keeps what is done, so that the same call goes on after a
     kill; left out it is `.NAME.job` beside `out`, and with False nothing is kept. It is removed in the end.
+    `rotate` first writes a dense source in rotated channels, which changes no function: see conversion/rotated.py.
     """
     check_known(to)
     if not str(out).strip():
@@ -130,6 +133,7 @@ def convert(
         refine_steps=refine_steps,
         distill_steps=distill_steps,
         rules=tuple(parse_rule(rule) if isinstance(rule, str) else rule for rule in rules),
+        rotate=rotate,
     )
     return convert_all([request], job=job, dry_run=dry_run, progress=progress)[0]
 
@@ -143,11 +147,12 @@ def convert_all(
 ) -> list[ConversionResult]:
     """Several outputs of one source from one pass over it; results in the order of `requests`.
 
-    Those that calibrate must agree on text, samples, seq_len, seed and device. Each output is what it would be alone.
+    Those that calibrate must agree on text, samples, seq_len, seed and device; all on the rotation, if there is one.
+    Each output is what it would be alone.
     The `job` of all of them is beside the first that calibrates, if no place is given.
     """
     assert requests and len({request.source for request in requests}) == 1
-    checkpoint, say = open_checkpoint(requests[0].source), progress or Progress()
+    checkpoint, say = _opened(requests), progress or Progress()
     reasons: list[str | None] = [None] * len(requests)
     while True:
         conversions = []
@@ -168,9 +173,20 @@ def convert_all(
             reasons[index] = error.message
 
 
+def _opened(requests: Sequence[ConversionRequest]) -> Checkpoint:
+    """The source of all of them, rotated if they ask for it."""
+    checkpoint, first = open_checkpoint(requests[0].source), requests[0]
+    if len({(request.rotate, request.seed if request.rotate else 0) for request in requests}) > 1:
+        raise UsageError("outputs of one pass are all rotated by one seed, or none is", hint="convert them one by one")
+    return RotatedCheckpoint(checkpoint, first.seed) if first.rotate else checkpoint
+
+
 def _planned(request: ConversionRequest, checkpoint: Checkpoint, progress: Progress, reason: str | None) -> Conversion:
     kind = GgufConversion if request.to == "gguf" else _Conversion
-    return kind(request, checkpoint, progress, reason=reason)
+    conversion = kind(request, checkpoint, progress, reason=reason)
+    if isinstance(checkpoint, RotatedCheckpoint):
+        conversion.note(checkpoint.description)
+    return conversion
 
 
 class _Conversion(Conversion):
