@@ -81,8 +81,8 @@ def round_two_sided(
 ) -> TwoSidedCodes:
     """Round weight [N, K] onto the grid. The size of tiles changes the speed, and results only by float rounding."""
     rows, columns = outputs.order, inputs.order
-    parts = [part[rows][:, columns] for part in (weight, *grid.points().parameters)]
-    work = _Sweep(*parts, unit_upper(outputs), unit_upper(inputs), grid.scheme, tile)
+    weight, scales, zeros = (part[rows][:, columns] for part in (weight, *grid.points().parameters))
+    work = _Sweep(weight, scales, zeros, unit_upper(outputs), unit_upper(inputs), grid.scheme, tile)
     for wave in range(work.num_rows + work.num_columns - 1):
         work.round_wave(wave)
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
