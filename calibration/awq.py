@@ -21,7 +21,10 @@ FINE_STEP = 0.05  # to both sides of the best coarse one: the usual grid of 20 r
 _SMALLEST = 1e-4
 
 Rounding = Callable[[Tensor], Tensor]  # weight [N, K] -> the values that it is rounded to
-Loss = Callable[[Sequence[Tensor]], float]  # the weights in place of the originals -> error of the parent's output
+# The weights in place of the originals, the scales that inputs are divided by -> error of the parent's output.
+Loss = Callable[[Sequence[Tensor], Tensor], float]
+Tie = Callable[[Tensor], Tensor]
+Candidate = Callable[[float], Tensor]  # a ratio from 0 to 1 -> scales [K]
 
 
 class ChannelScales(NamedTuple):
@@ -34,35 +37,42 @@ class ChannelScales(NamedTuple):
 
 
 def search_scales(
-    weights: Sequence[Tensor],
-    mean_abs: Tensor,
-    loss: Loss,
-    roundings: Sequence[Rounding],
-    *,
-    group_size: int | None,
-    tie: Callable[[Tensor], Tensor] = lambda channels: channels,
+    weights: Sequence[Tensor], candidate: Candidate, loss: Loss, roundings: Sequence[Rounding]
 ) -> ChannelScales:
     """The best scales for the input channels of `weights` (each [N, K]) of all candidates, "none" among them.
 
-    `roundings` has one for each weight; `group_size` is that of the first, by which channels are compared.
-    `tie` maps statistics [K] to statistics that are equal where scales have to be (channels shared by query heads).
+    `roundings` has one for each weight.
     """
-    activations = tie(mean_abs).clamp(min=_SMALLEST)
-    magnitudes = tie(weight_magnitudes(weights, group_size))
-    ones = torch.ones_like(activations)
-    unscaled = loss([rounding(weight) for weight, rounding in zip(weights, roundings, strict=True)])
+    ones = torch.ones_like(weights[0][0])
+    unscaled = loss([rounding(weight) for weight, rounding in zip(weights, roundings, strict=True)], ones)
     best = ChannelScales(ones, unscaled, unscaled, None)
 
     def tried(best: ChannelScales, ratio: float) -> ChannelScales:
-        scales = _candidate(activations, magnitudes, ratio)
+        scales = candidate(ratio)
         scaled = zip(weights, roundings, strict=True)
-        error = loss([rounding(weight * scales) / scales for weight, rounding in scaled])
+        error = loss([rounding(weight * scales) / scales for weight, rounding in scaled], scales)
         return ChannelScales(scales, error, unscaled, ratio) if error < best.loss else best
 
     best = reduce(tried, COARSE_RATIOS, best)
     if best.ratio is not None:
         best = reduce(tried, (max(best.ratio - FINE_STEP, 0.0), best.ratio + FINE_STEP), best)
     return best
+
+
+def candidates(
+    weights: Sequence[Tensor], mean_abs: Tensor, *, group_size: int | None, tie: Tie = lambda channels: channels
+) -> Candidate:
+    """AWQ's. `tie` maps statistics [K] to statistics that are equal where scales have to be (channels shared by query
+    heads); `group_size` is that by which channels are compared."""
+    activations = tie(mean_abs).clamp(min=_SMALLEST)
+    magnitudes = tie(weight_magnitudes(weights, group_size))
+    return lambda ratio: balanced(activations**ratio / (magnitudes ** (1 - ratio) + _SMALLEST))
+
+
+def balanced(scales: Tensor) -> Tensor:
+    """The scales with the smallest and the largest as far below and above one."""
+    scales = scales.clamp(min=_SMALLEST)
+    return scales / (scales.max() * scales.min()).sqrt()
 
 
 def weight_magnitudes(weights: Sequence[Tensor], group_size: int | None) -> Tensor:
@@ -73,9 +83,3 @@ def weight_magnitudes(weights: Sequence[Tensor], group_size: int | None) -> Tens
     padded = torch.nn.functional.pad(stacked, (0, -width % size)).reshape(stacked.shape[0], -1, size)
     relative = padded / padded.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
     return relative.reshape(stacked.shape[0], -1)[:, :width].mean(0)
-
-
-def _candidate(activations: Tensor, magnitudes: Tensor, ratio: float) -> Tensor:
-    scales = activations**ratio / (magnitudes ** (1 - ratio) + _SMALLEST)
-    scales = scales.clamp(min=_SMALLEST)
-    return scales / (scales.max() * scales.min()).sqrt()

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from aphroquant.schemes import IntegerScheme, LookupScheme, QuantizedWeight, Scheme
+from aphroquant.schemes import FloatScheme, IntegerScheme, LookupScheme, QuantizedWeight, Scheme
 
 
 class Points(Protocol):
@@ -46,12 +46,17 @@ class WeightGrid(Protocol):
         """The canonical form, without what belongs to the inputs."""
 
 
-def plain_grids(weights: Sequence[Tensor], scheme: Scheme, scale_dtype: torch.dtype) -> list[WeightGrid]:
-    """Grids that just cover each group's values, as other libraries choose them. The weights share an input."""
+def plain_grids(
+    weights: Sequence[Tensor], scheme: Scheme, scale_dtype: torch.dtype, magnitude: Tensor | None = None
+) -> list[WeightGrid]:
+    """Grids that just cover each group's values, as other libraries choose them. The weights share an input.
+
+    `magnitude` [] is the greatest of all weights that share a scale of the whole, if these are only a part of them.
+    """
     if isinstance(scheme, LookupScheme):
         from aphroquant.calibration import lookup_grid
 
-        return [*lookup_grid.plain_grids(weights, scheme)]
+        return [*lookup_grid.plain_grids(weights, scheme, magnitude)]
     from aphroquant.calibration import integer_grid
 
     assert isinstance(scheme, IntegerScheme)
@@ -64,13 +69,21 @@ def plain_grids(weights: Sequence[Tensor], scheme: Scheme, scale_dtype: torch.dt
 
 
 def searched_grids(
-    weights: Sequence[Tensor], importance: Tensor, scheme: Scheme, scale_dtype: torch.dtype
+    weights: Sequence[Tensor],
+    importance: Tensor,
+    scheme: Scheme,
+    scale_dtype: torch.dtype,
+    magnitude: Tensor | None = None,
 ) -> list[WeightGrid]:
     """Grids of the least sum of importance * (rounding error)**2 per group; importance [K] may be E[x**2]."""
     if isinstance(scheme, LookupScheme):
         from aphroquant.calibration import lookup_grid
 
-        return [*lookup_grid.searched_grids(weights, importance, scheme)]
+        return [*lookup_grid.searched_grids(weights, importance, scheme, magnitude)]
+    if isinstance(scheme, FloatScheme):
+        from aphroquant.calibration import float8_grid
+
+        return [*float8_grid.searched_grids(weights, importance, scheme)]
     from aphroquant.calibration import integer_grid
 
     assert isinstance(scheme, IntegerScheme)

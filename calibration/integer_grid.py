@@ -20,7 +20,7 @@ from aphroquant.schemes import IntegerScheme, QuantizedWeight
 _CHUNK_ELEMENTS = 1 << 17  # of a search: its temporaries then stay in the processor's cache
 _GPU_CHUNK_ELEMENTS = 1 << 25  # enough to fill a GPU, few enough for its memory
 _NUM_SHARES = 20
-_SMALLEST_SHARE = {1: 0.2, 2: 0.3, 3: 0.5, 4: 0.6}  # of the range that a grid covers; 0.7 with more bits
+_SMALLEST_SHARE = {1: 0.2, 2: 0.3, 3: 0.5, 4: 0.6}
 
 
 class IntegerGrid(NamedTuple):
@@ -71,9 +71,9 @@ def min_max_grid(weight: Tensor, scheme: IntegerScheme, scale_dtype: torch.dtype
     if scheme.symmetric:
         half = 2 ** (scheme.bits - 1)
         scales = torch.maximum(-low, high) / (half - 0.5)
-        return IntegerGrid(_stored_scales(scales, scale_dtype), torch.full_like(scales, half))
+        return IntegerGrid(stored_scales(scales, scale_dtype), torch.full_like(scales, half))
     levels = 2**scheme.bits - 1
-    scales = _stored_scales((high - low) / levels, scale_dtype)
+    scales = stored_scales((high - low) / levels, scale_dtype)
     return IntegerGrid(scales, (-low / scales).round().clamp(0, levels))
 
 
@@ -144,12 +144,17 @@ def _range(groups: Tensor) -> tuple[Tensor, Tensor]:
     return groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
 
 
-def _stored_scales(scales: Tensor, dtype: torch.dtype) -> Tensor:
+def stored_scales(scales: Tensor, dtype: torch.dtype) -> Tensor:
     """Scales as the dtype holds them; 1 where a group is all zeros (or too small for the dtype)."""
     rounded = scales.to(dtype).float()
     if not torch.isfinite(rounded).all():
         raise too_large(dtype)
     return torch.where(rounded == 0, torch.ones_like(rounded), rounded)
+
+
+def smallest_share(bits: int) -> float:
+    """The smallest part of a group's range that is worth trying."""
+    return _SMALLEST_SHARE.get(bits, 0.7)
 
 
 def too_large(dtype: torch.dtype) -> InputError:
@@ -175,7 +180,7 @@ def _search_rows(
 def _candidates(groups: Tensor, scheme: IntegerScheme, scale_dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
     """(scales, zeros), both [n, G], from the whole range down to a small part of it."""
     low, high = _range(groups)
-    smallest = _SMALLEST_SHARE.get(scheme.bits, 0.7)
+    smallest = smallest_share(scheme.bits)
     shares = [1.0 - (1.0 - smallest) * step / (_NUM_SHARES - 1) for step in range(_NUM_SHARES)]
     if scheme.symmetric:
         half = 2 ** (scheme.bits - 1)
@@ -184,11 +189,11 @@ def _candidates(groups: Tensor, scheme: IntegerScheme, scale_dtype: torch.dtype)
         zeros = torch.full_like(low, half)
         for share in shares:
             for reach in (half, -(half - 1)):
-                yield _stored_scales(-extreme * share / reach, scale_dtype), zeros
+                yield stored_scales(-extreme * share / reach, scale_dtype), zeros
         return
     levels = 2**scheme.bits - 1
     for share in shares:
-        scales = _stored_scales((high - low) * share / levels, scale_dtype)
+        scales = stored_scales((high - low) * share / levels, scale_dtype)
         centre = (-low * share / scales).round()
         for shift in (0, -1, 1):
             yield scales, (centre + shift).clamp(0, levels)

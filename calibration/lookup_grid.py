@@ -31,9 +31,10 @@ import torch
 from torch import Tensor
 
 from aphroquant.calibration import lookup_scales
-from aphroquant.calibration.lookup_blocks import Table, join_blocks, split_blocks, table_of
+from aphroquant.calibration.lookup_blocks import join_blocks, split_blocks
 from aphroquant.errors import InputError
 from aphroquant.schemes import LookupScheme, QuantizedWeight
+from aphroquant.schemes.tables import Table, table_of
 
 _CHUNK_ELEMENTS = 1 << 17  # of a search: its temporaries then stay in the processor's cache
 _GPU_CHUNK_ELEMENTS = 1 << 25
@@ -100,11 +101,6 @@ def searched_grids(
     largest = [_largest(weight, scheme) for weight in weights]
     common = lookup_scales.roomy_global(_greatest(largest, magnitude))
     return [_searched(weight, own, importance, scheme, common) for weight, own in zip(weights, largest, strict=True)]
-
-
-def greatest_magnitude(weight: Tensor) -> Tensor:
-    """What `magnitude` means, [] of one weight."""
-    return weight.abs().amax().float() if weight.numel() else torch.zeros(())
 
 
 def _plain(weight: Tensor, largest: Tensor, scheme: LookupScheme, common: Tensor) -> LookupGrid:

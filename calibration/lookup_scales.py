@@ -9,13 +9,14 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from aphroquant.calibration.inputs import E2M1_MAX, E4M3_MAX
+from aphroquant.calibration.inputs import E4M3_MAX
+from aphroquant.kernels.reference.linear import E2M1_MAX
 from aphroquant.schemes import LookupScheme, QuantizedWeight
 from aphroquant.schemes.lookup import NESTED_BLOCK_SIZE
+from aphroquant.schemes.tables import E8M0_BIAS, e8m0_exponents
 
 E4M3_BYTES = (1, 126)  # of the smallest and the largest positive number
 E8M0_BYTES = (0, 254)
-_E8M0_BIAS = 127
 _TINY = 1e-38  # what bitsandbytes divides by at least
 _MAP_EXPONENTS = 7
 
@@ -55,10 +56,8 @@ def decoded_bytes(codes: Tensor, scheme: LookupScheme, global_scale: Tensor) -> 
 
 
 def plain_exponents(largest: Tensor) -> Tensor:
-    """The biased exponents, uint8 [B], of blocks with these largest magnitudes: at 1.75 they round up."""
-    mantissa, exponent = torch.frexp(largest)  # mantissa in [0.5, 1)
-    found = exponent + (mantissa >= 0.875).int() - 3 + _E8M0_BIAS
-    return torch.where(largest == 0, _E8M0_BIAS, found).clamp(*E8M0_BYTES).to(torch.uint8)
+    """The biased exponents, uint8 [B], of blocks with these largest magnitudes."""
+    return (e8m0_exponents(largest) + E8M0_BIAS).to(torch.uint8)
 
 
 def nest(scales: Tensor) -> dict[str, Tensor]:

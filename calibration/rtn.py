@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from aphroquant.calibration.grids import plain_grids, searched_grids
+from aphroquant.calibration.grids import WeightGrid, plain_grids, searched_grids
 from aphroquant.calibration.inputs import with_input_scale
 from aphroquant.calibration.integer_grid import too_large
 from aphroquant.calibration.solution import Solution, relative_error
@@ -22,12 +22,19 @@ from aphroquant.schemes import IntegerScheme, QuantizedWeight, Scheme
 
 
 def solve(
-    weights: Sequence[Tensor], statistics: InputStatistics | None, scheme: Scheme, scale_dtype: torch.dtype
+    weights: Sequence[Tensor],
+    statistics: InputStatistics | None,
+    scheme: Scheme,
+    scale_dtype: torch.dtype,
+    magnitude: Tensor | None = None,
 ) -> list[Solution]:
-    """Each weight [N, K] rounded on its own, but that scales which engines want to be equal are shared."""
+    """Each weight [N, K] rounded on its own, but that scales which engines want to be equal are shared.
+
+    `magnitude` [] is that of all that share them, if the weights are only a part.
+    """
     if isinstance(scheme, IntegerScheme) and statistics is None:
         return [_solve_one(weight, scheme, scale_dtype) for weight in weights]
-    return solve_in_torch(weights, statistics, scheme, scale_dtype)
+    return solve_in_torch(weights, statistics, scheme, scale_dtype, magnitude)
 
 
 def _solve_one(weight: Tensor, scheme: IntegerScheme, scale_dtype: torch.dtype) -> Solution:
@@ -50,14 +57,24 @@ def _solve_compiled(weight: Tensor, scheme: IntegerScheme, scale_dtype: torch.dt
 
 
 def solve_in_torch(
-    weights: Sequence[Tensor], statistics: InputStatistics | None, scheme: Scheme, scale_dtype: torch.dtype
+    weights: Sequence[Tensor],
+    statistics: InputStatistics | None,
+    scheme: Scheme,
+    scale_dtype: torch.dtype,
+    magnitude: Tensor | None = None,
 ) -> list[Solution]:
     """What `solve` gives, on any device."""
     weights = [weight.float() for weight in weights]
     if statistics is None:
-        grids, searched = plain_grids(weights, scheme, scale_dtype), "whole"
-    else:
-        grids, searched = searched_grids(weights, statistics.mean_square, scheme, scale_dtype), "searched"
+        return to_nearest(weights, plain_grids(weights, scheme, scale_dtype, magnitude), statistics, "whole")
+    grids = searched_grids(weights, statistics.mean_square, scheme, scale_dtype, magnitude)
+    return to_nearest(weights, grids, statistics, "searched")
+
+
+def to_nearest(
+    weights: Sequence[Tensor], grids: Sequence[WeightGrid], statistics: InputStatistics | None, searched: str
+) -> list[Solution]:
+    """Weights rounded to the nearest points of their grids."""
     solutions = []
     for weight, grid in zip(weights, grids, strict=True):
         codes = grid.nearest(weight)

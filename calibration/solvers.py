@@ -28,25 +28,43 @@ from typing import Literal, cast
 
 from aphroquant.calibration.solution import Rounding
 from aphroquant.errors import UsageError
-from aphroquant.schemes import AdditiveScheme, FloatScheme, IntegerScheme, LookupScheme, Scheme
+from aphroquant.schemes import AdditiveScheme, AffineScheme, FloatScheme, IntegerScheme, LookupScheme, Scheme
 
 ChannelScaling = Literal["awq", "smoothquant"]  # how the candidates for channels' scales are made
 
 
 @dataclass(frozen=True)
 class Solver:
-    """`modules` has the rounding for each kind of scheme that it makes; `summary` is one line for the user."""
+    """`modules` has the rounding for each kind of scheme that it makes; `summary` is one line for the user.
+
+    `data` says whether calibration text is needed, used if there is some, or never looked at.
+    """
 
     name: str
     summary: str
     modules: Mapping[type, str]
     scales_channels: ChannelScaling | None = None
     needs_second_moment: bool = False
-    needs_data: bool = True
+    data: Literal["needed", "used", "unused"] = "needed"
 
-    def makes(self, scheme: Scheme) -> bool:
-        """Whether there is a rounding for schemes of that kind."""
-        return type(scheme) in self.modules
+    def obstacle(self, scheme: Scheme) -> str | None:
+        """Why it cannot make weights of a scheme, as the rest of a sentence; None if it can."""
+        if type(scheme) not in self.modules:
+            return f"makes {' and '.join(_KINDS[kind] for kind in self.modules)}, not {scheme}"
+        if self.name == "hqq" and isinstance(scheme, IntegerScheme) and (scheme.symmetric or scheme.activations):
+            return f"finds zero points, which {scheme} has none of"
+        if self.name == "smoothquant" and getattr(scheme, "activations", None) is None:
+            return f"is about the rounding of inputs, which {scheme} leaves alone"
+        return None
+
+
+_KINDS: Mapping[type, str] = {
+    IntegerScheme: "integer codes",
+    LookupScheme: "codes into tables",
+    FloatScheme: "FP8",
+    AdditiveScheme: "sums of codebook vectors",
+    AffineScheme: "integer codes with real zero points",
+}
 
 
 def _codes(module: str) -> dict[type, str]:
@@ -60,25 +78,33 @@ SOLVERS: Mapping[str, Solver] = {
             "rtn",
             "round to nearest, ranges searched by E[x**2]",
             _codes("rtn") | {FloatScheme: "fp8"},
-            needs_data=False,
+            data="used",
         ),
         Solver(
-            "gptq",
-            "error feedback between columns",
-            _codes("gptq"),
-            needs_second_moment=True,
+            "mse", "round to nearest, ranges searched without data", _codes("mse") | {FloatScheme: "mse"}, data="unused"
         ),
         Solver(
-            "awq",
-            "channels scaled by activations, then as rtn",
-            _codes("rtn"),
-            scales_channels="awq",
+            "hqq",
+            "zero points for the least sparse error, without data",
+            {IntegerScheme: "hqq", AffineScheme: "hqq"},
+            data="unused",
         ),
+        Solver(
+            "gptq", "error feedback between columns", _codes("gptq") | {FloatScheme: "gptq"}, needs_second_moment=True
+        ),
+        Solver("awq", "channels scaled by activations, then as rtn", _codes("rtn"), scales_channels="awq"),
         Solver(
             "awq-gptq",
             "channels scaled by activations, then as gptq",
             _codes("gptq"),
             scales_channels="awq",
+            needs_second_moment=True,
+        ),
+        Solver(
+            "smoothquant",
+            "channels scaled by the largest activations, for schemes that round inputs, then as gptq",
+            _codes("gptq"),
+            scales_channels="smoothquant",
             needs_second_moment=True,
         ),
         Solver("aqlm", "sums of codebook vectors, for AQLM", {AdditiveScheme: "aqlm.solve"}, needs_second_moment=True),

@@ -8,12 +8,11 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import NamedTuple
 
-from aphroquant.calibration.solvers import Solver
+from aphroquant.calibration.solvers import Solver, find_solver
 from aphroquant.conversion.request import ConversionRequest
 from aphroquant.conversion.rules import ModuleRule, RuleBook
 from aphroquant.conversion.targets import TargetScheme, resolve_scheme, resolve_solver
 from aphroquant.errors import UsageError
-from aphroquant.schemes import IntegerScheme
 
 _WEIGHT_ONLY = re.compile(r"w\da16")  # names that leave group size and symmetry open
 
@@ -73,8 +72,8 @@ def _resolve(
 ) -> tuple[TargetScheme, Solver]:
     own = request if rule is None else with_rule(request, rule)
     scheme = resolve_scheme(own, widths, sized or widths)
-    if rule is not None and rule.solver is None and not isinstance(scheme, IntegerScheme):
-        own = replace(own, solver=None)  # the one for all is about integers
+    if rule is not None and rule.solver is None and own.solver is not None and find_solver(own.solver).obstacle(scheme):
+        own = replace(own, solver=None)  # the one for all is about other schemes
     return scheme, resolve_solver(own, scheme)
 
 

@@ -28,7 +28,7 @@ from aphroquant.errors import InputError
 from aphroquant.models.decoder import rms_norm
 from aphroquant.models.loader import load_final_norm, load_head
 from aphroquant.models.spec import DOWN, GATE, INPUT_NORM, LM_HEAD, POST_ATTENTION_NORM, UP, K, O, Q, V
-from aphroquant.schemes import IntegerScheme
+from aphroquant.schemes import IntegerScheme, LookupScheme
 
 CPU = torch.device("cpu")
 _HEAD_ROWS = 2**15  # a multiple of all block heights
@@ -252,10 +252,15 @@ class CalibratedSolver:
         return found
 
     def _make_scaler(self) -> BlockScaler | None:
-        scaled = {module for module, solver in self._plan.solvers.items() if solver.scales_channels}
+        ways = {module: solver.scales_channels for module, solver in self._plan.solvers.items()}
+        scaled = {module: way for module, way in ways.items() if way is not None}
         if not scaled:
             return None
-        schemes = {module: scheme for module, scheme in self._plan.schemes.items() if isinstance(scheme, IntegerScheme)}
+        schemes = {
+            module: scheme
+            for module, scheme in self._plan.schemes.items()
+            if isinstance(scheme, IntegerScheme | LookupScheme)
+        }
         checkpoint = self._plan.checkpoint
         return BlockScaler(schemes, scaled, lambda name: checkpoint.tensors[name].dtype)
 
@@ -311,8 +316,9 @@ def solve_head(plan: ConversionPlan, states: Tensor, window_len: int, device: to
     rounding = rounding_for(scheme, solver)
 
     def solved() -> Iterator[tuple[Solution, float]]:
-        for start in range(0, len(head), _HEAD_ROWS):
-            weight = head[start : start + _HEAD_ROWS]
+        rows = len(head) if isinstance(scheme, LookupScheme) else _HEAD_ROWS  # which may have one scale for all
+        for start in range(0, len(head), rows):
+            weight = head[start : start + rows]
             solution = rounding([weight.to(device)], statistics, scheme, plan.scale_dtype)[0]
             yield replace(solution, weight=solution.weight.to(CPU)), square_sum(solution, weight)
 

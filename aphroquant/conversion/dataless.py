@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from aphroquant import buffers
+from aphroquant.calibration import mse, rtn
 from aphroquant.calibration.fp8 import round_fp8
+from aphroquant.calibration.lookup_scales import nested
 from aphroquant.calibration.solution import Solution
 from aphroquant.calibration.solvers import rounding_for
 from aphroquant.conversion.plan import ConversionPlan
 from aphroquant.errors import InputError
+from aphroquant.models.spec import GATE, UP, K, Q, V
 from aphroquant.numbers import is_finite, largest_magnitude
-from aphroquant.schemes import DenseScheme, FloatScheme, QuantizedWeight
+from aphroquant.schemes import DenseScheme, FloatScheme, LookupScheme, QuantizedWeight, Scheme
 
 PIECE_ELEMENTS = 2**22  # few enough for the processor's caches, enough for its threads
 
@@ -25,11 +30,12 @@ def solve_in_pieces(plan: ConversionPlan, module: str) -> Solution:
     scheme = plan.schemes[module]
     if isinstance(scheme, FloatScheme) and scheme.granularity == "tensor":
         return joined(_per_tensor(plan, scheme, module), plan.modules[module])
-    return joined(_rounded(plan, module), plan.modules[module])
+    if isinstance(scheme, LookupScheme):
+        return _into_table(plan, scheme, module)
+    return joined(_rounded(plan, scheme, module), plan.modules[module])
 
 
-def _rounded(plan: ConversionPlan, module: str) -> Iterator[tuple[Solution, float]]:
-    scheme = plan.schemes[module]
+def _rounded(plan: ConversionPlan, scheme: Scheme, module: str) -> Iterator[tuple[Solution, float]]:
     rounding = rounding_for(scheme, plan.solvers[module])
     for weight in _pieces(plan, module):
         with naming_modules(module):
@@ -46,6 +52,40 @@ def naming_modules(modules: str) -> Iterator[None]:
         raise InputError(f"{modules}: {error.message}", hint=error.hint) from error
 
 
+def _into_table(plan: ConversionPlan, scheme: LookupScheme, module: str) -> Solution:
+    """Scales that are quantized once more depend on all others, and are so when the others are known."""
+    if scheme.scales == "e4m3":
+        return joined(_under_common_scale(plan, scheme, module), plan.modules[module])
+    if scheme.scales != "nested":
+        return joined(_rounded(plan, scheme, module), plan.modules[module])
+    found = joined(_rounded(plan, replace(scheme, scales="float"), module), plan.modules[module])
+    return replace(found, weight=nested(found.weight))
+
+
+def _under_common_scale(plan: ConversionPlan, scheme: LookupScheme, module: str) -> Iterator[tuple[Solution, float]]:
+    """With the global scale that layers share which engines multiply as one."""
+    fused = [name for name in _same_input(plan, module) if plan.schemes.get(name) == scheme]
+    magnitude = torch.stack([largest_magnitude(weight) for name in fused for weight in _pieces(plan, name)]).amax()
+    rounding = {"rtn": rtn.solve, "mse": mse.solve}[plan.solvers[module].name]
+    for weight in _pieces(plan, module):
+        solution = rounding([weight], None, scheme, plan.scale_dtype, magnitude.float())[0]
+        yield solution, square_sum(solution, weight)
+
+
+def _same_input(plan: ConversionPlan, module: str) -> tuple[str, ...]:
+    """The module and those that engines join with it because they read the same: q, k and v, or gate and up."""
+    spec = plan.spec
+    for layer in range(spec.num_layers):
+        groups = [(Q, K, V), (GATE, UP)]
+        if spec.experts is not None:
+            groups += [spec.experts.expert(number)[:2] for number in range(spec.experts.num_experts)]
+        for group in groups:
+            names = tuple(f"{spec.block_prefix(layer)}.{name}" for name in group)
+            if module in names:
+                return names
+    return (module,)
+
+
 def _per_tensor(plan: ConversionPlan, scheme: FloatScheme, module: str) -> Iterator[tuple[Solution, float]]:
     """One scale for all pieces, so that they are gone through twice."""
     magnitude = torch.stack([largest_magnitude(weight) for weight in _pieces(plan, module)]).amax()
@@ -57,7 +97,7 @@ def _per_tensor(plan: ConversionPlan, scheme: FloatScheme, module: str) -> Itera
 def _pieces(plan: ConversionPlan, module: str) -> Iterator[Tensor]:
     """Rows of the dense weight, in its own dtype (float32 of a quantized one): whole rows of blocks at a time."""
     columns, scheme = plan.modules[module][1], plan.schemes[module]
-    step = scheme.block_shape[0] if isinstance(scheme, FloatScheme) and scheme.block_shape else 1
+    step = _row_unit(scheme, columns)
     rows = max(1, PIECE_ELEMENTS // max(columns, 1) // step) * step
     left = torch.empty(0, columns)
     for piece in plan.checkpoint.weight_pieces(module, rows * columns):
@@ -71,6 +111,15 @@ def _pieces(plan: ConversionPlan, module: str) -> Iterator[Tensor]:
         left = left[whole:]
     if left.numel():
         yield left
+
+
+def _row_unit(scheme: Scheme, columns: int) -> int:
+    """Rows whose blocks are all whole."""
+    if isinstance(scheme, FloatScheme) and scheme.block_shape is not None:
+        return scheme.block_shape[0]
+    if isinstance(scheme, LookupScheme) and scheme.flattened:
+        return scheme.block_size // math.gcd(scheme.block_size, columns)
+    return 1
 
 
 def joined(solved: Iterator[tuple[Solution, float]], shape: tuple[int, int]) -> Solution:

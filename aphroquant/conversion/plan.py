@@ -112,7 +112,10 @@ def make_plan(checkpoint: Checkpoint, request: ConversionRequest) -> ConversionP
     seen = [module for module in chosen if needs_calibration(schemes[module], solvers[module], request.samples)]
     calibrates = bool(seen)
     if calibrates and request.samples == 0:
-        raise UsageError(f"static input scales ({schemes[seen[0]]}) need calibration, but samples = 0")
+        raise UsageError(
+            f"static input scales ({schemes[seen[0]]}) need calibration, but samples = 0",
+            hint="give --samples a number, or take a scheme whose inputs are left alone or scaled as they come",
+        )
     if calibrates and request.seq_len > spec.max_position_embeddings:
         raise UsageError(
             f"seq_len = {request.seq_len} is longer than the model's context of {spec.max_position_embeddings} tokens"

@@ -1,4 +1,4 @@
-"""AWQ on a block: channel scales searched on a sample of tokens and folded into what comes before.
+"""AWQ and SmoothQuant on a block: channel scales searched on a sample of tokens and folded into what comes before.
 
     input_layernorm          -> q_proj, k_proj, v_proj      judged by the attention's output
     v_proj (rows)            -> o_proj (columns)            judged by o_proj's; query heads that share a value head
@@ -6,39 +6,43 @@
     post_attention_layernorm -> gate_proj, up_proj          judged by the MLP's output
     up_proj (rows)           -> down_proj (columns)         judged by down_proj's
 
-A fold needs every layer concerned to be quantized to integers: what stays dense is carried over byte for byte, and FP8
-weights that share one scale lose by rows of other sizes.
+Where a scheme rounds inputs, so does the judge. A fold needs every layer concerned to be quantized, to integers or by a
+table: what stays dense is carried over byte for byte, and FP8 weights that share one scale lose by rows of other sizes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from aphroquant.calibration.awq import ChannelScales, search_scales
+from aphroquant.calibration import awq, smoothquant
+from aphroquant.calibration.awq import ChannelScales, Loss, search_scales
 from aphroquant.calibration.gram import gram
-from aphroquant.calibration.integer_grid import dequantize, min_max_grid, quantize
+from aphroquant.calibration.grids import plain_grids
+from aphroquant.calibration.inputs import rounded_inputs
 from aphroquant.calibration.solution import quadratic_form
+from aphroquant.calibration.solvers import ChannelScaling
 from aphroquant.conversion.calibration_block import CalibrationBlock
 from aphroquant.errors import InputError
+from aphroquant.kernels.reference.matmul import linear as product
 from aphroquant.models.spec import DOWN, GATE, INPUT_NORM, POST_ATTENTION_NORM, UP, K, O, Q, V
-from aphroquant.schemes import IntegerScheme
+from aphroquant.schemes import IntegerScheme, LookupScheme
 
 SAMPLE_TOKENS = 1024  # 2048 and 4096 gave the same divergence within its standard error
 
 
 class BlockScaler:
-    """Scales the channels of blocks. `schemes` are those of the modules that are quantized to integers, `scaled` the
-    ones of them whose solver wants it, and `stored_dtype` tells the dtype that a tensor is stored in."""
+    """Scales the channels of blocks. `schemes` are those of the modules whose channels may be scaled, `scaled` says how
+    for those whose solver wants it, and `stored_dtype` tells the dtype that a tensor is stored in."""
 
     def __init__(
         self,
-        schemes: Mapping[str, IntegerScheme],
-        scaled: Collection[str],
+        schemes: Mapping[str, IntegerScheme | LookupScheme],
+        scaled: Mapping[str, ChannelScaling],
         stored_dtype: Callable[[str], torch.dtype],
     ) -> None:
         self._schemes = schemes
@@ -50,11 +54,11 @@ class BlockScaler:
         report = {}
         mixed = block.attention_mix(x)
         names = (Q, K, V)
-        inputs = self._search(block, names, x, _output_loss(block, names, x, block.attention))
+        inputs = self._search(block, names, x, self._output_loss(block, names, x, block.attention))
         if inputs is not None:
             report["qkv"] = _summary(inputs)
         tie = _tie_query_heads(block)
-        scales = self._search(block, (O,), mixed, _linear_loss(block, O, mixed), producer=V, tie=tie)
+        scales = self._search(block, (O,), mixed, self._linear_loss(block, O, mixed), producer=V, tie=tie)
         if scales is not None:
             report["o"] = _summary(scales)
             self._fold_into_rows(block, V, O, scales.scales, _value_rows(block, scales.scales))
@@ -67,10 +71,10 @@ class BlockScaler:
         report = {}
         inner = block.mlp_inner(x)
         names = (GATE, UP)
-        inputs = self._search(block, names, x, _output_loss(block, names, x, block.block.mlp))
+        inputs = self._search(block, names, x, self._output_loss(block, names, x, block.block.mlp))
         if inputs is not None:
             report["gate_up"] = _summary(inputs)
-        scales = self._search(block, (DOWN,), inner, _linear_loss(block, DOWN, inner), producer=UP)
+        scales = self._search(block, (DOWN,), inner, self._linear_loss(block, DOWN, inner), producer=UP)
         if scales is not None:
             report["down"] = _summary(scales)
             self._fold_into_rows(block, UP, DOWN, scales.scales, scales.scales)
@@ -83,24 +87,61 @@ class BlockScaler:
         block: CalibrationBlock,
         names: Sequence[str],
         x: Tensor,
-        loss: Callable[[Sequence[Tensor]], float],
+        loss: Loss,
         producer: str | None = None,
         tie: Callable[[Tensor], Tensor] = lambda channels: channels,
     ) -> ChannelScales | None:
         """None if these, or the layer that would take the scales, must stay as they are, or none is to be scaled."""
         modules = [f"{block.prefix}.{name}" for name in names]
-        if not any(module in self._scaled for module in modules):
-            return None
-        if not self._all_integers(block, names if producer is None else (*names, producer)):
+        scaling = next((self._scaled[module] for module in modules if module in self._scaled), None)
+        if scaling is None or not self._all_scalable(block, names if producer is None else (*names, producer)):
             return None
         if not torch.isfinite(x).all():
             raise InputError(f"{block.prefix}.{names[0]}: its input is not finite for some calibration tokens")
         weights = [block.linears[name].weight for name in names]
         schemes = [self._schemes[module] for module in modules]
         roundings = [partial(_round, scheme=scheme) for scheme in schemes]
-        return search_scales(weights, x.abs().mean(0), loss, roundings, group_size=schemes[0].group_size, tie=tie)
+        magnitudes = x.abs()
+        if scaling == "awq":
+            size = schemes[0].group_size if isinstance(schemes[0], IntegerScheme) else schemes[0].block_size
+            candidate = awq.candidates(weights, magnitudes.mean(0), group_size=size, tie=tie)
+        else:
+            candidate = smoothquant.candidates(weights, magnitudes.amax(0), tie=tie)
+        return search_scales(weights, candidate, loss, roundings)
 
-    def _all_integers(self, block: CalibrationBlock, names: Sequence[str]) -> bool:
+    def _output_loss(
+        self, block: CalibrationBlock, names: Sequence[str], x: Tensor, forward: Callable[[Tensor], Tensor]
+    ) -> Loss:
+        """Mean squared change of the attention's or the MLP's output when `names` get other weights."""
+        expected, inputs = forward(x), self._inputs(block, names)
+        is_attention = names[0] == Q
+
+        def loss(weights: Sequence[Tensor], scales: Tensor) -> float:
+            other, seen = block.replaced(dict(zip(names, weights, strict=True))), _seen(x, scales, inputs)
+            output = other.attention(seen) if is_attention else other.block.mlp(seen)
+            return float((output - expected).square().mean())
+
+        return loss
+
+    def _linear_loss(self, block: CalibrationBlock, name: str, x: Tensor) -> Loss:
+        """Mean squared change of one linear's output."""
+        weight, inputs = block.linears[name].weight, self._inputs(block, (name,))
+        if inputs is not None:
+            expected = product(x, weight)
+
+            def loss(weights: Sequence[Tensor], scales: Tensor) -> float:
+                return float((product(_seen(x, scales, inputs), weights[0]) - expected).square().mean())
+
+            return loss
+        moment = gram(x) / max(x.shape[0], 1)
+        return lambda weights, scales: float(quadratic_form(weights[0] - weight, moment).mean())
+
+    def _inputs(self, block: CalibrationBlock, names: Sequence[str]) -> IntegerScheme | LookupScheme | None:
+        """The scheme that says how the layers' common input is rounded, if it is."""
+        scheme = self._schemes.get(f"{block.prefix}.{names[0]}")
+        return None if scheme is None or scheme.activations is None else scheme
+
+    def _all_scalable(self, block: CalibrationBlock, names: Sequence[str]) -> bool:
         return all(f"{block.prefix}.{name}" in self._schemes for name in names)
 
     def _fold_into_norm(self, block: CalibrationBlock, norm: str, names: Sequence[str], scales: Tensor) -> None:
@@ -129,31 +170,14 @@ class BlockScaler:
             made.bias = block.changed[name].float()
 
 
-def _round(weight: Tensor, scheme: IntegerScheme) -> Tensor:
-    grid = min_max_grid(weight, scheme)
-    return dequantize(quantize(weight, grid, scheme), grid, scheme)
+def _round(weight: Tensor, scheme: IntegerScheme | LookupScheme) -> Tensor:
+    (grid,) = plain_grids([weight], scheme, torch.float16)
+    return grid.decode(grid.nearest(weight))
 
 
-def _output_loss(
-    block: CalibrationBlock, names: Sequence[str], x: Tensor, forward: Callable[[Tensor], Tensor]
-) -> Callable[[Sequence[Tensor]], float]:
-    """Mean squared change of the attention's or the MLP's output when `names` get other weights."""
-    expected = forward(x)
-    is_attention = names[0] == Q
-
-    def loss(weights: Sequence[Tensor]) -> float:
-        other = block.replaced(dict(zip(names, weights, strict=True)))
-        output = other.attention(x) if is_attention else other.block.mlp(x)
-        return float((output - expected).square().mean())
-
-    return loss
-
-
-def _linear_loss(block: CalibrationBlock, name: str, x: Tensor) -> Callable[[Sequence[Tensor]], float]:
-    """Mean squared change of one linear's output."""
-    weight = block.linears[name].weight
-    moment = gram(x) / max(x.shape[0], 1)
-    return lambda weights: float(quadratic_form(weights[0] - weight, moment).mean())
+def _seen(x: Tensor, scales: Tensor, inputs: IntegerScheme | LookupScheme | None) -> Tensor:
+    """The input x as layers see it that round it after a division by scales."""
+    return x if inputs is None else rounded_inputs(x / scales, inputs) * scales
 
 
 def _tie_query_heads(block: CalibrationBlock) -> Callable[[Tensor], Tensor]:

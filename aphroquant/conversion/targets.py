@@ -6,21 +6,31 @@ import difflib
 import math
 import re
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 
 from aphroquant.calibration.effort import find_effort
 from aphroquant.calibration.solvers import SOLVERS, Solver, find_solver
 from aphroquant.conversion.request import PER_ROW, ConversionRequest
 from aphroquant.errors import UsageError
 from aphroquant.formats import FORMATS
-from aphroquant.schemes import ActivationScheme, AdditiveScheme, FloatScheme, IntegerScheme
+from aphroquant.formats.bitsandbytes.four_bit import BLOCK_SIZES
+from aphroquant.schemes import (
+    ActivationScheme,
+    AdditiveScheme,
+    AffineScheme,
+    FloatScheme,
+    IntegerScheme,
+    LookupScheme,
+)
 
-TargetScheme = IntegerScheme | FloatScheme | AdditiveScheme
+TargetScheme = IntegerScheme | FloatScheme | LookupScheme | AdditiveScheme | AffineScheme
 
 DEFAULT_BITS = 4
 # Marlin, the kernel that engines use for 4 and 8 bits, knows 32, 64 and 128 (and whole rows); the largest that fits.
 AUTOMATIC_GROUP_SIZES = (128, 64, 32)
 ADDITIVE_SOLVER = "aqlm"
 NEARLY_EXACT_BITS = 8  # where rounding to nearest leaves nothing to gain
+FOUR_BIT_SCHEMES = {"bitsandbytes": "nf4", "modelopt": "nvfp4"}  # what --bits 4 means where w4a16 is no scheme
 DEFAULT_SCHEMES = {"fp8": "fp8-dynamic", "modelopt": "fp8-static", "bitsandbytes": "int8", "aqlm": "aqlm-2x8"}
 # transformers 5.23 with compressed-tensors 0.20 runs packed weights with zero points only dequantized.
 SYMMETRIC_BY_DEFAULT = ("compressed-tensors",)
@@ -31,6 +41,12 @@ _BLOCK_INPUTS = ActivationScheme("float", granularity="group", group_size=128)
 _FP8_STATIC = FloatScheme("tensor", activations=_STATIC_INPUTS)
 _FP8_BLOCK = FloatScheme("block", (128, 128), _BLOCK_INPUTS)
 _FP8_ROWS = FloatScheme("channel", activations=_TOKEN_INPUTS["float"])
+_INT8_STATIC = ActivationScheme("int", dynamic=False, granularity="tensor")
+_NVFP4 = LookupScheme("e2m1", 16, "e4m3")
+_NVFP4_INPUTS = replace(_NVFP4, activations=ActivationScheme("float", 4, granularity="group", group_size=16))
+_MXFP4 = LookupScheme("e2m1", 32, "e8m0")
+_MXFP4_INPUTS = replace(_MXFP4, activations=ActivationScheme("float", 4, granularity="group", group_size=32))
+_FLAT_BLOCK = 64  # of bitsandbytes, unless --group-size gives another of its sizes
 
 ONLY_READ = ("exl3",)
 
@@ -45,14 +61,30 @@ FIXED_SCHEMES: Mapping[str, Mapping[str, TargetScheme]] = {
     },
     "compressed-tensors": {
         "w8a8-int8": IntegerScheme(8, None, True, activations=_TOKEN_INPUTS["int"]),
+        "w8a8-int8-static": IntegerScheme(8, None, True, activations=_INT8_STATIC),
         "fp8-dynamic": _FP8_ROWS,
         "fp8-static": _FP8_STATIC,
         "fp8-block": _FP8_BLOCK,
+        "nvfp4": _NVFP4_INPUTS,
+        "nvfp4a16": _NVFP4,
+        "mxfp4": _MXFP4_INPUTS,
+        "mxfp4a16": _MXFP4,
     },
     "auto-round": {},
     "hqq": {},
-    "modelopt": {"fp8-static": _FP8_STATIC, "fp8-dynamic": _FP8_ROWS},
-    "bitsandbytes": {"int8": IntegerScheme(8, None, True)},
+    "modelopt": {
+        "fp8-static": _FP8_STATIC,
+        "fp8-dynamic": _FP8_ROWS,
+        "nvfp4": _NVFP4_INPUTS,
+        "nvfp4a16": _NVFP4,
+    },
+    "bitsandbytes": {
+        "int8": IntegerScheme(8, None, True),
+        "nf4": LookupScheme("nf4", _FLAT_BLOCK, "float", flattened=True),
+        "nf4-dq": LookupScheme("nf4", _FLAT_BLOCK, "nested", flattened=True),
+        "fp4": LookupScheme("fp4", _FLAT_BLOCK, "float", flattened=True),
+        "fp4-dq": LookupScheme("fp4", _FLAT_BLOCK, "nested", flattened=True),
+    },
     "aqlm": {"aqlm-2x8": AdditiveScheme(2, 8), "aqlm-1x16": AdditiveScheme(1, 16)},
 }
 WEIGHT_ONLY_BITS: Mapping[str, tuple[int, ...]] = {
@@ -112,58 +144,55 @@ def resolve_scheme(
 
     `sized` are those that an automatic group size has to fit, if they are others."""
     target = request.to
-    name = request.scheme or DEFAULT_SCHEMES.get(target)
+    name = request.scheme or _default_name(request)
     if target == "aqlm" and name is not None and (match := _CODEBOOKS.fullmatch(name)):
         _refuse_contradictions(request, name)
         return _additive_scheme(match, widths)
     if name is not None and name not in scheme_names(target):
         raise UsageError(f"{target} has no scheme {name!r}", hint=_suggestion(name, scheme_names(target)))
     if name is not None and name in FIXED_SCHEMES[target]:
-        _refuse_contradictions(request, name)
-        return FIXED_SCHEMES[target][name]
+        return _fixed_scheme(request, name)
     bits = _bits(request, name)
     size = _group_size(request, widths, widths if sized is None else sized)
+    if target == "hqq" and request.solver == "hqq":  # real zero points, which nothing else makes
+        if request.symmetric:
+            raise UsageError(
+                "solver hqq finds zero points, which --symmetric has none of", hint="leave one of them out"
+            )
+        return AffineScheme(bits, size)
     symmetric = target in SYMMETRIC_BY_DEFAULT if request.symmetric is None else request.symmetric
     return IntegerScheme(bits, size, symmetric)
 
 
 def resolve_solver(request: ConversionRequest, scheme: TargetScheme) -> Solver:
     """The solver for a scheme. UsageError if the one asked for cannot make it."""
-    if isinstance(scheme, FloatScheme):
-        if request.solver not in (None, "rtn"):
-            find_solver(request.solver or "")
-            raise UsageError(f"solver {request.solver} makes integer codes, not FP8", hint="leave --solver out")
-        return SOLVERS["rtn"]
-    if isinstance(scheme, AdditiveScheme):
-        default = ADDITIVE_SOLVER
-    else:
-        default = "rtn" if scheme.bits == NEARLY_EXACT_BITS else find_effort(request.effort).solver
-        if request.samples == 0 and request.solver is None:
-            default = "rtn"
-    solver = find_solver(request.solver or default)
-    if (solver.name == ADDITIVE_SOLVER) != isinstance(scheme, AdditiveScheme):
-        made = "integer codes" if isinstance(scheme, AdditiveScheme) else "sums of codebook vectors"
-        raise UsageError(f"solver {solver.name} makes {made}, not {scheme}", hint="leave --solver out")
-    if request.samples == 0 and solver.name != "rtn":
+    solver = find_solver(request.solver or _default_solver(request, scheme))
+    reason = solver.obstacle(scheme)
+    if reason is not None:
+        raise UsageError(f"solver {solver.name} {reason}", hint=f"leave --solver out, or give {_able(scheme)}")
+    if request.samples == 0 and solver.data == "needed":
+        able = [other.name for other in SOLVERS.values() if other.obstacle(scheme) is None and other.data != "needed"]
         raise UsageError(
             f"solver {solver.name} needs calibration, but samples = 0",
-            hint="only rtn works without calibration data" if isinstance(scheme, IntegerScheme) else None,
+            hint=f"only {' and '.join(able)} works without calibration data" if able else None,
         )
     return solver
 
 
 def needs_calibration(scheme: TargetScheme, solver: Solver, samples: int) -> bool:
     """Whether activations have to be seen. At 8 bits rtn takes each range as it is."""
-    if isinstance(scheme, FloatScheme):
-        return scheme.activations is not None and not scheme.activations.dynamic
-    if isinstance(scheme, AdditiveScheme):
+    inputs = getattr(scheme, "activations", None)
+    if inputs is not None and (not inputs.dynamic or getattr(scheme, "has_input_scale", False)):
         return True
-    return samples > 0 and not (solver.name == "rtn" and scheme.bits == NEARLY_EXACT_BITS)
+    if solver.data != "used":
+        return solver.data == "needed"
+    nearly_exact = isinstance(scheme, IntegerScheme) and scheme.bits == NEARLY_EXACT_BITS
+    return samples > 0 and not nearly_exact and not isinstance(scheme, FloatScheme)
 
 
 def is_trainable(scheme: TargetScheme) -> bool:
     """Whether steps of training can move the numbers of such weights."""
-    return not isinstance(scheme, FloatScheme)
+    return isinstance(scheme, IntegerScheme | AdditiveScheme)
 
 
 def training_steps(
@@ -188,6 +217,47 @@ def training_steps(
     by_effort = (effort.refine_steps, effort.distill_steps) if wanted else (0, 0)
     refine, distill = (given if own is None else own for own, given in zip(asked, by_effort, strict=True))
     return refine, distill
+
+
+def _default_name(request: ConversionRequest) -> str | None:
+    """The scheme that is meant where none is named; None leaves it to bits and group size."""
+    if request.bits == DEFAULT_BITS and request.to in FOUR_BIT_SCHEMES:
+        return FOUR_BIT_SCHEMES[request.to]
+    return DEFAULT_SCHEMES.get(request.to)
+
+
+def _fixed_scheme(request: ConversionRequest, name: str) -> TargetScheme:
+    scheme = FIXED_SCHEMES[request.to][name]
+    if not isinstance(scheme, LookupScheme) or not scheme.flattened:
+        _refuse_contradictions(request, name, getattr(scheme, "bits", 8))
+        return scheme
+    _refuse_contradictions(replace(request, group_size=None), name, scheme.bits)
+    return scheme if request.group_size is None else replace(scheme, block_size=_flat_block(request.group_size))
+
+
+def _flat_block(size: int) -> int:
+    """A block size that bitsandbytes has."""
+    if size not in BLOCK_SIZES:
+        raise UsageError(f"--group-size {size}: the blocks of bitsandbytes are {', '.join(map(str, BLOCK_SIZES))}")
+    return size
+
+
+def _default_solver(request: ConversionRequest, scheme: TargetScheme) -> str:
+    if isinstance(scheme, AdditiveScheme):
+        return ADDITIVE_SOLVER
+    if isinstance(scheme, AffineScheme):
+        return "hqq"
+    if isinstance(scheme, FloatScheme) or request.samples == 0:
+        return "rtn"
+    if isinstance(scheme, IntegerScheme) and scheme.bits == NEARLY_EXACT_BITS:
+        return "rtn" if scheme.activations is None else "smoothquant"
+    return find_effort(request.effort).solver
+
+
+def _able(scheme: TargetScheme) -> str:
+    """The solvers that make a scheme, in words."""
+    *first, last = [solver.name for solver in SOLVERS.values() if solver.obstacle(scheme) is None]
+    return f"{', '.join(first)} or {last}" if first else last
 
 
 def _additive_scheme(match: re.Match[str], widths: Mapping[str, int]) -> AdditiveScheme:
@@ -242,9 +312,9 @@ def _choices(widths: Mapping[str, int]) -> str:
     return ", ".join(map(str, usual or divisors or [common]))
 
 
-def _refuse_contradictions(request: ConversionRequest, name: str) -> None:
+def _refuse_contradictions(request: ConversionRequest, name: str, bits: int = 8) -> None:
     checks: dict[str, Callable[[], bool]] = {
-        "--bits": lambda: request.bits not in (None, 8),
+        "--bits": lambda: request.bits not in (None, bits),
         "--group-size": lambda: request.group_size not in (None, PER_ROW),
     }
     for option, contradicts in checks.items():

@@ -34,9 +34,9 @@ from aphroquant.conversion.passed import PassedBlock
 from aphroquant.conversion.plan import ConversionPlan
 from aphroquant.conversion.progress import Progress
 from aphroquant.conversion.source_pass import SourcePass, embedded
-from aphroquant.conversion.targets import is_trainable
 from aphroquant.conversion.training_memory import refusal
 from aphroquant.models.spec import LM_HEAD
+from aphroquant.schemes import FloatScheme
 
 _BYTES_A_WEIGHT = 1.125  # codes of one byte, and their scales
 
@@ -69,7 +69,8 @@ class Branch:
     @property
     def observes(self) -> bool:
         """Whether the source's own activations tell all that it needs."""
-        return not any(map(is_trainable, self.plan.schemes.values()))
+        plain = (not self.plan.solvers[module].needs_second_moment for module in self.plan.schemes)
+        return all(plain) and all(isinstance(scheme, FloatScheme) for scheme in self.plan.schemes.values())
 
     @property
     def compares(self) -> bool:
@@ -107,7 +108,7 @@ def branches(pairs: Sequence[tuple[ConversionPlan, Output]]) -> list[Branch]:
 def numbers_key(plan: ConversionPlan) -> Hashable:
     """Equal for plans of one source that have the same solution."""
     layers = tuple(
-        (module, scheme, plan.solvers[module].name if is_trainable(scheme) else None, plan.calibrates_module(module))
+        (module, scheme, plan.solvers[module].name, plan.calibrates_module(module))
         for module, scheme in plan.schemes.items()
     )
     steps = plan.refine_steps, plan.distill_steps

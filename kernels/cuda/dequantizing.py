@@ -8,8 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from aphroquant.errors import InputError
-from aphroquant.kernels.reference.linear import input_scheme, quantize_dequantize
+from aphroquant.kernels.reference.linear import check_inputs, input_scheme, quantize_dequantize
 from aphroquant.schemes import DenseScheme, QuantizedWeight
 from aphroquant.schemes.rows import split_rows
 
@@ -22,11 +21,7 @@ class DequantizingLinear:
     def __init__(self, weight: QuantizedWeight, bias: Tensor | None, device: torch.device, piece: int = PIECE) -> None:
         self.out_features, self.in_features = weight.shape
         self._activations = input_scheme(weight.scheme)
-        if self._activations is not None and self._activations.bits != 8:
-            raise InputError(
-                f"no kernel rounds inputs to {self._activations.bits}-bit {self._activations.kind}s ({weight.scheme})",
-                hint="convert the checkpoint to a weight-only scheme",
-            )
+        check_inputs(weight.scheme)
         tensors = {name: tensor.to(device) for name, tensor in weight.tensors.items()}
         whole = QuantizedWeight(weight.scheme, tensors, weight.shape)
         self._pieces = list(split_rows(whole, piece))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from aphroquant.calibration.awq import search_scales, weight_magnitudes
+from aphroquant.calibration.awq import Loss, candidates, search_scales, weight_magnitudes
 from aphroquant.calibration.integer_grid import dequantize, min_max_grid, quantize
 from aphroquant.schemes import IntegerScheme
 
@@ -19,9 +19,9 @@ def rounding(weight: Tensor) -> Tensor:
     return dequantize(quantize(weight, grid, SCHEME), grid, SCHEME)
 
 
-def output_loss(x: Tensor, weights: Sequence[Tensor]) -> Callable[[Sequence[Tensor]], float]:
+def output_loss(x: Tensor, weights: Sequence[Tensor]) -> Loss:
     expected = [x @ weight.T for weight in weights]
-    return lambda others: sum(
+    return lambda others, _: sum(
         float((x @ other.T - y).square().mean()) for other, y in zip(others, expected, strict=True)
     )
 
@@ -31,16 +31,18 @@ def test_activation_outliers_get_larger_scales_and_a_smaller_loss() -> None:
     x[:, 3] *= 50
     weights = [torch.randn(32, 64), torch.randn(16, 64)]
     loss = output_loss(x, weights)
-    found = search_scales(weights, x.abs().mean(0), loss, [rounding] * len(weights), group_size=16)
+    found = search_scales(weights, candidates(weights, x.abs().mean(0), group_size=16), loss, [rounding] * len(weights))
     assert found.loss < 0.5 * found.unscaled_loss
     assert found.ratio is not None
     assert int(found.scales.argmax()) == 3
-    assert found.unscaled_loss == loss([rounding(weight) for weight in weights])
-    assert found.loss == loss([rounding(weight * found.scales) / found.scales for weight in weights])
+    assert found.unscaled_loss == loss([rounding(weight) for weight in weights], torch.ones(64))
+    assert found.loss == loss([rounding(weight * found.scales) / found.scales for weight in weights], found.scales)
 
 
 def test_scaling_is_left_alone_where_nothing_is_gained() -> None:
-    found = search_scales([torch.zeros(4, 32)], torch.ones(32), lambda weights: 0.0, [rounding], group_size=16)
+    weights = [torch.zeros(4, 32)]
+    candidate = candidates(weights, torch.ones(32), group_size=16)
+    found = search_scales(weights, candidate, lambda weights, scales: 0.0, [rounding])
     assert found.ratio is None
     assert torch.equal(found.scales, torch.ones(32))
 
@@ -53,7 +55,8 @@ def test_tied_channels_get_equal_scales() -> None:
         halves = channels.view(2, 16)
         return halves.mean(0, keepdim=True).expand_as(halves).reshape(-1)
 
-    found = search_scales([weight], x.abs().mean(0), output_loss(x, [weight]), [rounding], group_size=16, tie=tie)
+    candidate = candidates([weight], x.abs().mean(0), group_size=16, tie=tie)
+    found = search_scales([weight], candidate, output_loss(x, [weight]), [rounding])
     assert torch.equal(found.scales[:16], found.scales[16:])
 
 
@@ -62,7 +65,8 @@ def test_channels_that_never_fire_keep_finite_scales() -> None:
     x[:, 7] = 0
     weight = torch.randn(8, 32)
     weight[:, 9] = 0
-    found = search_scales([weight], x.abs().mean(0), output_loss(x, [weight]), [rounding], group_size=16)
+    candidate = candidates([weight], x.abs().mean(0), group_size=16)
+    found = search_scales([weight], candidate, output_loss(x, [weight]), [rounding])
     assert torch.isfinite(found.scales).all()
     assert bool((found.scales > 0).all())
 

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from aphroquant.calibration import gptq, lookup_grid, rtn
-from aphroquant.calibration.lookup_blocks import join_blocks, split_blocks, table_of
+from aphroquant.calibration.lookup_blocks import join_blocks, split_blocks
 from aphroquant.calibration.lookup_scales import dynamic_map, nest, roomy_global
 from aphroquant.calibration.solution import quadratic_form
 from aphroquant.calibration.statistics import InputStatistics
 from aphroquant.errors import InputError
 from aphroquant.schemes import TABLES, ActivationScheme, LookupScheme, QuantizedWeight
+from aphroquant.schemes.tables import table_of
 
 NF4 = LookupScheme("nf4", 64, "float", flattened=True)
 NF4_DOUBLE = LookupScheme("nf4", 64, "nested", flattened=True)

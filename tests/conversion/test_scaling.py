@@ -8,13 +8,21 @@ from pathlib import Path
 import pytest
 import torch
 
+from aphroquant.calibration.inputs import rounded_inputs
+from aphroquant.calibration.solvers import ChannelScaling
 from aphroquant.checkpoint import Checkpoint, open_checkpoint
 from aphroquant.conversion.calibration_block import CalibrationBlock, load_calibration_block
 from aphroquant.conversion.scaling import BlockScaler
 from aphroquant.models.spec import DOWN, GATE, INPUT_NORM, LINEARS, POST_ATTENTION_NORM, K, O, Q, V
-from aphroquant.schemes import IntegerScheme
+from aphroquant.schemes import ActivationScheme, IntegerScheme, LookupScheme
 
 SCHEME = IntegerScheme(3, 16, False)
+INT8_INPUTS = IntegerScheme(8, None, True, activations=ActivationScheme("int"))
+STATIC_INPUTS = IntegerScheme(8, None, True, activations=ActivationScheme("int", dynamic=False, granularity="tensor"))
+NVFP4_INPUTS = LookupScheme(
+    "e2m1", 16, "e4m3", activations=ActivationScheme("float", 4, granularity="group", group_size=16)
+)
+NF4 = LookupScheme("nf4", 64, "float", flattened=True)
 WINDOW = 16
 FAMILIES = [
     ("llama", {}),
@@ -34,9 +42,16 @@ def forward(block: CalibrationBlock, hidden: torch.Tensor) -> torch.Tensor:
     return hidden + block.block.mlp(block.block.norm(POST_ATTENTION_NORM, hidden))
 
 
-def scale(block: CalibrationBlock, checkpoint: Checkpoint, hidden: torch.Tensor, kept: tuple[str, ...] = ()) -> None:
-    schemes = {module: SCHEME for module in checkpoint.spec.modules() if not (kept and module.endswith(kept))}
-    scaler = BlockScaler(schemes, schemes, lambda name: checkpoint.tensors[name].dtype)
+def scale(
+    block: CalibrationBlock,
+    checkpoint: Checkpoint,
+    hidden: torch.Tensor,
+    kept: tuple[str, ...] = (),
+    scheme: IntegerScheme | LookupScheme = SCHEME,
+    way: ChannelScaling = "awq",
+) -> None:
+    schemes = {module: scheme for module in checkpoint.spec.modules() if not (kept and module.endswith(kept))}
+    scaler = BlockScaler(schemes, dict.fromkeys(schemes, way), lambda name: checkpoint.tensors[name].dtype)
     scaler.scale_attention(block, block.block.norm(INPUT_NORM, hidden))
     after = hidden + block.attention(block.block.norm(INPUT_NORM, hidden))
     scaler.scale_mlp(block, block.block.norm(POST_ATTENTION_NORM, after))
@@ -56,6 +71,34 @@ def test_the_block_computes_the_same_function(
     assert len(changed) >= 3, changed  # scaling may be best left alone here and there
     worst = float((forward(block, hidden) - before).abs().max() / before.abs().max())
     assert worst < 1e-5, worst
+
+
+@pytest.mark.parametrize("way", ["awq", "smoothquant"])
+@pytest.mark.parametrize("scheme", [INT8_INPUTS, STATIC_INPUTS, NVFP4_INPUTS, NF4], ids=str)
+def test_the_block_computes_the_same_function_whatever_the_scheme(
+    tiny_checkpoint: Callable[..., Path], scheme: IntegerScheme | LookupScheme, way: ChannelScaling
+) -> None:
+    checkpoint = opened(tiny_checkpoint, "llama", {})
+    hidden = torch.randn(4 * WINDOW, 64) * torch.logspace(-1, 1, 64)
+    block = load_calibration_block(checkpoint, 1, WINDOW)
+    before = forward(block, hidden)
+    scale(block, checkpoint, hidden, scheme=scheme, way=way)
+    assert block.changed
+    worst = float((forward(block, hidden) - before).abs().max() / before.abs().max())
+    assert worst < 1e-5, worst
+
+
+def test_smoothquant_takes_magnitude_out_of_the_largest_channels(tiny_checkpoint: Callable[..., Path]) -> None:
+    checkpoint = opened(tiny_checkpoint, "llama", {})
+    block = load_calibration_block(checkpoint, 0, WINDOW)
+    block.norms[INPUT_NORM][5] *= 100
+    hidden = torch.randn(4 * WINDOW, 64)
+    before = rounded_inputs(block.block.norm(INPUT_NORM, hidden), INT8_INPUTS)
+    scale(block, checkpoint, hidden, scheme=INT8_INPUTS, way="smoothquant")
+    after = block.block.norm(INPUT_NORM, hidden)
+    others = [channel for channel in range(64) if channel != 5]
+    spread = [float(x[:, 5].abs().max() / x[:, others].abs().max()) for x in (before, after)]
+    assert spread[1] < 0.2 * spread[0]
 
 
 def test_the_source_is_not_modified(tiny_checkpoint: Callable[..., Path]) -> None:

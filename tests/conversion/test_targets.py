@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 
+from aphroquant.calibration.solvers import SOLVERS
 from aphroquant.conversion.request import ConversionRequest
 from aphroquant.conversion.targets import needs_calibration, resolve_scheme, resolve_solver, scheme_names
 from aphroquant.errors import UsageError
+from aphroquant.formats import format_class
 from aphroquant.schemes import FloatScheme, IntegerScheme
 
 SMOLLM = {"model.layers.0.self_attn.q_proj": 576, "model.layers.0.mlp.down_proj": 1536}
@@ -60,10 +62,72 @@ def test_what_a_target_cannot_hold_is_refused(to: str, options: dict[str, Any], 
     assert caught.value.message.startswith(message)
 
 
-@pytest.mark.parametrize("to", ["awq", "gptq", "fp8", "compressed-tensors"])
-def test_every_listed_scheme_resolves(to: str) -> None:
+@pytest.mark.parametrize("to", ["awq", "gptq", "fp8", "compressed-tensors", "modelopt", "bitsandbytes", "hqq"])
+def test_every_listed_scheme_has_a_solver_and_a_place(to: str) -> None:
     for name in scheme_names(to):
-        assert isinstance(resolve_scheme(asked(to, scheme=name), WIDE), IntegerScheme | FloatScheme)
+        scheme = resolve_scheme(asked(to, scheme=name), WIDE)
+        solver = resolve_solver(asked(to, scheme=name), scheme)
+        assert solver.obstacle(scheme) is None
+        assert format_class(to).for_schemes({"model.layers.0.self_attn.q_proj": scheme}, [])
+
+
+@pytest.mark.parametrize(
+    ("to", "options", "expected"),
+    [
+        ("bitsandbytes", {"bits": 4}, "nf4 g64 flat"),
+        ("bitsandbytes", {"scheme": "nf4-dq", "group_size": 128}, "nf4 g128 double-quantized flat"),
+        ("bitsandbytes", {}, "int8 sym channel"),
+        ("modelopt", {"bits": 4}, "e2m1 g16 e4m3 x float4 inputs"),
+        ("hqq", {"solver": "hqq", "group_size": 64}, "int4 real zeros g64"),
+        ("hqq", {"group_size": 64}, "int4 asym g64"),
+    ],
+)
+def test_bits_sizes_and_solvers_choose_among_the_schemes_of_a_target(
+    to: str, options: dict[str, Any], expected: str
+) -> None:
+    assert str(resolve_scheme(asked(to, **options), WIDE)) == expected
+
+
+@pytest.mark.parametrize(
+    ("to", "options", "message"),
+    [
+        ("bitsandbytes", {"scheme": "nf4", "group_size": 48}, "the blocks of bitsandbytes are 32, 64"),
+        ("bitsandbytes", {"scheme": "nf4", "bits": 8}, "--bits does not go with the scheme nf4"),
+        ("compressed-tensors", {"scheme": "nvfp4", "group_size": 32}, "--group-size does not go with the scheme nvfp4"),
+        ("hqq", {"solver": "hqq", "symmetric": True}, "solver hqq finds zero points"),
+    ],
+)
+def test_settings_that_a_scheme_fixes_are_refused(to: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        resolve_scheme(asked(to, **options), WIDE)
+
+
+@pytest.mark.parametrize(
+    ("to", "options", "message"),
+    [
+        (
+            "compressed-tensors",
+            {"scheme": "nvfp4a16", "solver": "smoothquant"},
+            "solver smoothquant is about the rounding",
+        ),
+        (
+            "compressed-tensors",
+            {"scheme": "w8a8-int8", "solver": "hqq"},
+            "solver hqq finds zero points, which int8 sym",
+        ),
+        ("bitsandbytes", {"scheme": "nf4", "solver": "aqlm"}, "solver aqlm makes sums of codebook vectors, not nf4"),
+    ],
+)
+def test_solvers_refuse_schemes_that_they_are_not_for(to: str, options: dict[str, Any], message: str) -> None:
+    request = asked(to, **options)
+    with pytest.raises(UsageError, match=message):
+        resolve_solver(request, resolve_scheme(request, WIDE))
+
+
+def test_inputs_of_eight_bits_are_smoothed_where_there_is_data() -> None:
+    scheme = resolve_scheme(asked("compressed-tensors", scheme="w8a8-int8"), WIDE)
+    assert resolve_solver(asked("compressed-tensors"), scheme).name == "smoothquant"
+    assert resolve_solver(asked("compressed-tensors", samples=0), scheme).name == "rtn"
 
 
 def test_the_default_solver_depends_on_the_bits_and_the_samples() -> None:
@@ -79,7 +143,7 @@ def test_solvers_that_need_data_refuse_to_go_without() -> None:
 
 
 def test_integer_solvers_do_not_make_fp8() -> None:
-    with pytest.raises(UsageError, match="solver awq makes integer codes, not FP8"):
+    with pytest.raises(UsageError, match="solver awq makes integer codes and codes into tables, not fp8 per tensor"):
         resolve_solver(asked("fp8", solver="awq"), FloatScheme("tensor"))
     with pytest.raises(UsageError, match="unknown solver"):
         resolve_solver(asked("fp8", solver="magic"), FloatScheme("tensor"))
@@ -96,6 +160,10 @@ def test_only_what_looks_at_activations_needs_calibration() -> None:
     assert isinstance(dynamic, FloatScheme)
     assert needs_calibration(static, solver, 128)
     assert not needs_calibration(dynamic, solver, 128)
+    assert needs_calibration(dynamic, SOLVERS["gptq"], 128)
+    assert not needs_calibration(IntegerScheme(4, 64, False), SOLVERS["mse"], 128)
+    nvfp4 = resolve_scheme(asked("compressed-tensors", scheme="nvfp4"), WIDE)
+    assert needs_calibration(nvfp4, SOLVERS["mse"], 0)  # its inputs have a scale of the whole tensor
 
 
 @pytest.mark.parametrize(
