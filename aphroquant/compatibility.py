@@ -41,6 +41,11 @@ class Support(NamedTuple):
     def is_tried(self) -> bool:
         return isinstance(self.evidence, Row)
 
+    @property
+    def is_documented(self) -> bool:
+        """Whether all that is known of it is what the engine's makers say."""
+        return not self.is_tried and bool(self.evidence)
+
 
 def _tried(engine: str, format: str, schemes: str, case: str, *, library: str = "", needs: str = "") -> Support:
     return Support(engine, format, schemes, Row(library or engine, case), needs=needs)

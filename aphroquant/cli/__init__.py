@@ -14,6 +14,7 @@ from aphroquant.errors import EXIT_INTERRUPTED, AphroquantError, is_out_of_memor
 
 COMMANDS = {
     "convert": "Quantize a checkpoint.",
+    "plan": "Say what a conversion will give and take.",
     "eval": "Measure a quantized model against its base.",
     "inspect": "Show what a checkpoint is made of.",
     "verify": "Check that the files of an output are those that were written.",

@@ -20,8 +20,10 @@ from aphroquant.calibration.statistics import InputStatistics
 from aphroquant.checkpoint import Checkpoint
 from aphroquant.checkpoint.hashes import FileRecord
 from aphroquant.conversion.blocks import SolvedBlock
+from aphroquant.conversion.gguf_plan import GgufPlan
 from aphroquant.conversion.plan import ConversionPlan
 from aphroquant.conversion.progress import Progress
+from aphroquant.conversion.repack import RepackPlan
 from aphroquant.conversion.request import ConversionRequest
 from aphroquant.conversion.result import ConversionResult
 
@@ -30,7 +32,10 @@ class Conversion(ABC):
     """One output. Times its stages, and gathers what the report needs.
 
     `reason` is why the source's own numbers cannot stay, when that is known already: then they are quantized anew.
+    `plan` is there as soon as the conversion is.
     """
+
+    plan: ConversionPlan | RepackPlan | GgufPlan
 
     def __init__(
         self, request: ConversionRequest, checkpoint: Checkpoint, progress: Progress, *, reason: str | None = None

@@ -20,7 +20,7 @@ from aphroquant.checkpoint.hashes import FileRecord
 from aphroquant.checkpoint.writer import json_text
 from aphroquant.conversion.ahead import in_order
 from aphroquant.conversion.conversion import Conversion
-from aphroquant.conversion.gguf_plan import make_gguf_plan
+from aphroquant.conversion.gguf_plan import GgufPlan, make_gguf_plan
 from aphroquant.conversion.gguf_rows import encoded_rows, pieces
 from aphroquant.conversion.gguf_types import label
 from aphroquant.conversion.loss import (
@@ -46,6 +46,8 @@ _OF_THE_ENCODING = ("quantize.",)  # how the old numbers were found
 
 class GgufConversion(Conversion):
     """One run with a GGUF file as its output."""
+
+    plan: GgufPlan
 
     def __init__(
         self, request: ConversionRequest, checkpoint: Checkpoint, progress: Progress, *, reason: str | None = None

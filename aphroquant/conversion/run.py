@@ -152,13 +152,15 @@ def convert_all(
     The `job` of all of them is beside the first that calibrates, if no place is given.
     """
     assert requests and len({request.source for request in requests}) == 1
-    checkpoint, say = _opened(requests), progress or Progress()
+    checkpoint, say = opened_source(requests), progress or Progress()
     reasons: list[str | None] = [None] * len(requests)
     while True:
         conversions = []
         try:
             for index, request in enumerate(requests):
-                conversions.append(_planned(request, checkpoint, say.of(request, len(requests)), reasons[index]))
+                conversions.append(
+                    planned_conversion(request, checkpoint, say.of(request, len(requests)), reasons[index])
+                )
             check_together(conversions)
             if dry_run:
                 return [conversion.preview() for conversion in conversions]
@@ -173,7 +175,7 @@ def convert_all(
             reasons[index] = error.message
 
 
-def _opened(requests: Sequence[ConversionRequest]) -> Checkpoint:
+def opened_source(requests: Sequence[ConversionRequest]) -> Checkpoint:
     """The source of all of them, rotated if they ask for it."""
     checkpoint, first = open_checkpoint(requests[0].source), requests[0]
     if len({(request.rotate, request.seed if request.rotate else 0) for request in requests}) > 1:
@@ -181,7 +183,10 @@ def _opened(requests: Sequence[ConversionRequest]) -> Checkpoint:
     return RotatedCheckpoint(checkpoint, first.seed) if first.rotate else checkpoint
 
 
-def _planned(request: ConversionRequest, checkpoint: Checkpoint, progress: Progress, reason: str | None) -> Conversion:
+def planned_conversion(
+    request: ConversionRequest, checkpoint: Checkpoint, progress: Progress, reason: str | None
+) -> Conversion:
+    """A conversion that is checked and not begun. `reason` is why the source's own numbers cannot stay, if known."""
     kind = GgufConversion if request.to == "gguf" else _Conversion
     conversion = kind(request, checkpoint, progress, reason=reason)
     if isinstance(checkpoint, RotatedCheckpoint):
@@ -191,6 +196,8 @@ def _planned(request: ConversionRequest, checkpoint: Checkpoint, progress: Progr
 
 class _Conversion(Conversion):
     """One run with a directory of safetensors as its output."""
+
+    plan: Plan
 
     def __init__(
         self, request: ConversionRequest, checkpoint: Checkpoint, progress: Progress, *, reason: str | None = None

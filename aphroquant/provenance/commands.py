@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 from aphroquant.compatibility import Support
 from aphroquant.conversion.rules import ModuleRule
 
-_FLAGS = ("requantize",)
 _TITLES = {"aphroquant": "aphroquant", "transformers": "transformers", "vllm": "vLLM", "sglang": "SGLang"}
 _LEFT_OUT = ("source", "device")
 
@@ -36,7 +35,7 @@ def _option(name: str, value: Any) -> list[str]:
     flag = f"--{name.replace('_', '-')}"
     if name == "symmetric":
         return ["--symmetric" if value else "--asymmetric"]
-    if name in _FLAGS:
+    if isinstance(value, bool):
         return [flag] if value else []
     if name == "rules":
         return [word for rule in value for word in ("--rule", str(ModuleRule(**rule)))]
@@ -76,5 +75,5 @@ def _command(entry: Support, name: str) -> tuple[str, str]:
 
 def _note(entry: Support) -> str:
     needs = f"needs {entry.needs}" if entry.needs else ""
-    known = "" if entry.engine == "aphroquant" or entry.is_tried else f"by its [documentation]({entry.evidence})"
+    known = f"by its [documentation]({entry.evidence})" if entry.is_documented else ""
     return "; ".join(filter(None, (needs, known)))
