@@ -63,7 +63,7 @@ def command(
 
 
 def _request(options: dict[str, Any]) -> Any:
-    from aphroquant.conversion.arguments import make_request
+    from aphroquant.planning.requests import make_request
 
     if options["to"] is None:
         raise UsageError("--to is missing", hint="give the format of the output, as to convert")

@@ -14,13 +14,13 @@ from safetensors import safe_open
 import aphroquant
 from aphroquant.checkpoint import open_checkpoint
 from aphroquant.cli import run
-from aphroquant.conversion.arguments import make_request
 from aphroquant.errors import UsageError
 from aphroquant.planning.estimate import Estimate, estimate
 from aphroquant.planning.excerpt import write_excerpt
 from aphroquant.planning.gpus import GPUS
 from aphroquant.planning.plan import Plan, plan
 from aphroquant.planning.report import plan_text
+from aphroquant.planning.requests import make_request
 from aphroquant.planning.trial import Trial
 
 Tiny = Callable[..., Path]
