@@ -2,7 +2,8 @@
 
 For each problem that kernels/cuda/*/tuning.py list, all candidates are timed briefly, and the best few again at length,
 while those of the problems behind it are compiled in the background. A candidate whose result differs from the others'
-is told and never chosen. When time runs out, the problems that are left keep what an older table says of them.
+is told and never chosen. Problems that are left out, or left when time runs out, keep what an older table says of them:
+that of this GPU, or else of another one with the same architecture.
 """
 
 from __future__ import annotations
@@ -104,8 +105,8 @@ def tune(
     save: Callable[[list[Entry]], None],
 ) -> list[Entry]:
     """The fastest plan of each problem. What was found so far is saved after each one."""
-    exact = table_path(tunable.name, found.name, tables).is_file()  # and not that of a similar GPU
-    table = load_table(tunable.name, found.name, found.architecture, tables) if exact else ()
+    own = tables if table_path(tunable.name, found.name, tables).is_file() else TABLES
+    table = load_table(tunable.name, found.name, found.architecture, own)
     older = {entry.problem: entry for entry in table}
     plans = [_plans(tunable, problem, older.get(problem)) for problem in problems]
     compilation = Compilation()

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from aphroquant.kernels.cuda.device import Gpu
-from aphroquant.kernels.cuda.tuning import Entry, Problem, Tunable, load_table
+from aphroquant.kernels.cuda.tuning import Entry, Problem, Tunable, load_table, plan_dict, table_path, write_table
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "tune_kernels.py"
 GPU = Gpu(0, "Test GPU", (9, 0), 1 << 30, 132, 1 << 20)
@@ -136,3 +136,21 @@ def test_only_what_is_asked_for_is_measured(
     assert script.main() == 0
     load_table.cache_clear()
     assert [entry.problem.tokens for entry in load_table("decode", GPU.name, GPU.architecture, tmp_path)] == [16]
+
+
+def test_a_gpu_without_a_table_begins_with_that_of_a_similar_one(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked_in = tmp_path / "checked-in"
+    entries = [Entry(problem, plan_dict(Plan(1.0)), 1.0) for problem in PROBLEMS]
+    write_table(table_path("decode", "Another GPU", checked_in), "Another GPU", GPU.architecture, {}, entries)
+    monkeypatch.setattr(script, "TABLES", checked_in)
+    monkeypatch.setattr(script, "all_tunables", lambda: [_tunable(Plan(3.0))])
+    arguments = ["tune_kernels", "--tables", str(tmp_path / "own"), "--tokens", "16"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    load_table.cache_clear()
+    assert script.main() == 0
+    load_table.cache_clear()
+    table = load_table("decode", GPU.name, GPU.architecture, tmp_path / "own")
+    assert [entry.problem.tokens for entry in table] == [1, 16]  # the first was not asked for, and is kept
+    assert table[1].plan["microseconds"] == 1.0  # the other GPU's plan was tried, too
