@@ -13,7 +13,9 @@ DEFAULT_EFFORT = "normal"
 
 @dataclass(frozen=True)
 class Effort:
-    """`samples` windows of text, `refine_steps` a block, `distill_steps` of the whole model. `cost` is for the user."""
+    """`samples` windows of text, `refine_steps` a block, `distill_steps` of the whole model.
+
+    `allocation_tries` choices of bits are measured besides the estimated one. `cost` is for the user."""
 
     name: str
     solver: str
@@ -21,14 +23,15 @@ class Effort:
     refine_steps: int
     distill_steps: int
     cost: str
+    allocation_tries: int = 0
 
 
 EFFORTS: Mapping[str, Effort] = {
     effort.name: effort
     for effort in (
         Effort("fast", "awq-gptq", 32, 0, 0, "a quarter of the text"),
-        Effort("normal", "awq-gptq", 128, 0, 0, "about two minutes on 2 cores"),
-        Effort("best", "awq-gptq", 128, 300, 200, "training steps as well, meant for a GPU"),
+        Effort("normal", "awq-gptq", 128, 0, 0, "about two minutes on 2 cores", allocation_tries=12),
+        Effort("best", "awq-gptq", 128, 300, 200, "training steps as well, meant for a GPU", allocation_tries=40),
     )
 }
 

@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bars
 
 from aphroquant.calibration.effort import DEFAULT_EFFORT, EFFORTS
+from aphroquant.cli.byte_amount import ByteAmount
 from aphroquant.cli.json_report import STANDARD_OUTPUT, check_json_target, write_json
 from aphroquant.conversion.progress import Progress
 from aphroquant.errors import UsageError
@@ -41,6 +42,20 @@ TARGETS = (
 )
 
 
+class _Bits(click.ParamType[int | float]):
+    """A whole number of bits, or, with a point, an average."""
+
+    name = "number"
+
+    def convert(self, value: str | float, param: click.Parameter | None, ctx: click.Context | None) -> int | float:
+        if isinstance(value, int | float):
+            return value
+        try:
+            return float(value) if "." in value else int(value)
+        except ValueError:
+            self.fail(f"{value!r} is no number of bits; write 4, or 3.5 for an average", param, ctx)
+
+
 @click.command()
 @click.argument("source")
 @click.option("--to", required=True, metavar="|".join(TARGETS), help="Format of the output.")
@@ -50,7 +65,15 @@ TARGETS = (
     metavar="PATH",
     help="Directory to make; for gguf also a file.",
 )
-@click.option("--bits", type=int, help="Bits of a weight. Default: 4.")
+@click.option(
+    "--bits",
+    type=_Bits(),
+    help="Bits of a weight. With a point (3.5, 4.0): their average, scales and zero points included, for which each "
+    "layer gets bits of its own. Default: 4.",
+)
+@click.option(
+    "--size", type=ByteAmount(), help="The same for all tensors together, such as 2.5GiB, in place of --bits."
+)
 @click.option(
     "--group-size", type=int, help="Weights that share a scale; -1: a whole row. Default: 128, 64 or 32, what fits."
 )
@@ -125,7 +148,8 @@ def command(
     source: str,
     to: str,
     out: str,
-    bits: int | None,
+    bits: int | float | None,
+    size: int | None,
     group_size: int | None,
     symmetric: bool | None,
     scheme: str | None,
@@ -171,6 +195,7 @@ def command(
             out=out,
             scheme=scheme,
             bits=bits,
+            size=size,
             group_size=group_size,
             symmetric=symmetric,
             solver=solver,

@@ -2,29 +2,12 @@
 
 from __future__ import annotations
 
-import re
-
 import click
 
+from aphroquant.cli.byte_amount import ByteAmount
 from aphroquant.engine.types import EngineConfig
 from aphroquant.server.logs import set_up_logging
 from aphroquant.server.settings import LOG_LEVELS, ServerSettings
-
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
-
-
-class _Memory(click.ParamType[int]):
-    """An amount of memory: bytes, or with a unit such as 512MiB or 4GB."""
-
-    name = "memory"
-
-    def convert(self, value: str | int, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        if isinstance(value, int):
-            return value
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]i?)?b?", value.strip().lower())
-        if match is None:
-            self.fail(f"{value!r} is not an amount of memory; write bytes, 512MiB or 4GB", param, ctx)
-        return int(float(match[1]) * _UNITS[match[2] or ""])
 
 
 @click.command()
@@ -47,7 +30,7 @@ class _Memory(click.ParamType[int]):
     type=click.Choice(["auto", "float32", "bfloat16", "float16", "fp8_e4m3", "int8_per_token_head"]),
     help="Number format of the KV cache.",
 )
-@click.option("--kv-cache-memory", type=_Memory(), help="Size of the KV cache, such as 4GiB.  [default: a share]")
+@click.option("--kv-cache-memory", type=ByteAmount(), help="Size of the KV cache, such as 4GiB.  [default: a share]")
 @click.option("--max-model-len", type=click.IntRange(1), help="Longest prompt and answer together, in tokens.")
 @click.option("--max-num-seqs", default=64, show_default=True, type=click.IntRange(1), help="Answers at a time.")
 @click.option(

@@ -19,6 +19,7 @@ from aphroquant.calibration.data import CalibrationData
 from aphroquant.calibration.statistics import InputStatistics
 from aphroquant.checkpoint import Checkpoint
 from aphroquant.checkpoint.hashes import FileRecord
+from aphroquant.conversion.allocation.choosing import choose_widths
 from aphroquant.conversion.blocks import SolvedBlock
 from aphroquant.conversion.gguf_plan import GgufPlan
 from aphroquant.conversion.plan import ConversionPlan
@@ -33,17 +34,27 @@ class Conversion(ABC):
 
     `reason` is why the source's own numbers cannot stay, when that is known already: then they are quantized anew.
     `plan` is there as soon as the conversion is.
+    `resolved` is the request with the bits of each layer in its rules, where they were to be chosen.
+    Without `measures` (a dry run) widths that are to be chosen are guessed.
     """
 
     plan: ConversionPlan | RepackPlan | GgufPlan
 
     def __init__(
-        self, request: ConversionRequest, checkpoint: Checkpoint, progress: Progress, *, reason: str | None = None
+        self,
+        request: ConversionRequest,
+        checkpoint: Checkpoint,
+        progress: Progress,
+        *,
+        reason: str | None = None,
+        measures: bool = True,
     ) -> None:
-        self.request = request
+        self.request = self.resolved = request
         self.checkpoint = checkpoint
         self.progress = progress
         self.reason = reason
+        self.allocation: dict[str, Any] = {}
+        self._measures = measures
         self.timings: dict[str, float] = {}
         self.warnings: list[str] = []
         self.notes: list[str] = []
@@ -102,6 +113,17 @@ class Conversion(ABC):
     def finish(self, data: CalibrationData | None, source_files: Mapping[str, FileRecord]) -> ConversionResult:
         """Give the output its name. `data` is None if it saw no calibration text."""
 
+    def allocate(self) -> None:
+        """Choose the bits of each layer, if the request leaves them to a budget."""
+        if not self.request.is_allocated:
+            return
+        with self.timed("allocation"):
+            found = choose_widths(self.checkpoint, self.request, self.progress, measures=self._measures)
+        self.resolved, self.allocation = found
+        bits, widths = self.allocation["bits_per_weight"], self.allocation["widths"]
+        told = ", ".join(f"{count} layers {label}" for label, count in widths.items())
+        self.note(f"{'guessed' if not self._measures else 'chosen'} bits: {bits:.3f} on average; {told}")
+
     def note(self, text: str) -> None:
         self.notes.append(text)
         self.progress.note(text)
@@ -123,6 +145,7 @@ class Conversion(ABC):
             "out": str(self.request.out),
             "to": self.request.to,
             "source_bytes": self.checkpoint.num_bytes,
+            "allocation": self.allocation,
             "seconds": time.monotonic() - self.started,
             "peak_memory_bytes": peak_memory(),
             "warnings": tuple(self.warnings),

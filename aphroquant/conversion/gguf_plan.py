@@ -81,6 +81,11 @@ class GgufPlan:
     def num_bytes(self) -> int:
         return sum(_num_bytes(tensor) for tensor in self.tensors.values())
 
+    @cached_property
+    def module_bytes(self) -> dict[str, int]:
+        """Of each matrix, quantized or not."""
+        return {module: _num_bytes(self.tensors[f"{module}.weight"]) for module in self.types}
+
     @property
     def bits_per_weight(self) -> float:
         """Of the quantized matrices; of all, if none is quantized."""
@@ -118,13 +123,15 @@ class GgufPlan:
         return {module: self.types[module] for module in self.checkpoint.spec.modules() if module in self.types}
 
 
-def make_gguf_plan(checkpoint: Checkpoint, request: ConversionRequest, reason: str | None) -> GgufPlan:
+def make_gguf_plan(
+    checkpoint: Checkpoint, request: ConversionRequest, reason: str | None, *, checks_disk: bool = True
+) -> GgufPlan:
     """The plan. LossError if the source is quantized in numbers that GGUF, or the request, does not keep, unless
     `reason` says that they need not stay."""
     shapes, left_out = _placed(checkpoint)
     kept = frozenset(matched_modules(request.ignore, [name.removesuffix(".weight") for name in shapes]))
     by_rule: dict[str, str] = {}
-    if reason is None and _quantized(checkpoint):
+    if keeps_numbers(checkpoint, reason):
         types_name, types = None, _exact_types(checkpoint, request, shapes)
         exact = frozenset(_quantized(checkpoint))
         integers = [module for module in exact if isinstance(checkpoint.schemes()[module], IntegerScheme)]
@@ -145,8 +152,14 @@ def make_gguf_plan(checkpoint: Checkpoint, request: ConversionRequest, reason: s
         types_name,
         by_rule,
     )
-    check_disk(plan.path, plan.num_bytes)
+    if checks_disk:
+        check_disk(plan.path, plan.num_bytes)
     return plan
+
+
+def keeps_numbers(checkpoint: Checkpoint, reason: str | None) -> bool:
+    """Whether a source's own numbers are to stay: it is quantized, and no `reason` against it is known."""
+    return reason is None and bool(_quantized(checkpoint))
 
 
 def weight_only(weight: QuantizedWeight) -> QuantizedWeight:
@@ -209,7 +222,7 @@ def _check_asked(
     request: ConversionRequest, module: str, scheme: Scheme, kind: BlockType, columns: int, spec: DecoderSpec
 ) -> None:
     """LossError if the request asks for other numbers than those of a layer, which is `kind` in a GGUF file."""
-    if request.scheme is not None or request.bits in BY_BITS:
+    if request.scheme is not None or request.whole_bits in BY_BITS:
         name = resolve_types(replace(request, group_size=None, symmetric=None, solver=None))
         if name == _UNROUNDED or type_of(name, module, columns, spec) == kind.name:
             request = replace(request, scheme=None, bits=None)

@@ -20,7 +20,7 @@ from aphroquant.checkpoint.hashes import FileRecord
 from aphroquant.checkpoint.writer import json_text
 from aphroquant.conversion.ahead import in_order
 from aphroquant.conversion.conversion import Conversion
-from aphroquant.conversion.gguf_plan import GgufPlan, make_gguf_plan
+from aphroquant.conversion.gguf_plan import GgufPlan, keeps_numbers, make_gguf_plan
 from aphroquant.conversion.gguf_rows import encoded_rows, pieces
 from aphroquant.conversion.gguf_types import label
 from aphroquant.conversion.loss import (
@@ -50,14 +50,22 @@ class GgufConversion(Conversion):
     plan: GgufPlan
 
     def __init__(
-        self, request: ConversionRequest, checkpoint: Checkpoint, progress: Progress, *, reason: str | None = None
+        self,
+        request: ConversionRequest,
+        checkpoint: Checkpoint,
+        progress: Progress,
+        *,
+        reason: str | None = None,
+        measures: bool = True,
     ) -> None:
-        super().__init__(request, checkpoint, progress, reason=reason)
+        super().__init__(request, checkpoint, progress, reason=reason, measures=measures)
         self._num_rescaled = 0
         self._squared = [0.0, 0.0]  # of errors, and of the weights that have them
         with self.timed("plan"):
             check_complete(checkpoint)
-            self.plan = make_gguf_plan(checkpoint, request, reason)
+            if not keeps_numbers(checkpoint, reason):
+                self.allocate()
+            self.plan = make_gguf_plan(checkpoint, self.resolved, reason)
             self._check_output()
             self._writer = self._make_writer()
             self._tell_plan()

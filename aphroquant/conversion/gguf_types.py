@@ -54,19 +54,21 @@ def resolve_types(request: ConversionRequest) -> str:
             hint="leave it out; --calibration FILE lets them weigh errors by the inputs of each layer",
         )
     if request.scheme is None:
-        if request.bits is None:
+        if request.whole_bits is None:
             return DEFAULT
-        if request.bits not in BY_BITS:
-            raise UsageError(f"gguf has types of {_listed(BY_BITS)} bits, not of {request.bits}", hint=_known())
-        return BY_BITS[request.bits]
+        if request.whole_bits not in BY_BITS:
+            raise UsageError(f"gguf has types of {_listed(BY_BITS)} bits, not of {request.whole_bits}", hint=_known())
+        return BY_BITS[request.whole_bits]
     name = request.scheme.lower()
     if name not in type_names():
         near = difflib.get_close_matches(name, type_names(), n=1)
         raise UsageError(
             f"gguf has no scheme {request.scheme!r}", hint=(f"Did you mean {near[0]!r}? " if near else "") + _known()
         )
-    if request.bits is not None and BY_BITS.get(request.bits) != name:
-        raise UsageError(f"--bits {request.bits} does not go with --scheme {request.scheme}, which fixes the bits")
+    if request.whole_bits is not None and BY_BITS.get(request.whole_bits) != name:
+        raise UsageError(
+            f"--bits {request.whole_bits} does not go with --scheme {request.scheme}, which fixes the bits"
+        )
     return name
 
 

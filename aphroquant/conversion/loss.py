@@ -34,6 +34,7 @@ def contradiction(request: ConversionRequest, scheme: Scheme) -> str | None:
         f"--solver {request.solver}": request.solver is not None,
         "--ignore": bool(request.ignore),
         "--rule": bool(request.rules),
+        "--size": request.size is not None,
         "--calibration": bool(request.calibration),
         "--refine-steps": bool(request.refine_steps),
         "--distill-steps": bool(request.distill_steps),
@@ -51,7 +52,7 @@ def _settings(request: ConversionRequest, scheme: Scheme) -> dict[str, bool]:
         bits, symmetric = scheme.bits, scheme.symmetric
         size = PER_ROW if scheme.group_size is None else scheme.group_size
     return {
-        f"--bits {request.bits}": request.bits not in (None, bits),
+        f"--bits {request.bits}": request.whole_bits not in (None, bits) or request.average_bits is not None,
         f"--group-size {request.group_size}": request.group_size not in (None, size),
         "--symmetric" if request.symmetric else "--asymmetric": request.symmetric not in (None, symmetric),
     }

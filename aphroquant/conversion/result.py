@@ -12,7 +12,8 @@ class ConversionResult:
 
     `mode` is "quantize" of a dense source, "repack" if a quantized source's own numbers were kept bit for bit, or
     "requantize" if they were not; `outcome` says it in a sentence, with the reason. `modules` maps each quantized
-    module to what its solver reported; `scaling` and `refinement` say it of blocks, `distillation` of the model.
+    module to what its solver reported; `scaling` and `refinement` say it of blocks, `distillation` of the model,
+    `allocation` how the bits of layers were chosen.
     Errors are squared and relative: `mean_relative_error` of the layers' outputs,
     `weight_relative_error` of the weights. `seconds` and `peak_memory_bytes` are measured (0 in a dry run).
     """
@@ -39,6 +40,7 @@ class ConversionResult:
     scaling: dict[str, dict[str, Any]] = field(default_factory=dict)
     refinement: dict[str, dict[str, Any]] = field(default_factory=dict)
     distillation: dict[str, Any] = field(default_factory=dict)
+    allocation: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, as JSON can hold them."""

@@ -71,7 +71,8 @@ def convert(
     to: str,
     out: str | Path,
     scheme: str | None = None,
-    bits: int | None = None,
+    bits: int | float | None = None,
+    size: int | None = None,
     group_size: int | None = None,
     symmetric: bool | None = None,
     solver: str | None = None,
@@ -103,6 +104,8 @@ def convert(
     `device` calibrates and solves: "auto" (a GPU if there is one), "cpu" or "cuda".
     `effort` is "fast", "normal" or "best": it decides what is left out of `solver`, `samples`, `refine_steps` (steps of
     training a block against the source's) and `distill_steps` (of the whole model against the source's logits).
+    `bits` as a float (3.5) is an average, scales and zero points included, and `size` the bytes of all tensors: then
+    the bits of each layer are chosen for the least divergence, of those widths that `to` can hold.
     `rules` give some modules another scheme or solver, or leave them dense: "down_proj: bits=8", "layers[0:2]: keep".
     `job` is the directory in which a calibrated conversion keeps what is done, so that the same call goes on after a
     kill; left out it is `.NAME.job` beside `out`, and with False nothing is kept. It is removed in the end.
@@ -118,6 +121,7 @@ def convert(
         out=Path(out),
         scheme=scheme,
         bits=bits,
+        size=size,
         group_size=group_size,
         symmetric=symmetric,
         solver=solver,
@@ -159,7 +163,9 @@ def convert_all(
         try:
             for index, request in enumerate(requests):
                 conversions.append(
-                    planned_conversion(request, checkpoint, say.of(request, len(requests)), reasons[index])
+                    planned_conversion(
+                        request, checkpoint, say.of(request, len(requests)), reasons[index], measures=not dry_run
+                    )
                 )
             check_together(conversions)
             if dry_run:
@@ -184,11 +190,13 @@ def opened_source(requests: Sequence[ConversionRequest]) -> Checkpoint:
 
 
 def planned_conversion(
-    request: ConversionRequest, checkpoint: Checkpoint, progress: Progress, reason: str | None
+    request: ConversionRequest, checkpoint: Checkpoint, progress: Progress, reason: str | None, *, measures: bool
 ) -> Conversion:
-    """A conversion that is checked and not begun. `reason` is why the source's own numbers cannot stay, if known."""
+    """A conversion that is checked and not begun. `reason` is why the source's own numbers cannot stay, if known.
+
+    Without `measures` bits that are to be chosen are guessed."""
     kind = GgufConversion if request.to == "gguf" else _Conversion
-    conversion = kind(request, checkpoint, progress, reason=reason)
+    conversion = kind(request, checkpoint, progress, reason=reason, measures=measures)
     if isinstance(checkpoint, RotatedCheckpoint):
         conversion.note(checkpoint.description)
     return conversion
@@ -200,9 +208,15 @@ class _Conversion(Conversion):
     plan: Plan
 
     def __init__(
-        self, request: ConversionRequest, checkpoint: Checkpoint, progress: Progress, *, reason: str | None = None
+        self,
+        request: ConversionRequest,
+        checkpoint: Checkpoint,
+        progress: Progress,
+        *,
+        reason: str | None = None,
+        measures: bool = True,
     ) -> None:
-        super().__init__(request, checkpoint, progress, reason=reason)
+        super().__init__(request, checkpoint, progress, reason=reason, measures=measures)
         self.modules: dict[str, dict[str, Any]] = {}
         self.scaling: dict[str, dict[str, Any]] = {}
         self.refinement: dict[str, dict[str, Any]] = {}
@@ -306,7 +320,8 @@ class _Conversion(Conversion):
         if found is not None:
             self._tell_repack(found)
             return found
-        plan = make_plan(self.checkpoint, self.request)
+        self.allocate()
+        plan = make_plan(self.checkpoint, self.resolved)
         if partial := _partial_blocks(plan):
             self.note(f"{partial} is no whole number of blocks, which transformers and some engines refuse")
         if unequal := unequal_groups(plan.spec, plan.schemes):

@@ -29,11 +29,19 @@ class SourcePass:
     by module name; `reports` says on which tokens those of experts are, `warnings` what is wrong with them."""
 
     def __init__(
-        self, hidden: Activations, window_len: int, *, observes: bool, memory_limit: int, device: torch.device = CPU
+        self,
+        hidden: Activations,
+        window_len: int,
+        *,
+        observes: bool,
+        memory_limit: int,
+        device: torch.device = CPU,
+        second_moments: bool = False,
     ) -> None:
-        """`hidden` are embedded windows; they are changed."""
+        """`hidden` are embedded windows; they are changed. `second_moments`: observe E[x x^T] as well."""
         self._hidden, self._window_len = hidden, window_len
         self._observes, self._memory_limit, self._device = observes, memory_limit, device
+        self._second_moments = second_moments
         self.statistics: dict[str, InputStatistics] = {}
         self.reports: dict[str, dict[str, Any]] = {}
         self.warnings: dict[str, str] = {}
@@ -120,7 +128,9 @@ class SourcePass:
         return self._collector_of(f"{block.prefix}.{name}", block.linears[name].weight.shape[1])
 
     def _collector_of(self, module: str, width: int) -> StatisticsCollector:
-        return StatisticsCollector(module, width, self._window_len, second_moment=False, device=self._device)
+        return StatisticsCollector(
+            module, width, self._window_len, second_moment=self._second_moments, device=self._device
+        )
 
     def _keep(self, block: CalibrationBlock, names: Sequence[str], collector: StatisticsCollector) -> None:
         self.statistics |= dict.fromkeys((f"{block.prefix}.{name}" for name in names), collector.finish())

@@ -221,7 +221,7 @@ def training_steps(
 
 def _default_name(request: ConversionRequest) -> str | None:
     """The scheme that is meant where none is named; None leaves it to bits and group size."""
-    if request.bits == DEFAULT_BITS and request.to in FOUR_BIT_SCHEMES:
+    if request.whole_bits == DEFAULT_BITS and request.to in FOUR_BIT_SCHEMES:
         return FOUR_BIT_SCHEMES[request.to]
     return DEFAULT_SCHEMES.get(request.to)
 
@@ -275,9 +275,9 @@ def _additive_scheme(match: re.Match[str], widths: Mapping[str, int]) -> Additiv
 def _bits(request: ConversionRequest, name: str | None) -> int:
     allowed = WEIGHT_ONLY_BITS[request.to]
     named = int(name[1 : name.index("a")]) if name else None
-    bits = named or request.bits or (DEFAULT_BITS if DEFAULT_BITS in allowed else allowed[0])
-    if request.bits not in (None, bits):
-        raise UsageError(f"--scheme {name} has {bits} bits, but --bits {request.bits} was given")
+    bits = named or request.whole_bits or (DEFAULT_BITS if DEFAULT_BITS in allowed else allowed[0])
+    if request.whole_bits not in (None, bits):
+        raise UsageError(f"--scheme {name} has {bits} bits, but --bits {request.whole_bits} was given")
     if bits not in allowed:
         able = [target for target, widths in WEIGHT_ONLY_BITS.items() if bits in widths]
         hint = f"{' and '.join(able)} can hold {bits} bits" if able else None
@@ -314,7 +314,7 @@ def _choices(widths: Mapping[str, int]) -> str:
 
 def _refuse_contradictions(request: ConversionRequest, name: str, bits: int = 8) -> None:
     checks: dict[str, Callable[[], bool]] = {
-        "--bits": lambda: request.bits not in (None, bits),
+        "--bits": lambda: request.whole_bits not in (None, bits),
         "--group-size": lambda: request.group_size not in (None, PER_ROW),
     }
     for option, contradicts in checks.items():

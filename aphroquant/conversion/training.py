@@ -12,7 +12,7 @@ from aphroquant.calibration.aqlm.training import TrainedAdditive
 from aphroquant.calibration.differentiable import linear
 from aphroquant.calibration.training import TrainedInteger, TrainedWeight
 from aphroquant.conversion.calibration_block import CalibrationBlock
-from aphroquant.models.decoder import CosSin, DecoderBlock, causal_attention
+from aphroquant.models.decoder import CosSin, DecoderBlock, Linear, causal_attention
 from aphroquant.models.rope import cos_sin
 from aphroquant.models.spec import (
     DOWN,
@@ -44,15 +44,21 @@ class WindowForward:
         self._ropes: dict[int, CosSin] = {}
 
     def block(
-        self, block: CalibrationBlock, weights: Mapping[str, Tensor], gains: Mapping[str, Tensor], hidden: Tensor
+        self,
+        block: CalibrationBlock,
+        weights: Mapping[str, Tensor],
+        gains: Mapping[str, Tensor],
+        hidden: Tensor,
+        router: Linear | None = None,
     ) -> Tensor:
-        """The output [T, H] of `block` with these weights and gains in place of some of its own."""
+        """The output [T, H] of `block` with these weights and gains in place of some of its own; a block of experts
+        needs a `router` that gradients pass through."""
         linears: dict[str, Callable[[Tensor], Tensor]] = {
             name: partial(linear, weight=weights.get(name, own.weight), bias=own.bias)
             for name, own in block.linears.items()
         }
         norms = {**block.norms, **gains}
-        return DecoderBlock(self._spec, block.block.layer, linears, norms).forward(
+        return DecoderBlock(self._spec, block.block.layer, linears, norms, router).forward(
             hidden, self._rope(hidden.shape[0] // self._window_len), self._attend
         )
 

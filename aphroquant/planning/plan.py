@@ -98,11 +98,11 @@ def plan(
 
 def _planned(request: ConversionRequest, checkpoint: Checkpoint) -> Conversion:
     try:
-        return planned_conversion(request, checkpoint, Progress(), None)
+        return planned_conversion(request, checkpoint, Progress(), None, measures=False)
     except LossError as error:
         if not request.requantize or not can_be_quantized_for(request.to):
             raise refuse_loss(checkpoint, request, error.message) from error
-        return planned_conversion(request, checkpoint, Progress(), error.message)
+        return planned_conversion(request, checkpoint, Progress(), error.message, measures=False)
 
 
 def _output(conversion: Conversion, checkpoint: Checkpoint, gpus: Sequence[Gpu], ranks: int) -> OutputPlan:

@@ -64,7 +64,7 @@ def test_memory_may_have_a_unit(served: Any, written: str, number: int) -> None:
 @pytest.mark.parametrize("written", ["", "many", "-1", "1TB", "1.2.3"])
 def test_other_amounts_of_memory_are_refused(written: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["serve", "model", "--kv-cache-memory", written]) == 2
-    assert "is not an amount of memory; write bytes, 512MiB or 4GB" in capsys.readouterr().err
+    assert "is not an amount of bytes; write bytes, 512MiB or 4GB" in capsys.readouterr().err
 
 
 def test_keys_may_come_from_the_environment(served: Any, monkeypatch: pytest.MonkeyPatch) -> None:
