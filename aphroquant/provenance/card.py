@@ -22,7 +22,7 @@ _BITS = re.compile(r"int(\d)\b|Q(\d)_|IQ(\d)_|\b(?:nf|fp|mxfp|nvfp)([48])\b", re
 def model_card(manifest: Mapping[str, Any], checkpoint: Checkpoint, name: str, *, quantized_by: str = MAKER) -> str:
     """The card of a conversion that `manifest` tells of, from the source `checkpoint`, into a directory or .gguf file
     called `name`."""
-    base = read_base_card(checkpoint.directory)
+    base = read_base_card(checkpoint)
     data = _metadata(manifest, checkpoint, base, quantized_by)
     sections = [
         f"# {name.removesuffix('.gguf')}",
@@ -35,9 +35,10 @@ def model_card(manifest: Mapping[str, Any], checkpoint: Checkpoint, name: str, *
     return f"---\n{_yaml(data)}---\n\n" + "\n\n".join(sections) + "\n"
 
 
-def base_model_of(manifest: Mapping[str, Any], checkpoint: Checkpoint) -> str | None:
-    """The Hub id of the source: known of one from the Hub, and of a local copy whose config names it."""
-    source = manifest["source"].get("repository") or checkpoint.config.get("_name_or_path")
+def _base_model(manifest: Mapping[str, Any], checkpoint: Checkpoint, base: BaseCard) -> str | None:
+    """The Hub id of the source: known of one from the Hub, of a local copy whose config names it, and of GGUF files
+    that do so."""
+    source = manifest["source"].get("repository") or base.origin or checkpoint.config.get("_name_or_path")
     known = isinstance(source, str) and _HUB_ID.fullmatch(source) and not Path(source).exists()
     return source if known and isinstance(source, str) else None
 
@@ -52,7 +53,7 @@ def _metadata(
     if is_gguf:
         inherited["library_name"] = "gguf"
     inherited.setdefault("pipeline_tag", "text-generation")
-    base_model = base_model_of(manifest, checkpoint)
+    base_model = _base_model(manifest, checkpoint, base)
     of_base: dict[str, Value] = {} if base_model is None else {"base_model": base_model}
     return {
         **of_base,

@@ -14,6 +14,7 @@ from huggingface_hub.utils import validate_repo_id
 
 import aphroquant
 from aphroquant.checkpoint import open_checkpoint
+from aphroquant.checkpoint.gguf import GgufCheckpoint
 from aphroquant.errors import InputError
 from aphroquant.provenance.base_card import parse_card
 from aphroquant.provenance.card import model_card
@@ -94,6 +95,20 @@ def test_a_gguf_file_in_a_directory_of_its_own_gets_a_card(source: Path, tmp_pat
     (tmp_path / "out" / "README.md").write_text("mine")
     aphroquant.convert(source, to="gguf", scheme="q4_0", out=tmp_path / "out")
     assert (tmp_path / "out" / "README.md").read_text() == "mine"
+
+
+def test_a_gguf_source_says_of_itself_what_a_card_would(gguf: Path, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(gguf)
+    assert isinstance(checkpoint, GgufCheckpoint)
+    checkpoint.metadata |= {
+        "general.license": "apache-2.0",
+        "general.languages": ["en"],
+        "general.tags": 5,
+        "general.base_model.0.repo_url": "https://huggingface.co/org/Tiny",
+    }
+    told = json.loads(Path(f"{gguf}.aphroquant.json").read_text())
+    data = ModelCard(model_card(told, checkpoint, "Tiny-AWQ")).data.to_dict()
+    assert (data["license"], data["language"], data["base_model"]) == ("apache-2.0", ["en"], "org/Tiny")
 
 
 def test_an_evaluation_is_recorded_in_manifest_card_and_check_sums(output: Path, source: Path) -> None:
