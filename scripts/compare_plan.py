@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import resource
 import subprocess
 import sys
 import tempfile
@@ -19,7 +20,7 @@ from pathlib import Path
 from aphroquant.checkpoint import open_checkpoint
 from aphroquant.planning.excerpt import write_excerpt
 
-LIMITS = {"bytes": 0.01, "peak_bytes": 0.15, "seconds": 0.30}
+LIMITS = {"bytes": 0.01, "peak_bytes": 0.15, "seconds": 0.30, "cpu_seconds": 0.30}
 
 
 def main() -> int:
@@ -33,12 +34,18 @@ def main() -> int:
             source = Path(folder) / "source"
             write_excerpt(open_checkpoint(arguments.source), arguments.layers, source)
         plan = _aphroquant("plan", str(source), *options)
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         made = _aphroquant("convert", str(source), *options, "--out", f"{folder}/out")
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
         written = sum(path.stat().st_size for path in Path(folder, "out").rglob("*") if path.is_file())
     rows = {
         "bytes": (plan["outputs"][0]["file_bytes"], written),
         "peak_bytes": (plan["estimate"]["peak_bytes"], made["peak_memory_bytes"]),
         "seconds": (plan["estimate"]["seconds"], made["seconds"]),
+        "cpu_seconds": (
+            plan["estimate"]["cpu_seconds"],
+            after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
+        ),
     }
     for name, (planned, real) in rows.items():
         print(f"{name:<11} planned {planned:>14,.1f}  was {real:>14,.1f}  {planned / real - 1:+.1%}")

@@ -23,12 +23,12 @@ _FEW_TOKENS, _MORE_TOKENS = 4096, 12288  # below the first, temporary memory sti
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of the whole conversion. `gpu_bytes` is 0 where none is used; `trials` are what it follows from.
-
-    `left_out` says what is not in it.
+    """Of the whole conversion. `seconds` are those of this machine as busy as it is now, on which `cpu_seconds` hardly
+    depend. `gpu_bytes` is 0 where no GPU is used; `trials` are what it follows from; `left_out` says what is not in it.
     """
 
     seconds: float
+    cpu_seconds: float
     peak_bytes: int
     gpu_bytes: int
     trials: tuple[Trial, ...]
@@ -47,11 +47,15 @@ def estimate(
         first = try_conversion(requests, one, growth.few, Path(folder) / "1")
         deeper = try_conversion(requests, two, growth.few, Path(folder) / "2") if num_layers > 1 else first
         longer = try_conversion(requests, one, growth.more, Path(folder) / "3") if growth.more > growth.few else first
-    block = max(0.0, deeper.seconds - first.seconds)
-    text = growth.added(first.seconds, longer.seconds)
+
+    def of_all_layers(one: float, two: float, more: float) -> float:
+        block = max(0.0, two - one)
+        return one - block + num_layers * (block + growth.added(one, more))
+
     on_gpu = max(first.gpu_bytes, deeper.gpu_bytes) + growth.added(first.gpu_bytes, longer.gpu_bytes)
     return Estimate(
-        seconds=first.seconds - block + num_layers * (block + text),
+        seconds=of_all_layers(first.seconds, deeper.seconds, longer.seconds),
+        cpu_seconds=of_all_layers(first.cpu_seconds, deeper.cpu_seconds, longer.cpu_seconds),
         peak_bytes=int(max(first.peak_bytes, deeper.peak_bytes) + growth.added(first.peak_bytes, longer.peak_bytes)),
         gpu_bytes=int(on_gpu),
         trials=(first, deeper, longer),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,9 +19,11 @@ from aphroquant.errors import AphroquantError, InputError
 
 
 class Trial(NamedTuple):
-    """What one conversion took. `gpu_bytes` is 0 where none was used."""
+    """What one conversion took. `cpu_seconds` are of the whole process, its start included; `gpu_bytes` is 0 where no
+    GPU was used."""
 
     seconds: float
+    cpu_seconds: float
     peak_bytes: int
     gpu_bytes: int
 
@@ -65,7 +68,7 @@ def _run(content: dict[str, Any]) -> Trial:
     ]
     results = convert_all(requests)
     on_gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-    return Trial(max(result.seconds for result in results), peak_memory(), on_gpu)
+    return Trial(max(result.seconds for result in results), time.process_time(), peak_memory(), on_gpu)
 
 
 def main() -> int:

@@ -96,7 +96,8 @@ def test_time_and_memory_follow_from_trials_on_one_and_two_blocks(
     def trial(requests: Any, source: Path, samples: int, out: Path) -> Trial:
         layers = open_checkpoint(source).spec.num_layers
         asked.append((source.name, samples))
-        return Trial(2.0 + layers * (0.5 + 0.1 * samples), 1000 + 10 * samples, 0)  # what a machine might take
+        seconds = 2.0 + layers * (0.5 + 0.1 * samples)  # what a machine might take
+        return Trial(seconds, 3 * seconds, 1000 + 10 * samples, 0)
 
     monkeypatch.setattr("aphroquant.planning.estimate.try_conversion", trial)
     source = tiny_checkpoint("llama", num_hidden_layers=6)
@@ -104,6 +105,7 @@ def test_time_and_memory_follow_from_trials_on_one_and_two_blocks(
     found = estimate(open_checkpoint(source), [request], calibrates=True)
     assert asked == [("one", 8), ("two", 8), ("one", 24)]
     assert found.seconds == pytest.approx(2.0 + 6 * (0.5 + 0.1 * 100))
+    assert found.cpu_seconds == pytest.approx(3 * found.seconds)
     assert found.peak_bytes == 1000 + 10 * 100
 
 
