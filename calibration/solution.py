@@ -31,6 +31,10 @@ class Solution:
 # Layers are solved together because what costs time belongs to the input, and so that they share the scale of a tensor
 # where engines, which multiply them as one layer, want that (NVFP4); else the result of each does not depend on others.
 Rounding = Callable[[Sequence[Tensor], InputStatistics | None, Scheme, torch.dtype], list[Solution]]
+# The same with E[g g^T] [N, N] of the gradients by each weight's outputs, where it is known.
+TwoSidedRounding = Callable[
+    [Sequence[Tensor], InputStatistics | None, Scheme, torch.dtype, Sequence[Tensor | None]], list[Solution]
+]
 
 
 def relative_error(weight: Tensor, rounded: Tensor, statistics: InputStatistics | None) -> float:

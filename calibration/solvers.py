@@ -26,7 +26,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, cast
 
-from aphroquant.calibration.solution import Rounding
+from aphroquant.calibration.solution import Rounding, TwoSidedRounding
 from aphroquant.errors import UsageError
 from aphroquant.schemes import AdditiveScheme, AffineScheme, FloatScheme, IntegerScheme, LookupScheme, Scheme
 
@@ -46,6 +46,8 @@ class Solver:
     scales_channels: ChannelScaling | None = None
     needs_second_moment: bool = False
     data: Literal["needed", "used", "unused"] = "needed"
+    follows_source: bool = False  # weights are corrected for what layers in front have lost
+    needs_output_moments: bool = False  # E[g g^T] of gradients by outputs; its rounding takes them as well
 
     def obstacle(self, scheme: Scheme) -> str | None:
         """Why it cannot make weights of a scheme, as the rest of a sentence; None if it can."""
@@ -107,6 +109,22 @@ SOLVERS: Mapping[str, Solver] = {
             scales_channels="smoothquant",
             needs_second_moment=True,
         ),
+        Solver(
+            "awq-gptaq",
+            "as awq-gptq, and each layer makes up for what those before it lost",
+            _codes("gptq"),
+            scales_channels="awq",
+            needs_second_moment=True,
+            follows_source=True,
+        ),
+        Solver(
+            "awq-yaqa",
+            "as awq-gptq, with error feedback between outputs too, by gradients of the logits",
+            {IntegerScheme: "two_sided"},
+            scales_channels="awq",
+            needs_second_moment=True,
+            needs_output_moments=True,
+        ),
         Solver("aqlm", "sums of codebook vectors, for AQLM", {AdditiveScheme: "aqlm.solve"}, needs_second_moment=True),
     )
 }
@@ -116,6 +134,11 @@ def rounding_for(scheme: Scheme, solver: Solver) -> Rounding:
     """What makes weights of a scheme, imported when it is first needed."""
     module = importlib.import_module(f"aphroquant.calibration.{solver.modules[type(scheme)]}")
     return cast(Rounding, module.solve)
+
+
+def two_sided_rounding(scheme: Scheme, solver: Solver) -> TwoSidedRounding:
+    """What `rounding_for` gives for a solver that needs output moments."""
+    return cast(TwoSidedRounding, rounding_for(scheme, solver))
 
 
 def find_solver(name: str) -> Solver:

@@ -47,7 +47,7 @@ def solve(
     statistics: InputStatistics | None,
     scheme: Scheme,
     scale_dtype: torch.dtype,
-    output_moments: Sequence[Tensor | None],
+    output_moments: Sequence[Tensor | None] = (),
 ) -> list[Solution]:
     """As `gptq.solve`, with H_O [N, N] of each weight; without one that can be used, it is left to GPTQ."""
     assert isinstance(scheme, IntegerScheme)

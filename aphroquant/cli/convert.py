@@ -97,7 +97,9 @@ class _Bits(click.ParamType[int | float]):
     + "; ".join(f"{effort.name} {effort.cost}" for effort in EFFORTS.values())
     + ".",
 )
-@click.option("--solver", metavar="rtn|gptq|awq|awq-gptq", help="How to choose integers. Default: awq-gptq.")
+@click.option(
+    "--solver", metavar="rtn|gptq|awq|awq-gptq|awq-gptaq|awq-yaqa", help="How to choose integers. Default: by --effort."
+)
 @click.option(
     "--calibration",
     multiple=True,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -12,13 +12,15 @@ import torch
 from torch import Tensor
 
 from aphroquant.calibration.solution import Solution
-from aphroquant.calibration.solvers import rounding_for
+from aphroquant.calibration.solvers import rounding_for, two_sided_rounding
 from aphroquant.calibration.statistics import InputStatistics, StatisticsCollector
 from aphroquant.conversion.activations import Activations, chunks
 from aphroquant.conversion.ahead import in_order
-from aphroquant.conversion.calibration_block import BlockLinear, CalibrationBlock
+from aphroquant.conversion.calibration_block import CalibrationBlock
 from aphroquant.conversion.dataless import joined, naming_modules, solve_in_pieces, square_sum
 from aphroquant.conversion.experts import RoutedTokens
+from aphroquant.conversion.following import SourceFollower
+from aphroquant.conversion.output_moments import OutputMoments
 from aphroquant.conversion.plan import ConversionPlan
 from aphroquant.conversion.refinement import BlockRefiner, Unrounded
 from aphroquant.conversion.scaling import SAMPLE_TOKENS, BlockScaler
@@ -80,15 +82,23 @@ class CalibratedSolver:
         self._plan, self._device = plan, device
         self._window_len, self._memory_limit = window_len, memory_limit
         self._scaler = self._make_scaler()
+        followers = {module for module, solver in plan.solvers.items() if solver.follows_source}
+        self._follower = SourceFollower(hidden, window_len, followers, memory_limit, device) if followers else None
         self._refiner = BlockRefiner(plan, window_len, device) if plan.refine_steps else None
         self._unrounded = Unrounded()
         self._hidden, self._source = hidden, source
+        self.output_moments: OutputMoments | None = None  # to be set where a solver wants them
         self.before_change: Callable[[], None] = nothing  # called before hidden states are written to
 
     @property
     def states(self) -> Tensor:
         """The quantized model's hidden states [T, H] behind the blocks solved so far."""
         return self._hidden.rows
+
+    @property
+    def followed(self) -> Tensor | None:
+        """The source's hidden states of some windows there, if they are followed."""
+        return None if self._follower is None else self._follower.states
 
     @torch.no_grad()
     def solve(self, block: CalibrationBlock) -> SolvedBlock:
@@ -99,6 +109,9 @@ class CalibratedSolver:
         if block.block.router is None:
             self._half(block, solved, POST_ATTENTION_NORM, (GATE, UP), DOWN)
         else:
+            if self._follower is not None:
+                self.before_change()
+                self._follower.pass_experts(block)
             self._experts(block, solved)
         if start is not None and self._unrounded.weights:
             self._refine(block, solved, start)
@@ -113,9 +126,14 @@ class CalibratedSolver:
             scale = self._scaler.scale_attention if is_attention else self._scaler.scale_mlp
             solved.scaling |= scale(block, sample)
         statistics = self._gather(block, first, lambda rows: block.block.norm(norm, self._states(rows)))
+        if self._follower is not None:
+            self._follower.correct_first(block, norm, first, statistics, self._hidden.rows)
         self._round(block, solved, first, statistics)
         inner = self._inner(block, norm, block.attention_mix if is_attention else block.mlp_inner)
         statistics = self._gather(block, (last,), lambda rows: inner.rows[rows].to(self._device))
+        if self._follower is not None:
+            self.before_change()
+            self._follower.correct_last(block, norm, last, statistics, self._hidden.rows, inner.rows)
         self._round(block, solved, (last,), statistics)
         self.before_change()
         for rows in self._chunks():
@@ -227,7 +245,7 @@ class CalibratedSolver:
         with naming_modules(
             f"{block.prefix}.{chosen[0]}" if len(chosen) == 1 else f"{block.prefix}: {', '.join(chosen)}"
         ):
-            solutions = self._solutions({f"{block.prefix}.{name}": block.linears[name] for name in chosen}, statistics)
+            solutions = self._solutions(block, chosen, statistics)
         for name in chosen:
             solution = solutions[f"{block.prefix}.{name}"]
             if self._refiner is not None and is_trainable(self._plan.schemes[f"{block.prefix}.{name}"]):
@@ -236,20 +254,37 @@ class CalibratedSolver:
             block.linears[name].weight = solution.weight.dequantize()
             solved.solutions[f"{block.prefix}.{name}"] = replace(solution, weight=solution.weight.to(CPU))
 
-    def _solutions(self, linears: Mapping[str, BlockLinear], statistics: InputStatistics | None) -> dict[str, Solution]:
+    def _solutions(
+        self, block: CalibrationBlock, names: Sequence[str], statistics: InputStatistics | None
+    ) -> dict[str, Solution]:
         """By module; those that get the same are solved together."""
         plan, kinds = self._plan, dict[Any, list[str]]()
-        for module in linears:
+        for name in names:
+            module = f"{block.prefix}.{name}"
             kind = plan.schemes[module], plan.solvers[module].name, plan.calibrates_module(module)
-            kinds.setdefault(kind, []).append(module)
+            kinds.setdefault(kind, []).append(name)
         found: dict[str, Solution] = {}
-        for modules in kinds.values():
+        for own in kinds.values():
+            modules = [f"{block.prefix}.{name}" for name in own]
             scheme, solver = plan.schemes[modules[0]], plan.solvers[modules[0]]
             seen = statistics if plan.calibrates_module(modules[0]) else None
-            weights = [linears[module].weight for module in modules]
-            solved = rounding_for(scheme, solver)(weights, seen, scheme, plan.scale_dtype)
+            weights = [block.linears[name].weight for name in own]
+            if solver.needs_output_moments and seen is not None:
+                moments = [self._output_moment(block, name) for name in own]
+                solved = two_sided_rounding(scheme, solver)(weights, seen, scheme, plan.scale_dtype, moments)
+            else:
+                solved = rounding_for(scheme, solver)(weights, seen, scheme, plan.scale_dtype)
             found |= zip(modules, solved, strict=True)
         return found
+
+    def _output_moment(self, block: CalibrationBlock, name: str) -> Tensor | None:
+        """Of a layer with its rows as they are scaled: gradients by outputs divided by s are s times as large."""
+        assert self.output_moments is not None
+        moment = self.output_moments.of(f"{block.prefix}.{name}")
+        if moment is None:
+            return None
+        moment, divided = moment.to(self._device), block.divided_rows.get(name)
+        return moment if divided is None else moment * divided * divided[:, None]
 
     def _make_scaler(self) -> BlockScaler | None:
         ways = {module: solver.scales_channels for module, solver in self._plan.solvers.items()}

@@ -31,13 +31,15 @@ class BlockLinear:
 class CalibrationBlock:
     """Block `layer` in float32. `linears` and `norms` are those of `block`, to be changed in place.
 
-    `changed` holds the tensors that are no longer what the source says, by their full names, in the stored dtype.
+    `changed` holds the tensors that are no longer what the source says, by their full names, in the stored dtype;
+    `divided_rows` what scaling has divided the rows of linears by.
     """
 
     block: DecoderBlock
     linears: dict[str, BlockLinear]
     window_len: int
     changed: dict[str, Tensor] = field(default_factory=dict)
+    divided_rows: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def norms(self) -> dict[str, Tensor]:

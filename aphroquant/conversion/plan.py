@@ -95,6 +95,11 @@ class ConversionPlan:
     def spec(self) -> DecoderSpec:
         return self.checkpoint.spec
 
+    @property
+    def needs_output_moments(self) -> list[str]:
+        """The modules whose solver wants to know of gradients by their outputs."""
+        return [name for name, solver in self.solvers.items() if solver.needs_output_moments]
+
     def calibrates_module(self, module: str) -> bool:
         """Whether its solver looks at the inputs of the module."""
         return needs_calibration(self.schemes[module], self.solvers[module], self.request.samples)
@@ -127,6 +132,9 @@ def make_plan(checkpoint: Checkpoint, request: ConversionRequest, *, checks_disk
     used = dict.fromkeys(schemes.values())
     steps = training_steps(request, used, calibrates=calibrates, has_experts=spec.experts is not None)
     plan = ConversionPlan(request, checkpoint, schemes, solvers, target, shapes, dtype, calibrates, *steps)
+    if spec.experts is not None and plan.needs_output_moments:
+        name = plan.solvers[plan.needs_output_moments[0]].name
+        raise UsageError(f"solver {name} knows nothing of experts, which this model has", hint="awq-gptq does")
     if checks_disk:
         check_disk(request.out, plan.num_bytes)
     return plan

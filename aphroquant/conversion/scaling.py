@@ -164,6 +164,7 @@ class BlockScaler:
         made, used = block.linears[producer], block.linears[consumer]
         used.weight = used.weight * columns
         made.weight = made.weight / rows[:, None]
+        block.divided_rows[producer] = rows
         if made.bias is not None:
             name = f"{block.prefix}.{producer}.bias"
             block.changed[name] = (made.bias / rows).to(self._stored_dtype(name))

@@ -28,8 +28,10 @@ from aphroquant.conversion.blocks import (
 )
 from aphroquant.conversion.calibration_block import CalibrationBlock, load_calibration_block
 from aphroquant.conversion.distillation import Distiller
+from aphroquant.conversion.following import FOLLOWED_TOKENS
 from aphroquant.conversion.job.job import Job
 from aphroquant.conversion.job.steps import StepKeeper
+from aphroquant.conversion.output_moments import output_moments
 from aphroquant.conversion.passed import PassedBlock
 from aphroquant.conversion.plan import ConversionPlan
 from aphroquant.conversion.progress import Progress
@@ -156,6 +158,7 @@ class Walk:
     def run(self) -> None:
         """All blocks, and then the training of whole models."""
         total = self._checkpoint.spec.num_layers
+        self._gather_output_moments()
         self._progress.block(0, total)
         for passed in self._job.passes(self):
             self.statistics |= passed.statistics
@@ -188,10 +191,26 @@ class Walk:
         for number, branch in enumerate(self._branches):
             if branch.solver is not None and (not last or LM_HEAD in branch.plan.modules):
                 found[f"branch {number}"] = branch.solver.states
+                if not last and branch.solver.followed is not None:
+                    found[f"source of branch {number}"] = branch.solver.followed
         later = any(branch.plan.distill_steps or LM_HEAD in branch.plan.modules for branch in self._branches)
         if self._source is not None and (not last or later):
             found["source"] = self._source.states
         return found
+
+    def _gather_output_moments(self) -> None:
+        """One pass over the source for all branches whose solvers want gradients."""
+        solving = [branch for branch in self._branches if branch.solver is not None]
+        wanted = {module for branch in solving for module in branch.plan.needs_output_moments}
+        if not wanted:
+            return
+        self._progress.stage("observing gradients")
+        seed, tell = solving[0].plan.request.seed, self._progress.block
+        found = output_moments(self._checkpoint, self._windows, wanted, seed=seed, device=self._device, on_block=tell)
+        for branch in solving:
+            assert branch.solver is not None
+            branch.solver.output_moments = found
+        self._progress.stage("calibrating and solving")
 
     def _head(self, branch: Branch) -> list[SolvedBlock]:
         states = branch.solver or self._source
@@ -221,7 +240,9 @@ def kept_bytes(checkpoint: Checkpoint, branches: Sequence[Branch], num_tokens: i
     stores = sum(not branch.observes for branch in branches)
     stores += observes or any(branch.observes or branch.compares for branch in branches)
     weights = sum(rows * columns for branch in branches for rows, columns in branch.plan.modules.values())
-    return int(num_tokens * checkpoint.spec.hidden_size * 4 * stores * 2 + weights * _BYTES_A_WEIGHT)
+    following = sum(any(solver.follows_source for solver in branch.plan.solvers.values()) for branch in branches)
+    rows = num_tokens * stores + min(num_tokens, FOLLOWED_TOKENS) * following
+    return int(rows * checkpoint.spec.hidden_size * 4 * 2 + weights * _BYTES_A_WEIGHT)
 
 
 def _without_room(branch: Branch, window_len: int, device: torch.device, job: Job, number: int) -> None:

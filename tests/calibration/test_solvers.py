@@ -18,7 +18,18 @@ SCHEMES: dict[type, Scheme] = {
 
 
 def test_every_solver_loads() -> None:
-    assert set(SOLVERS) == {"rtn", "mse", "hqq", "gptq", "awq", "awq-gptq", "smoothquant", "aqlm"}
+    assert set(SOLVERS) == {
+        "rtn",
+        "mse",
+        "hqq",
+        "gptq",
+        "awq",
+        "awq-gptq",
+        "awq-gptaq",
+        "awq-yaqa",
+        "smoothquant",
+        "aqlm",
+    }
     for name, solver in SOLVERS.items():
         assert solver.name == name
         for kind in solver.modules:

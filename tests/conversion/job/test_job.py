@@ -123,11 +123,13 @@ def damage(record: RecordFile) -> None:
     "options",
     [
         {},
+        {"solver": "awq-gptaq"},
+        {"solver": "awq-yaqa"},
         {"solver": "rtn", "refine_steps": 4, "distill_steps": 2},
         {"to": "aqlm", "scheme": "1x2", "bits": None, "group_size": None},
         {"to": "compressed-tensors", "scheme": "fp8-static", "bits": None, "group_size": None},
     ],
-    ids=["gptq", "trained", "aqlm", "fp8"],
+    ids=["gptq", "following", "two-sided", "trained", "aqlm", "fp8"],
 )
 def test_a_conversion_goes_on_to_the_same_bytes(
     source: Path, tmp_path: Path, undisturbed: Undisturbed, options: dict[str, Any]

@@ -1,0 +1,60 @@
+"""Corrected weights: least squares towards the source's outputs and states, from the quantized model's inputs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from aphroquant.calibration.drift import Drift
+
+
+def inputs(tokens: int = 600, width: int = 24) -> tuple[Tensor, Tensor, Tensor]:
+    """Inputs of the source, of the quantized model, and how far its states [T, 10] lag behind."""
+    source = torch.randn(tokens, width) @ (torch.randn(width, width) / width**0.5)
+    x = source + 0.3 * torch.randn(tokens, width) @ torch.randn(width, width) / width**0.5
+    return source, x, 0.2 * x @ torch.randn(width, 10) + 0.1 * torch.randn(tokens, 10)
+
+
+def least_squares(weight: Tensor, source: Tensor, x: Tensor, states: Tensor | None) -> Tensor:
+    """The best weight in float64, with the damping that rounding has."""
+    wanted = source.double() @ weight.double().T + (0 if states is None else states.double())
+    moment = x.double().T @ x.double() / len(x)
+    damped = moment + 0.1 * moment.diagonal().mean() * torch.eye(len(moment), dtype=torch.float64)
+    missing = wanted - x.double() @ weight.double().T
+    return weight.double() + torch.linalg.solve(damped, x.double().T @ missing / len(x)).T
+
+
+@pytest.mark.parametrize("with_states", [False, True])
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_the_correction_is_that_of_least_squares(with_states: bool, share: float) -> None:
+    (source, x, states), weight, drift = inputs(), torch.randn(10, 24), Drift()
+    for part in (slice(0, 250), slice(250, 600)):
+        drift.add(source[part], x[part], states[part] if with_states else None)
+    found = drift.corrected([weight], x.T @ x / len(x), share=share)[0]
+    expected = least_squares(weight, source, x, states if with_states else None)
+    assert torch.allclose(found.double(), weight.double() + share * (expected - weight.double()), atol=1e-4)
+
+
+def test_the_output_comes_nearer_to_the_sources() -> None:
+    (source, x, states), weight, drift = inputs(), torch.randn(10, 24), Drift()
+    drift.add(source, x, states)
+    wanted = source @ weight.T + states
+    errors = [
+        float((wanted - x @ own.T).square().mean())
+        for own in (weight, *(drift.corrected([weight], x.T @ x / len(x), share=share)[0] for share in (0.5, 1.0)))
+    ]
+    assert errors[0] > errors[1] > errors[2]
+
+
+def test_without_drift_weights_stay_as_they_are() -> None:
+    (source, _, _), weight, drift = inputs(), torch.randn(10, 24), Drift()
+    drift.add(source, source)
+    assert torch.equal(drift.corrected([weight], source.T @ source / len(source))[0], weight)
+
+
+@pytest.mark.parametrize("moment", [torch.zeros(24, 24), torch.full((24, 24), torch.nan)])
+def test_inputs_that_cannot_be_used_leave_weights_as_they_are(moment: Tensor) -> None:
+    (source, x, states), weight, drift = inputs(), torch.randn(10, 24), Drift()
+    drift.add(source, x, states)
+    assert torch.equal(drift.corrected([weight], moment)[0], weight)
