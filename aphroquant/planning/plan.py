@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from aphroquant.checkpoint import Checkpoint, open_checkpoint
+from aphroquant.checkpoint.shard import HEADER_ROOM, SMALL_BYTES
+from aphroquant.checkpoint.writer import DEFAULT_SHARD_BYTES
 from aphroquant.compatibility import Support, support
 from aphroquant.conversion.conversion import Conversion
 from aphroquant.conversion.fused import unequal_groups
@@ -15,6 +18,7 @@ from aphroquant.conversion.gguf_plan import GgufPlan
 from aphroquant.conversion.loss import LossError, refuse_loss
 from aphroquant.conversion.progress import Progress
 from aphroquant.conversion.request import ConversionRequest
+from aphroquant.conversion.result import ConversionResult
 from aphroquant.conversion.run import opened_source, planned_conversion
 from aphroquant.conversion.targets import can_be_quantized_for
 from aphroquant.errors import AphroquantError, UsageError
@@ -118,7 +122,7 @@ def _output(conversion: Conversion, checkpoint: Checkpoint, gpus: Sequence[Gpu],
         num_modules=result.num_modules,
         bits_per_weight=result.bits_per_weight,
         num_bytes=result.num_bytes,
-        file_bytes=result.num_bytes + _other_bytes(checkpoint, result.num_modules, is_gguf=result.to == "gguf"),
+        file_bytes=result.num_bytes + _other_bytes(checkpoint, result),
         source_bytes=result.source_bytes,
         engines={entry.engine: _known(entry) for entry in found},
         undivided=tuple(undivided(spec, made.modules, schemes, ranks) if schemes else ()),
@@ -134,8 +138,13 @@ def _known(entry: Support) -> str:
     return "; ".join(filter(None, (needs, "by its documentation" if entry.is_documented else "")))
 
 
-def _other_bytes(checkpoint: Checkpoint, num_modules: int, *, is_gguf: bool) -> int:
+def _other_bytes(checkpoint: Checkpoint, result: ConversionResult) -> int:
     """Of headers, records and what is carried over."""
-    tokenizer = sum(path.stat().st_size for path in checkpoint.carried_files())
-    headers = 0 if is_gguf else (len(checkpoint.tensors) + 2 * num_modules) * _HEADER_BYTES
-    return tokenizer + headers + num_modules * _RECORD_BYTES
+    carried = sum(path.stat().st_size for path in checkpoint.carried_files())
+    records = result.num_modules * _RECORD_BYTES
+    if result.to == "gguf":
+        return carried + records
+    headers = (len(checkpoint.tensors) + 2 * result.num_modules) * _HEADER_BYTES
+    if result.num_bytes >= SMALL_BYTES:  # beyond that, room is left for them
+        headers = HEADER_ROOM * math.ceil(result.num_bytes / DEFAULT_SHARD_BYTES)
+    return carried + records + headers
