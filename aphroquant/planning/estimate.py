@@ -3,6 +3,9 @@
 Work on a block is a part that does not depend on the text (factors, rounding, writing) and one that grows with it
 (forward passes, statistics). One block on few windows, one on more, and two on few tell both, and what comes but once;
 layers and windows are then counted. Memory does not grow with the layers, only with the windows.
+
+What is counted is processor time, which another program on the machine hardly changes; how much time on the clock
+that is, is the same for all trials together as for the whole.
 """
 
 from __future__ import annotations
@@ -48,19 +51,24 @@ def estimate(
         deeper = try_conversion(requests, two, growth.few, Path(folder) / "2") if num_layers > 1 else first
         longer = try_conversion(requests, one, growth.more, Path(folder) / "3") if growth.more > growth.few else first
 
-    def of_all_layers(one: float, two: float, more: float) -> float:
-        block = max(0.0, two - one)
-        return one - block + num_layers * (block + growth.added(one, more))
-
+    trials = first, deeper, longer
+    cpu = _of_all_layers(growth, num_layers, *(trial.cpu_seconds for trial in trials))
+    pace = sum(trial.seconds for trial in trials) / sum(trial.cpu_seconds for trial in trials)
     on_gpu = max(first.gpu_bytes, deeper.gpu_bytes) + growth.added(first.gpu_bytes, longer.gpu_bytes)
     return Estimate(
-        seconds=of_all_layers(first.seconds, deeper.seconds, longer.seconds),
-        cpu_seconds=of_all_layers(first.cpu_seconds, deeper.cpu_seconds, longer.cpu_seconds),
+        seconds=cpu * pace,
+        cpu_seconds=cpu,
         peak_bytes=int(max(first.peak_bytes, deeper.peak_bytes) + growth.added(first.peak_bytes, longer.peak_bytes)),
         gpu_bytes=int(on_gpu),
-        trials=(first, deeper, longer),
+        trials=trials,
         left_out=_left_out(requests),
     )
+
+
+def _of_all_layers(growth: _Growth, num_layers: int, one: float, two: float, more: float) -> float:
+    """From what one block, two, and one on more windows take."""
+    block = max(0.0, two - one)
+    return max(0.0, one - block) + num_layers * (block + growth.added(one, more))
 
 
 class _Growth(NamedTuple):

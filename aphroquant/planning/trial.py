@@ -19,8 +19,7 @@ from aphroquant.errors import AphroquantError, InputError
 
 
 class Trial(NamedTuple):
-    """What one conversion took. `cpu_seconds` are of the whole process, its start included; `gpu_bytes` is 0 where no
-    GPU was used."""
+    """What one conversion took; `gpu_bytes` is 0 where no GPU was used."""
 
     seconds: float
     cpu_seconds: float
@@ -66,9 +65,11 @@ def _run(content: dict[str, Any]) -> Trial:
         adapter.validate_python({**told, "out": out / f"{number}{suffix}"})
         for number, (told, suffix) in enumerate(zip(content["requests"], suffixes, strict=True))
     ]
+    begun = time.process_time()
     results = convert_all(requests)
+    cpu_seconds = time.process_time() - begun
     on_gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-    return Trial(max(result.seconds for result in results), time.process_time(), peak_memory(), on_gpu)
+    return Trial(max(result.seconds for result in results), cpu_seconds, peak_memory(), on_gpu)
 
 
 def main() -> int:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from aphroquant.checkpoint.disk import replace_file
+from aphroquant.checkpoint.disk import replace_file, telling_disk_errors
 from aphroquant.checkpoint.writer import json_text
 from aphroquant.errors import InputError
 from aphroquant.provenance.checksums import sums_text
@@ -53,19 +53,26 @@ def record_evaluation(path: str | Path, metrics: Mapping[str, Any]) -> None:
     kept = {key: value for key, value in metrics.items() if key not in _NOT_RECORDED}
     changed = {record.manifest_path: json_text({**record.manifest, "metrics": kept})}
     card = record.directory / CARD
-    if record.path.is_dir() and card.is_file():
-        text = card.read_text(encoding="utf-8")
-        if BEGIN in text and END in text:  # else its owner has taken the section out
-            before, after = text.split(BEGIN, 1)[0], text.split(END, 1)[1]
-            changed[card] = before + metrics_section(metrics) + after
+    if record.path.is_dir() and (text := _with_figures(card, metrics)) is not None:
+        changed[card] = text
     sums = dict(record.sums)
     for file, content in changed.items():
         if file.name in sums:
             sums[file.name] = hashlib.sha256(content.encode()).hexdigest()
     if record.sums_path.exists():
         changed[record.sums_path] = sums_text(sums)
-    for file, content in changed.items():
-        replace_file(file, content.encode())
+    with telling_disk_errors(record.path, lambda: 0):
+        for file, content in changed.items():
+            replace_file(file, content.encode())
+
+
+def _with_figures(card: Path, metrics: Mapping[str, Any]) -> str | None:
+    """The card with these figures; None if there is none, or its owner has taken the section out."""
+    text = card.read_bytes().decode("utf-8", errors="replace") if card.is_file() else ""
+    if BEGIN not in text or END not in text.split(BEGIN, 1)[1]:
+        return None
+    before, _, rest = text.partition(BEGIN)
+    return before + metrics_section(metrics) + rest.partition(END)[2]
 
 
 def _rows(metrics: Mapping[str, Any]) -> list[str]:

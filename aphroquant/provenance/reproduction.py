@@ -76,12 +76,23 @@ def reproduce(
     checkpoint = opened_source(record, str(source or request["source"]))
     request["calibration"] = calibration_texts(record, calibration or request["calibration"])
     with tempfile.TemporaryDirectory(prefix="aphroquant-reproduce-", dir=work) as folder:
-        out = Path(folder) / record.path.name
+        out = Path(folder) / "again" / record.path.name
+        named = _under_its_name(checkpoint.path, request["source"], Path(folder) / "source")
         with _threads(record.manifest):
-            made = aphroquant.convert(**{**request, "source": checkpoint.path}, out=out, progress=progress)
+            made = aphroquant.convert(**{**request, "source": named}, out=out, progress=progress)
         again = OutputRecord(out)
         differences = (*_file_differences(record, again), *_section_differences(record, again))
         return Reproduction(str(path), len(record.hashes), tuple(differences), others, made.seconds)
+
+
+def _under_its_name(path: Path, source: str, folder: Path) -> Path:
+    """The source under the name that it had, which a GGUF file made of it holds. A file stays among its neighbours."""
+    if path.is_file():
+        return path
+    folder.mkdir()
+    link = folder / (Path(source.rstrip("/")).name or path.name)
+    link.symlink_to(path.absolute())
+    return link
 
 
 def _check_files(record: OutputRecord) -> None:

@@ -126,6 +126,9 @@ def test_an_evaluation_is_recorded_in_manifest_card_and_check_sums(output: Path,
     assert "| mean KL divergence, nats | not finite" in text
     assert text.partition("## Quality")[0] == before.partition("## Quality")[0]
     assert text.partition("## How it was made")[2] == before.partition("## How it was made")[2]
+    (output / "README.md").write_bytes(b"my own \xff")
+    record_evaluation(output, again.to_dict())
+    assert (output / "README.md").read_bytes() == b"my own \xff"
 
 
 def test_figures_need_an_output_to_be_recorded_in(source: Path) -> None:

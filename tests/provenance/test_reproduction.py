@@ -49,11 +49,15 @@ def test_bundled_texts_are_found_again(source: Path, tmp_path: Path) -> None:
     assert reproduce(tmp_path / "out").is_same
 
 
-def test_a_repacked_checkpoint_and_a_gguf_file_are_made_again(made: Path, gguf: Path, tmp_path: Path) -> None:
+def test_a_repacked_checkpoint_and_a_gguf_file_are_made_again(
+    made: Path, gguf: Path, source: Path, tmp_path: Path
+) -> None:
     aphroquant.convert(made, to="awq", out=tmp_path / "awq", requantize=True, solver="rtn", samples=0)
     aphroquant.convert(made, to="compressed-tensors", out=tmp_path / "ct")
-    for path in (tmp_path / "awq", tmp_path / "ct", gguf):
+    for path in (tmp_path / "awq", tmp_path / "ct"):
         assert reproduce(path).is_same, path
+    moved = Path(shutil.copytree(source, tmp_path / "another-name"))
+    assert reproduce(gguf, source=moved).is_same  # which holds the source's name
 
 
 def test_an_evaluation_recorded_meanwhile_changes_nothing(output: Path, source: Path) -> None:
