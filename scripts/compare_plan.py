@@ -1,24 +1,25 @@
 """Hold a plan against what then happens: size, memory and time of one conversion, on this machine.
 
-    .venv/bin/python scripts/compare_plan.py SOURCE --to gptq [--layers 8] [--samples 64] ...
+    .venv/bin/python scripts/compare_plan.py SOURCE gptq [--layers 8] [--set samples=64 --set solver=rtn ...]
 
-All but --layers, which takes the first blocks of SOURCE only, are options of `aphroquant convert`. The last line is
-JSON. The conversion runs in a process of its own, as the plan's trials do. A machine that is busy with something else
-makes both of them slower, but hardly alike.
+--layers takes the first blocks of SOURCE only; --set are arguments of `aphroquant.convert`. The last line is JSON. The
+conversion runs in a process of its own, as the plan's trials do. Another program on the machine makes both of them
+slower, but hardly alike: processor time is then what can be compared.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import resource
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 from aphroquant.checkpoint import open_checkpoint
 from aphroquant.planning.excerpt import write_excerpt
+from aphroquant.planning.plan import plan
+from aphroquant.planning.requests import make_request
+from aphroquant.planning.trial import try_conversion
 
 LIMITS = {"bytes": 0.01, "peak_bytes": 0.15, "seconds": 0.30, "cpu_seconds": 0.30}
 
@@ -26,36 +27,40 @@ LIMITS = {"bytes": 0.01, "peak_bytes": 0.15, "seconds": 0.30, "cpu_seconds": 0.3
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path)
+    parser.add_argument("to")
     parser.add_argument("--layers", type=int)
-    arguments, options = parser.parse_known_args()
+    parser.add_argument("--set", dest="settings", action="append", default=[], metavar="NAME=VALUE")
+    arguments = parser.parse_args()
+    settings = {name: _value(text) for name, _, text in (entry.partition("=") for entry in arguments.settings)}
     with tempfile.TemporaryDirectory() as folder:
-        source = arguments.source
+        source, out = arguments.source, Path(folder) / "out"
         if arguments.layers is not None:
             source = Path(folder) / "source"
             write_excerpt(open_checkpoint(arguments.source), arguments.layers, source)
-        plan = _aphroquant("plan", str(source), *options)
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        made = _aphroquant("convert", str(source), *options, "--out", f"{folder}/out")
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        written = sum(path.stat().st_size for path in Path(folder, "out").rglob("*") if path.is_file())
+        request = make_request(source, to=arguments.to, out=out / "planned", **settings)
+        found = plan([request])
+        made = try_conversion([request], source, request.samples, out)
+        written = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    assert found.estimate is not None, found.no_estimate
     rows = {
-        "bytes": (plan["outputs"][0]["file_bytes"], written),
-        "peak_bytes": (plan["estimate"]["peak_bytes"], made["peak_memory_bytes"]),
-        "seconds": (plan["estimate"]["seconds"], made["seconds"]),
-        "cpu_seconds": (
-            plan["estimate"]["cpu_seconds"],
-            after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
-        ),
+        "bytes": (found.outputs[0].file_bytes, written),
+        "peak_bytes": (found.estimate.peak_bytes, made.peak_bytes),
+        "seconds": (found.estimate.seconds, made.seconds),
+        "cpu_seconds": (found.estimate.cpu_seconds, made.cpu_seconds),
     }
     for name, (planned, real) in rows.items():
         print(f"{name:<11} planned {planned:>14,.1f}  was {real:>14,.1f}  {planned / real - 1:+.1%}")
-    print(json.dumps({"rows": rows, "trials": plan["estimate"]["trials"], "options": options}))
+    print(json.dumps({"rows": rows, "trials": found.estimate.trials, "to": arguments.to, "settings": settings}))
     return int(any(abs(planned / real - 1) > LIMITS[name] for name, (planned, real) in rows.items()))
 
 
-def _aphroquant(*words: str) -> dict[str, object]:
-    command = [sys.executable, "-m", "aphroquant", *words, "--json", "-"]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+def _value(text: str) -> object:
+    """A number where it is one, else the word."""
+    try:
+        value: object = json.loads(text)
+    except ValueError:
+        return text
+    return value
 
 
 if __name__ == "__main__":
