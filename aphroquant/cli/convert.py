@@ -135,6 +135,13 @@ class _Bits(click.ParamType[int | float]):
     metavar="DIR",
     help="What is done so far, for the same command to go on from after a kill. Default: .NAME.job beside PATH.",
 )
+@click.option(
+    "--workers",
+    default="1",
+    show_default=True,
+    metavar="N|auto",
+    help="Processes that share the calibration; auto: one for each GPU. The output does not depend on it.",
+)
 @click.option("--no-job", is_flag=True, help="Keep nothing of a conversion that is killed.")
 @click.option(
     "--rotate", is_flag=True, help="Rotate the channels of a dense model first: the same function, fewer outliers."
@@ -167,6 +174,7 @@ def command(
     refine_steps: int | None,
     distill_steps: int | None,
     job: Path | None,
+    workers: str,
     no_job: bool,
     rotate: bool,
     threads: int | None,
@@ -215,6 +223,7 @@ def command(
             distill_steps=distill_steps,
             job=False if no_job else job,
             rotate=rotate,
+            workers=workers,
             dry_run=dry_run,
             progress=progress,
         )

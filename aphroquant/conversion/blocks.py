@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -26,6 +26,7 @@ from aphroquant.conversion.refinement import BlockRefiner, Unrounded
 from aphroquant.conversion.scaling import SAMPLE_TOKENS, BlockScaler
 from aphroquant.conversion.source_pass import SourcePass
 from aphroquant.conversion.targets import is_trainable
+from aphroquant.conversion.team.team import ALONE, Team, chunks_of, groups
 from aphroquant.errors import InputError
 from aphroquant.models.decoder import rms_norm
 from aphroquant.models.loader import load_final_norm, load_head
@@ -76,14 +77,18 @@ class CalibratedSolver:
         source: SourcePass | None,
         memory_limit: int,
         device: torch.device = CPU,
+        team: Team = ALONE,
     ) -> None:
         """`hidden` are the embedded windows, which are changed; `source` has passed each block before it is solved,
         and is needed to refine. Blocks are solved on `device`."""
         self._plan, self._device = plan, device
         self._window_len, self._memory_limit = window_len, memory_limit
+        self._team, self._groups = team, groups(len(hidden), window_len)
         self._scaler = self._make_scaler()
         followers = {module for module, solver in plan.solvers.items() if solver.follows_source}
-        self._follower = SourceFollower(hidden, window_len, followers, memory_limit, device) if followers else None
+        self._follower = (
+            SourceFollower(hidden, window_len, followers, memory_limit, device, team) if followers else None
+        )
         self._refiner = BlockRefiner(plan, window_len, device) if plan.refine_steps else None
         self._unrounded = Unrounded()
         self._hidden, self._source = hidden, source
@@ -122,7 +127,7 @@ class CalibratedSolver:
         """The attention or the MLP: layers that read the norm, the one that writes to the residual stream."""
         is_attention = norm == INPUT_NORM
         if self._scaler is not None:
-            sample = block.block.norm(norm, self._hidden.rows[self._sample_rows()].to(self._device))
+            sample = block.block.norm(norm, self._sample().to(self._device))
             scale = self._scaler.scale_attention if is_attention else self._scaler.scale_mlp
             solved.scaling |= scale(block, sample)
         statistics = self._gather(block, first, lambda rows: block.block.norm(norm, self._states(rows)))
@@ -145,24 +150,38 @@ class CalibratedSolver:
         experts, width = block.block.spec.experts, block.block.spec.hidden_size
         assert experts is not None
         inputs = self._inner(block, POST_ATTENTION_NORM, lambda x: x)
+        self._team.complete(inputs.rows, self._groups)
         self._check_inputs(f"{block.prefix}.{experts.router}", inputs)
         routed = RoutedTokens(block.block, inputs, self._device)
-        for number in range(experts.num_experts):
-            inner = partial(block.block.expert_inner, number)
-            gate, up, down = experts.expert(number)
-            tokens = routed.tokens(number, width)
-            self._round(block, solved, (gate, up), self._collect(block, (gate, up), routed.inputs(tokens)))
-            self._round(block, solved, (down,), self._collect(block, (down,), map(inner, routed.inputs(tokens))))
-            for own, weights in routed.uses(number):
-                place = own.to(self._hidden.rows.device)
-                output = block.linears[down](inner(inputs.rows[own.to(inputs.rows.device)].to(self._device)))
-                self._hidden.rows.index_add_(0, place, (output * weights.to(self._device)[:, None]).to(place.device))
+
+        def solve(numbers: list[int]) -> dict[int, dict[str, Solution]]:
+            return {number: self._expert(block, routed, number) for number in numbers}
+
+        found = self._team.solve(range(experts.num_experts), solve)
+        for number, solutions in found.items():
+            self._take_over(block, solved, solutions, None)
             self._tell_tokens(block, solved, experts.expert(number), routed.report(number, width))
+        for rows in self._chunks():
+            output = block.block.mlp(inputs.rows[rows].to(self._device))
+            self._hidden.rows[rows] += output.to(self._hidden.rows.device)
         warning = routed.warning(experts.num_experts, width)
         first = next((module for module in solved.solutions if experts.prefix in module), None)
         if first is not None and warning is not None:
             solution = solved.solutions[first]
             solved.solutions[first] = replace(solution, warnings=(*solution.warnings, warning))
+
+    def _expert(self, block: CalibrationBlock, routed: RoutedTokens, number: int) -> dict[str, Solution]:
+        """Solutions of one expert, whose layers become the quantized ones."""
+        experts = block.block.spec.experts
+        assert experts is not None
+        gate, up, down = experts.expert(number)
+        tokens = routed.tokens(number, block.block.spec.hidden_size)
+        found = self._solved(block, (gate, up), self._collect(block, (gate, up), routed.inputs(tokens)))
+        for module, solution in found.items():
+            block.linears[module.removeprefix(f"{block.prefix}.")].weight = solution.weight.dequantize()
+        inner = map(partial(block.block.expert_inner, number), routed.inputs(tokens))
+        found |= self._solved(block, (down,), self._collect(block, (down,), inner))
+        return {module: self._portable(solution) for module, solution in found.items()}
 
     def _tell_tokens(
         self, block: CalibrationBlock, solved: SolvedBlock, names: Sequence[str], report: dict[str, Any]
@@ -176,18 +195,42 @@ class CalibratedSolver:
         collector = StatisticsCollector(
             module, inputs.rows.shape[1], self._window_len, second_moment=False, device=inputs.rows.device
         )
-        for rows in self._chunks():
+        for rows in chunks(len(inputs), self._window_len):
             collector.update(inputs.rows[rows])
 
     def _refine(self, block: CalibrationBlock, solved: SolvedBlock, start: Activations) -> None:
         """Better numbers for a block with these states before it; the states behind it are made anew with them."""
         assert self._refiner is not None and self._source is not None
         unrounded, self._unrounded = self._unrounded, Unrounded()
-        solved.solutions, solved.refinement = self._refiner.refine(
-            block, solved.solutions, unrounded, start.rows, self._source.states
-        )
+        for states in (start.rows, self._source.states):
+            self._team.complete(states, self._groups)
+        if self._team.rank == 0:
+            solved.solutions, solved.refinement = self._refiner.refine(
+                block, solved.solutions, unrounded, start.rows, self._source.states
+            )
+        changed = {name: tensor.cpu() for name, tensor in block.changed.items()} if self._team.rank == 0 else {}
+        told = self._team.tell((solved.solutions, solved.refinement, changed))
+        if self._team.rank:
+            self._follow(block, solved, *told)
         self._pass_through(block, start)
         self._hidden = start
+
+    def _follow(
+        self,
+        block: CalibrationBlock,
+        solved: SolvedBlock,
+        solutions: dict[str, Solution],
+        refinement: dict[str, Any],
+        changed: dict[str, Tensor],
+    ) -> None:
+        """Go on with the numbers that the first worker has refined."""
+        solved.solutions, solved.refinement, block.changed = solutions, refinement, changed
+        for module, solution in solutions.items():
+            own = block.linears[module.removeprefix(f"{block.prefix}.")]
+            own.weight = solution.weight.to(self._device).dequantize()
+        for norm in block.norms:
+            if (gain := changed.get(f"{block.prefix}.{norm}.weight")) is not None:
+                block.norms[norm] = gain.float().to(self._device)
 
     def _pass_through(self, block: CalibrationBlock, states: Activations) -> None:
         for rows in self._chunks():
@@ -213,23 +256,41 @@ class CalibratedSolver:
         self, block: CalibrationBlock, names: Sequence[str], inputs: Callable[[slice], Tensor]
     ) -> InputStatistics | None:
         """Statistics of the input that `names` share; None if none of them is to be quantized."""
-        return self._collect(block, names, (inputs(rows) for rows in self._chunks()))
+
+        def collected(group: slice) -> StatisticsCollector:
+            collector = self._collector(block, names, group.start)
+            for rows in chunks_of(group, self._window_len):
+                collector.update(inputs(rows))
+            return collector
+
+        return self._team.statistics(self._groups, collected) if self._chosen(block, names) else None
 
     def _collect(
         self, block: CalibrationBlock, names: Sequence[str], parts: Iterable[Tensor]
     ) -> InputStatistics | None:
-        modules = [f"{block.prefix}.{name}" for name in names]
-        if not any(module in self._plan.modules for module in modules):
+        """The same of inputs that this worker has all of."""
+        if not self._chosen(block, names):
             return None
-        width = block.linears[names[0]].weight.shape[1]
-        solvers = (self._plan.solvers[module] for module in modules if module in self._plan.modules)
-        second_moment = any(solver.needs_second_moment for solver in solvers)
-        collector = StatisticsCollector(
-            modules[0], width, self._window_len, second_moment=second_moment, device=self._device
-        )
+        collector = self._collector(block, names)
         for part in parts:
             collector.update(part)
         return collector.finish()
+
+    def _chosen(self, block: CalibrationBlock, names: Sequence[str]) -> list[str]:
+        """Those that are to be quantized."""
+        return [name for name in names if f"{block.prefix}.{name}" in self._plan.modules]
+
+    def _collector(self, block: CalibrationBlock, names: Sequence[str], first_token: int = 0) -> StatisticsCollector:
+        modules = [f"{block.prefix}.{name}" for name in names]
+        solvers = (self._plan.solvers[module] for module in modules if module in self._plan.modules)
+        return StatisticsCollector(
+            modules[0],
+            block.linears[names[0]].weight.shape[1],
+            self._window_len,
+            second_moment=any(solver.needs_second_moment for solver in solvers),
+            device=self._device,
+            first_token=first_token,
+        )
 
     def _round(
         self,
@@ -239,20 +300,46 @@ class CalibratedSolver:
         statistics: InputStatistics | None,
     ) -> None:
         """Solve those of `names` that are to be quantized, and go on with what they have become."""
-        chosen = [name for name in names if f"{block.prefix}.{name}" in self._plan.modules]
+
+        def solve(own: list[str]) -> dict[str, Solution]:
+            found = self._solved(block, own, statistics)
+            return {name: self._portable(found[f"{block.prefix}.{name}"]) for name in own}
+
+        solutions = self._team.solve(self._chosen(block, names), solve)
+        by_module = {f"{block.prefix}.{name}": solution for name, solution in solutions.items()}
+        self._take_over(block, solved, by_module, statistics)
+
+    def _solved(
+        self, block: CalibrationBlock, names: Sequence[str], statistics: InputStatistics | None
+    ) -> dict[str, Solution]:
+        """Solutions by module of those of `names` that are to be quantized."""
+        chosen = self._chosen(block, names)
         if not chosen:
-            return
+            return {}
         with naming_modules(
             f"{block.prefix}.{chosen[0]}" if len(chosen) == 1 else f"{block.prefix}: {', '.join(chosen)}"
         ):
-            solutions = self._solutions(block, chosen, statistics)
-        for name in chosen:
-            solution = solutions[f"{block.prefix}.{name}"]
-            if self._refiner is not None and is_trainable(self._plan.schemes[f"{block.prefix}.{name}"]):
+            return self._solutions(block, chosen, statistics)
+
+    def _take_over(
+        self,
+        block: CalibrationBlock,
+        solved: SolvedBlock,
+        solutions: Mapping[str, Solution],
+        statistics: InputStatistics | None,
+    ) -> None:
+        """Go on with what the layers have become."""
+        for module, solution in solutions.items():
+            name = module.removeprefix(f"{block.prefix}.")
+            if self._refiner is not None and is_trainable(self._plan.schemes[module]):
                 self._unrounded.weights[name] = block.linears[name].weight
                 self._unrounded.statistics[name] = statistics
-            block.linears[name].weight = solution.weight.dequantize()
-            solved.solutions[f"{block.prefix}.{name}"] = replace(solution, weight=solution.weight.to(CPU))
+            block.linears[name].weight = solution.weight.to(self._device).dequantize()
+            solved.solutions[module] = replace(solution, weight=solution.weight.to(CPU))
+
+    def _portable(self, solution: Solution) -> Solution:
+        """For workers with other devices."""
+        return solution if self._team.size == 1 else replace(solution, weight=solution.weight.to(CPU))
 
     def _solutions(
         self, block: CalibrationBlock, names: Sequence[str], statistics: InputStatistics | None
@@ -300,14 +387,16 @@ class CalibratedSolver:
         return BlockScaler(schemes, scaled, lambda name: checkpoint.tensors[name].dtype)
 
     def _chunks(self) -> Iterator[slice]:
-        return chunks(len(self._hidden), self._window_len)
+        """The rows of this worker, a part at a time."""
+        return (rows for group in self._team.own(self._groups) for rows in chunks_of(group, self._window_len))
 
-    def _sample_rows(self) -> Tensor:
-        """Rows of a few whole windows, evenly spread."""
+    def _sample(self) -> Tensor:
+        """Hidden states of a few whole windows, evenly spread."""
         num_windows = len(self._hidden) // self._window_len
         count = min(num_windows, max(1, SAMPLE_TOKENS // self._window_len))
         starts = torch.arange(count) * num_windows // count * self._window_len
-        return (starts[:, None] + torch.arange(self._window_len)).reshape(-1)
+        index = (starts[:, None] + torch.arange(self._window_len)).reshape(-1)
+        return self._team.chosen_rows(self._hidden.rows, index, self._groups)
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from aphroquant.calibration.drift import Drift
 from aphroquant.calibration.statistics import InputStatistics
 from aphroquant.conversion.activations import Activations, chunks
 from aphroquant.conversion.calibration_block import CalibrationBlock
+from aphroquant.conversion.team.team import ALONE, Team, groups
 from aphroquant.models.spec import INPUT_NORM, POST_ATTENTION_NORM
 
 FOLLOWED_TOKENS = 1 << 14  # of evenly spread windows
@@ -23,9 +24,16 @@ class SourceFollower:
     """
 
     def __init__(
-        self, hidden: Activations, window_len: int, modules: Collection[str], memory_limit: int, device: torch.device
+        self,
+        hidden: Activations,
+        window_len: int,
+        modules: Collection[str],
+        memory_limit: int,
+        device: torch.device,
+        team: Team = ALONE,
     ) -> None:
-        """`hidden` are the embedded windows, which both models share."""
+        """`hidden` are the embedded windows, which both models share. Every worker of the team follows all of them."""
+        self._team, self._groups = team, groups(len(hidden), window_len)
         self._window_len, self._modules, self._device = window_len, modules, device
         num_windows = len(hidden) // window_len
         count = min(num_windows, max(1, FOLLOWED_TOKENS // window_len))
@@ -106,7 +114,7 @@ class SourceFollower:
 
     def _taken(self, states: Tensor, own: slice) -> Tensor:
         """The followed windows' rows of something that is known of all windows."""
-        return states[self._rows[own].to(states.device)].to(self._device)
+        return self._team.chosen_rows(states, self._rows[own], self._groups).to(self._device)
 
     def _chunks(self) -> Iterator[slice]:
         return chunks(len(self._rows), self._window_len)

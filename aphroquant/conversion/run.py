@@ -90,6 +90,7 @@ def convert(
     rules: Sequence[ModuleRule | str] = (),
     job: str | Path | Literal[False] | None = None,
     rotate: bool = False,
+    workers: int | str = 1,
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> ConversionResult:
@@ -110,6 +111,8 @@ def convert(
     `job` is the directory in which a calibrated conversion keeps what is done, so that the same call goes on after a
     kill; left out it is `.NAME.job` beside `out`, and with False nothing is kept. It is removed in the end.
     `rotate` first writes a dense source in rotated channels, which changes no function: see conversion/rotated.py.
+    `workers` processes share the calibration, each on a part of the windows and of the layers; with "auto" there is one
+    for each GPU. The output does not depend on how many there are.
     """
     check_known(to)
     if not str(out).strip():
@@ -139,13 +142,14 @@ def convert(
         rules=tuple(parse_rule(rule) if isinstance(rule, str) else rule for rule in rules),
         rotate=rotate,
     )
-    return convert_all([request], job=job, dry_run=dry_run, progress=progress)[0]
+    return convert_all([request], job=job, workers=workers, dry_run=dry_run, progress=progress)[0]
 
 
 def convert_all(
     requests: Sequence[ConversionRequest],
     *,
     job: str | Path | Literal[False] | None = None,
+    workers: int | str = 1,
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> list[ConversionResult]:
@@ -170,7 +174,8 @@ def convert_all(
             check_together(conversions)
             if dry_run:
                 return [conversion.preview() for conversion in conversions]
-            return run_together(conversions, checkpoint, say, Path(job) if isinstance(job, str) else job)
+            place = Path(job) if isinstance(job, str) else job
+            return run_together(conversions, checkpoint, say, place, workers=workers)
         except LossError as error:
             index = error.index if isinstance(error, LossOfOneError) else len(conversions)
             request = requests[index]

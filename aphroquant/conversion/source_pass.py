@@ -6,7 +6,7 @@ scales from max |x|, refined and distilled blocks are compared with the states t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from aphroquant.checkpoint import Checkpoint
 from aphroquant.conversion.activations import Activations, chunks
 from aphroquant.conversion.calibration_block import CalibrationBlock
 from aphroquant.conversion.experts import RoutedTokens
+from aphroquant.conversion.team.team import ALONE, Team, chunks_of, groups
 from aphroquant.errors import InputError
 from aphroquant.models.loader import load_embedding
 from aphroquant.models.spec import DOWN, GATE, INPUT_NORM, POST_ATTENTION_NORM, UP, K, O, Q, V
@@ -37,11 +38,13 @@ class SourcePass:
         memory_limit: int,
         device: torch.device = CPU,
         second_moments: bool = False,
+        team: Team = ALONE,
     ) -> None:
         """`hidden` are embedded windows; they are changed. `second_moments`: observe E[x x^T] as well."""
         self._hidden, self._window_len = hidden, window_len
         self._observes, self._memory_limit, self._device = observes, memory_limit, device
         self._second_moments = second_moments
+        self._team, self._groups = team, groups(len(hidden), window_len)
         self.statistics: dict[str, InputStatistics] = {}
         self.reports: dict[str, dict[str, Any]] = {}
         self.warnings: dict[str, str] = {}
@@ -70,23 +73,32 @@ class SourcePass:
         inner: Callable[[Tensor], Tensor],
     ) -> None:
         """The attention or the MLP."""
-        collectors = {name: self._collector(block, name) for name in (first[0], last) if self._observes}
-        for rows in chunks(len(self._hidden), self._window_len):
-            hidden = self._hidden.rows[rows].to(self._device)
-            normed = block.block.norm(norm, hidden)
-            mixed = inner(normed)
-            if collectors:
-                collectors[first[0]].update(normed)
-                collectors[last].update(mixed)
-            self._hidden.rows[rows] = (hidden + block.linears[last](mixed)).to(self._hidden.rows.device)
-        if collectors:
-            self._keep(block, first, collectors[first[0]])
-            self._keep(block, (last,), collectors[last])
+        collectors: dict[tuple[str, int], StatisticsCollector] = {}
+        for group in self._team.own(self._groups):
+            if self._observes:
+                seen = {name: self._collector(block, name, group.start) for name in (first[0], last)}
+                collectors |= {(name, group.start): collector for name, collector in seen.items()}
+            for rows in chunks_of(group, self._window_len):
+                hidden = self._hidden.rows[rows].to(self._device)
+                normed = block.block.norm(norm, hidden)
+                mixed = inner(normed)
+                if self._observes:
+                    seen[first[0]].update(normed)
+                    seen[last].update(mixed)
+                self._hidden.rows[rows] = (hidden + block.linears[last](mixed)).to(self._hidden.rows.device)
+        if self._observes:
+            for names in (first, (last,)):
+                own = {start: collector for (name, start), collector in collectors.items() if name == names[0]}
+                self._keep(block, names, self._summed(own))
+
+    def _summed(self, collectors: Mapping[int, StatisticsCollector]) -> InputStatistics:
+        """Of all groups. `collectors` are those of this worker's, by their first row."""
+        return self._team.statistics(self._groups, lambda group: collectors[group.start])
 
     def _experts(self, block: CalibrationBlock) -> None:
         if self._observes:
             self._observe_experts(block)
-        for rows in chunks(len(self._hidden), self._window_len):
+        for rows in self._chunks():
             hidden = self._hidden.rows[rows].to(self._device)
             output = hidden + block.block.mlp(block.block.norm(POST_ATTENTION_NORM, hidden))
             self._hidden.rows[rows] = output.to(self._hidden.rows.device)
@@ -95,16 +107,28 @@ class SourcePass:
         experts, width = block.block.spec.experts, block.block.spec.hidden_size
         assert experts is not None
         routed = RoutedTokens(block.block, self._normed(block), self._device)
-        for number in range(experts.num_experts):
+
+        def observe(numbers: list[int]) -> dict[int, tuple[InputStatistics, InputStatistics]]:
+            return {number: self._expert(block, routed, number) for number in numbers}
+
+        for number, (outer, inner) in self._team.solve(range(experts.num_experts), observe).items():
             gate, up, down = experts.expert(number)
-            tokens = routed.tokens(number, width)
-            self._keep(block, (gate, up), self._collected(block, gate, routed.inputs(tokens)))
-            inner = (block.block.expert_inner(number, part) for part in routed.inputs(tokens))
-            self._keep(block, (down,), self._collected(block, down, inner))
+            self._keep(block, (gate, up), outer)
+            self._keep(block, (down,), inner)
             self.reports |= {f"{block.prefix}.{name}": routed.report(number, width) for name in (gate, up, down)}
         warning = routed.warning(experts.num_experts, width)
         if warning is not None:
             self.warnings[f"{block.prefix}.{experts.expert(0)[0]}"] = warning
+
+    def _expert(
+        self, block: CalibrationBlock, routed: RoutedTokens, number: int
+    ) -> tuple[InputStatistics, InputStatistics]:
+        """Of the inputs of an expert, and of its down projection's."""
+        assert block.block.spec.experts is not None
+        gate, _, down = block.block.spec.experts.expert(number)
+        tokens = routed.tokens(number, block.block.spec.hidden_size)
+        inner = (block.block.expert_inner(number, part) for part in routed.inputs(tokens))
+        return self._collected(block, gate, routed.inputs(tokens)), self._collected(block, down, inner)
 
     def _normed(self, block: CalibrationBlock) -> Activations:
         """The experts' inputs, of all windows."""
@@ -112,28 +136,39 @@ class SourcePass:
         normed = Activations(len(self._hidden), states.shape[1], memory_limit=self._memory_limit, device=self._device)
         assert block.block.spec.experts is not None
         router = self._collector_of(f"{block.prefix}.{block.block.spec.experts.router}", states.shape[1])
-        for rows in chunks(len(self._hidden), self._window_len):
+        for rows in self._chunks():
             part = block.block.norm(POST_ATTENTION_NORM, states[rows].to(self._device))
-            router.update(part)  # refuses what is not finite
             normed.rows[rows] = part.to(normed.rows.device)
+        self._team.complete(normed.rows, self._groups)
+        for rows in chunks(len(normed), self._window_len):
+            router.update(normed.rows[rows].to(self._device))  # refuses what is not finite
         return normed
 
-    def _collected(self, block: CalibrationBlock, name: str, parts: Iterable[Tensor]) -> StatisticsCollector:
+    def _chunks(self) -> Iterator[slice]:
+        """The rows of this worker, a part at a time."""
+        return (rows for group in self._team.own(self._groups) for rows in chunks_of(group, self._window_len))
+
+    def _collected(self, block: CalibrationBlock, name: str, parts: Iterable[Tensor]) -> InputStatistics:
         collector = self._collector(block, name)
         for part in parts:
             collector.update(part)
-        return collector
+        return collector.finish()
 
-    def _collector(self, block: CalibrationBlock, name: str) -> StatisticsCollector:
-        return self._collector_of(f"{block.prefix}.{name}", block.linears[name].weight.shape[1])
+    def _collector(self, block: CalibrationBlock, name: str, first_token: int = 0) -> StatisticsCollector:
+        return self._collector_of(f"{block.prefix}.{name}", block.linears[name].weight.shape[1], first_token)
 
-    def _collector_of(self, module: str, width: int) -> StatisticsCollector:
+    def _collector_of(self, module: str, width: int, first_token: int = 0) -> StatisticsCollector:
         return StatisticsCollector(
-            module, width, self._window_len, second_moment=self._second_moments, device=self._device
+            module,
+            width,
+            self._window_len,
+            second_moment=self._second_moments,
+            device=self._device,
+            first_token=first_token,
         )
 
-    def _keep(self, block: CalibrationBlock, names: Sequence[str], collector: StatisticsCollector) -> None:
-        self.statistics |= dict.fromkeys((f"{block.prefix}.{name}" for name in names), collector.finish())
+    def _keep(self, block: CalibrationBlock, names: Sequence[str], found: InputStatistics) -> None:
+        self.statistics |= dict.fromkeys((f"{block.prefix}.{name}" for name in names), found)
 
 
 def embedded(checkpoint: Checkpoint, windows: Tensor, *, memory_limit: int, device: torch.device = CPU) -> Activations:

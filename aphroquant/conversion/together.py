@@ -21,6 +21,7 @@ from aphroquant.conversion.job.job import Job, Place, open_job
 from aphroquant.conversion.loss import LossError
 from aphroquant.conversion.progress import Progress
 from aphroquant.conversion.result import ConversionResult
+from aphroquant.conversion.team.hiring import hired, num_workers
 from aphroquant.conversion.walk import Branch, Walk, branches, kept_bytes
 from aphroquant.devices import torch_device
 from aphroquant.errors import UsageError
@@ -35,13 +36,19 @@ class LossOfOneError(LossError):
 
 
 def run_together(
-    conversions: Sequence[Conversion], checkpoint: Checkpoint, progress: Progress, place: Place = None
+    conversions: Sequence[Conversion],
+    checkpoint: Checkpoint,
+    progress: Progress,
+    place: Place = None,
+    *,
+    workers: int | str = 1,
 ) -> list[ConversionResult]:
     """Write all of them; results in their order. `place` is that of the job."""
     for conversion in conversions:
         conversion.check()
     calibrating = [conversion for conversion in conversions if conversion.calibrates]
     data = _read(calibrating, checkpoint, progress) if calibrating else None
+    count = num_workers(workers, torch_device(calibrating[0].request.device), len(data.windows)) if data else 1
     found = branches([(plan, each) for each in calibrating if (plan := each.solved_plan) is not None])
     with FileHashes(checkpoint.files()) as sources, ExitStack() as outputs:
         job = outputs.enter_context(_job(place, calibrating, found, checkpoint, data, progress))
@@ -50,7 +57,7 @@ def run_together(
         for index, conversion in enumerate(conversions):
             if not conversion.calibrates:
                 _write_alone(conversion, index)
-        statistics = _walked(calibrating, found, checkpoint, data, job, progress) if data is not None else {}
+        statistics = _walked(calibrating, found, checkpoint, data, job, progress, count) if data is not None else {}
         for conversion in conversions:
             with conversion.timed("files"):
                 conversion.write_rest(statistics)
@@ -139,13 +146,14 @@ def _walked(
     data: CalibrationData,
     job: Job,
     progress: Progress,
+    workers: int,
 ) -> Mapping[str, InputStatistics]:
     """Statistics of the source's own activations, if an output wants them; the others have got their blocks."""
     progress.stage("calibrating and solving" if found else "calibrating")
     begun = time.monotonic()
-    with naming(checkpoint.path):
-        device, observes = torch_device(conversions[0].request.device), _observes(conversions)
-        walk = Walk(checkpoint, data.windows, found, device, progress, job, observes=observes)
+    device, observes = torch_device(conversions[0].request.device), _observes(conversions)
+    with hired(workers, conversions, data.windows, device, observes=observes) as team, naming(checkpoint.path):
+        walk = Walk(checkpoint, data.windows, found, device, progress, job, team, observes=observes)
         for branch in found:
             for conversion in (each for each in conversions if each in branch.outputs and len(branch.outputs) > 1):
                 conversion.shares = True

@@ -36,6 +36,7 @@ from aphroquant.conversion.passed import PassedBlock
 from aphroquant.conversion.plan import ConversionPlan
 from aphroquant.conversion.progress import Progress
 from aphroquant.conversion.source_pass import SourcePass, embedded
+from aphroquant.conversion.team.team import ALONE, Team, groups
 from aphroquant.conversion.training_memory import refusal
 from aphroquant.models.spec import LM_HEAD
 from aphroquant.schemes import FloatScheme
@@ -58,6 +59,7 @@ class Output(Protocol):
 class _Options(TypedDict):
     memory_limit: int
     device: torch.device
+    team: Team
 
 
 class Branch:
@@ -79,12 +81,12 @@ class Branch:
         """Whether the source's states are what it is trained towards."""
         return self.plan.refine_steps > 0 or self.plan.distill_steps > 0
 
-    def solve(self, block: CalibrationBlock, source: SourcePass | None) -> SolvedBlock:
-        """What becomes of a block of the source."""
+    def solve(self, block: CalibrationBlock, source: SourcePass | None, *, writes: bool) -> SolvedBlock:
+        """What becomes of a block of the source; maybe nothing where nobody `writes` it."""
         if self.solver is not None:
             return self.solver.solve(block.copy())
         assert source is not None
-        return solve_observed(self.plan, block, source)
+        return solve_observed(self.plan, block, source) if writes else SolvedBlock(block.block.layer, {})
 
     def hand_on(self, solved: SolvedBlock) -> None:
         """Write a block, or keep it until the model is distilled."""
@@ -128,14 +130,16 @@ class Walk:
         device: torch.device,
         progress: Progress,
         job: Job,
+        team: Team = ALONE,
         *,
         observes: bool,
     ) -> None:
         self.statistics: dict[str, InputStatistics] = {}
         self._checkpoint, self._windows, self._branches = checkpoint, windows, branches
         self._device, self._progress, self._job, self._observes = device, progress, job, observes
+        self._team, self._groups = team, groups(windows.numel(), windows.shape[1])
         for number, branch in enumerate(branches):
-            _without_room(branch, windows.shape[1], device, job, number)
+            self._check_room(branch, number)
         solving = [branch for branch in branches if not branch.observes]
         looks = observes or len(solving) < len(branches)
         keeps_source = looks or any(branch.compares for branch in branches)
@@ -143,7 +147,7 @@ class Walk:
         limit = default_memory_limit(len(solving) + keeps_source + refines + 1)  # the last for what is between layers
         hidden = embedded(checkpoint, windows, memory_limit=limit, device=device)
         self._source: SourcePass | None = None
-        options: _Options = {"memory_limit": limit, "device": device}
+        options: _Options = {"memory_limit": limit, "device": device, "team": team}
         if keeps_source:
             own = hidden.copy(limit, device) if solving else hidden
             self._source = SourcePass(own, windows.shape[1], observes=looks, **options)
@@ -171,18 +175,41 @@ class Walk:
                 self._distill(branch, self._job.steps(number))
             branch.write(head)
 
-    def passes(self, first: int = 0, before_change: Callable[[], None] = nothing) -> Iterator[PassedBlock]:
-        """The source's blocks from `first` on, with the states in front of it; they change after `before_change`."""
+    def help(self) -> None:
+        """What other workers than the first do: their share of all blocks."""
+        self._gather_output_moments()
+        for _ in self.passes():
+            pass
+
+    def passes(
+        self,
+        first: int = 0,
+        before_change: Callable[[], None] = nothing,
+        wants_states: Callable[[int], bool] = lambda layer: False,
+    ) -> Iterator[PassedBlock]:
+        """The source's blocks from `first` on, with the states in front of it; they change after `before_change`.
+
+        The first worker decides; `wants_states` tells whether `states` behind a block will be asked for.
+        """
+        total, first = self._checkpoint.spec.num_layers, self._team.tell(first)
+        for rows in self.states(first - 1).values() if first else ():
+            self._team.hand_out(rows)
         for branch in self._branches:
             if branch.solver is not None:
                 branch.solver.before_change = before_change
-        for layer in range(first, self._checkpoint.spec.num_layers):
+        for layer in range(first, total):
             block = load_calibration_block(self._checkpoint, layer, self._windows.shape[1], self._device)
             check_weights(block)
             if self._source is not None:
                 before_change()
                 self._source.step(block)
-            yield self._passed(block)
+            passed = self._passed(block)
+            before_change()  # what comes from other workers is a change as well
+            if self._team.tell(wants_states(layer) or layer + 1 == total):
+                for rows in self.states(layer).values():
+                    if len(rows) == self._windows.numel():  # else all workers have all of them
+                        self._team.complete(rows, self._groups)
+            yield passed
 
     def states(self, layer: int) -> dict[str, Tensor]:
         """The states behind a block that all further work depends on: views of them, to be read or filled."""
@@ -217,8 +244,16 @@ class Walk:
         assert states is not None
         return [solve_head(branch.plan, states.states, self._windows.shape[1], self._device)]
 
+    def _check_room(self, branch: Branch, number: int) -> None:
+        """Leave distillation out, and say so, where the memory does not suffice for it."""
+        found = refusal(branch.plan, self._windows.shape[1], self._device) if branch.plan.distill_steps else None
+        if reason := self._team.tell(self._job.decide(f"no distillation {number}", found)):
+            for output in branch.outputs:
+                output.warn(reason)
+            branch.plan = replace(branch.plan, distill_steps=0)
+
     def _passed(self, block: CalibrationBlock) -> PassedBlock:
-        solved = [branch.solve(block, self._source) for branch in self._branches]
+        solved = [branch.solve(block, self._source, writes=self._team.rank == 0) for branch in self._branches]
         statistics = self._source.statistics if self._observes and self._source is not None else {}
         return PassedBlock(block.block.layer, solved, statistics)
 
@@ -243,12 +278,3 @@ def kept_bytes(checkpoint: Checkpoint, branches: Sequence[Branch], num_tokens: i
     following = sum(any(solver.follows_source for solver in branch.plan.solvers.values()) for branch in branches)
     rows = num_tokens * stores + min(num_tokens, FOLLOWED_TOKENS) * following
     return int(rows * checkpoint.spec.hidden_size * 4 * 2 + weights * _BYTES_A_WEIGHT)
-
-
-def _without_room(branch: Branch, window_len: int, device: torch.device, job: Job, number: int) -> None:
-    """Leave distillation out, and say so, where the memory does not suffice for it."""
-    found = refusal(branch.plan, window_len, device) if branch.plan.distill_steps else None
-    if reason := job.decide(f"no distillation {number}", found):
-        for output in branch.outputs:
-            output.warn(reason)
-        branch.plan = replace(branch.plan, distill_steps=0)

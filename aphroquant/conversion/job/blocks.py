@@ -37,6 +37,7 @@ class BlockKeeper:
         self._pending: Future[float] | None = None  # seconds of a processor
         self._pace = Pace()
         self._newest: int | None = None  # states
+        self._wanted = True  # states behind the last block
 
     def passes(self, walk: Walk) -> Iterator[PassedBlock]:
         """All blocks, those that were passed before as they were."""
@@ -44,8 +45,7 @@ class BlockKeeper:
         records = self._directory.records(BLOCK)
         for number in range(done):
             yield unpack_passed(read_record(records[number]))
-        for passed in walk.passes(done, before_change=self._settle):
-            self._settle()
+        for passed in walk.passes(done, before_change=self._settle, wants_states=self._wants_states):
             self._keep(passed, walk)
             yield passed
         self._settle()
@@ -86,9 +86,13 @@ class BlockKeeper:
         else:
             self._say(f"all {self._num_blocks} blocks are solved already: {self._directory.path} has them")
 
+    def _wants_states(self, layer: int) -> bool:
+        self._wanted = self._pace.due or layer + 1 == self._num_blocks
+        return self._wanted
+
     def _keep(self, passed: PassedBlock, walk: Walk) -> None:
         states = None
-        if self._pace.due or passed.layer + 1 == self._num_blocks:
+        if self._wanted:
             states = {name: _on_cpu(rows) for name, rows in walk.states(passed.layer).items()}
         self._pending = self._pool.submit(self._write, passed, states)
 
