@@ -9,7 +9,7 @@ from torch import Tensor
 
 from aphroquant.checkpoint import Checkpoint
 from aphroquant.kernels.reference.matmul import linear
-from aphroquant.models.decoder import CosSin, DecoderBlock, causal_attention
+from aphroquant.models.decoder import Attend, CosSin, DecoderBlock, causal_attention
 from aphroquant.models.loader import load_block
 from aphroquant.models.rope import cos_sin
 from aphroquant.models.spec import DOWN, O
@@ -57,9 +57,10 @@ class CalibrationBlock:
         """The input of o_proj [T, heads * d] for the normed input x [T, H] of the block."""
         return self._without(O).attention(x, self._rope(x), causal_attention(self.block.spec, self.window_len))
 
-    def attention(self, x: Tensor) -> Tensor:
-        """The attention's output [T, H] for the same."""
-        return self.block.attention(x, self._rope(x), causal_attention(self.block.spec, self.window_len))
+    def attention(self, x: Tensor, attend: Attend | None = None) -> Tensor:
+        """The attention's output [T, H] for the same; `attend` in place of causal attention over the windows."""
+        attend = attend or causal_attention(self.block.spec, self.window_len)
+        return self.block.attention(x, self._rope(x), attend)
 
     def mlp_inner(self, x: Tensor) -> Tensor:
         """The input of down_proj [T, I] for the normed input x [T, H] of the MLP."""

@@ -142,6 +142,19 @@ class KVCache:
         _encode(self.scheme.value, v, self.values[layer], self.value_scales[layer], blocks, offsets)
 
 
+def rounded(kv_format: KVFormat, x: Tensor, scale: Tensor | None = None) -> Tensor:
+    """What a cache of this format gives back for keys or values x [T, num_kv_heads, head_dim], float32.
+
+    `scale` [num_kv_heads] is that of formats that scale by head; left out it is 1."""
+    num_tokens, num_heads, head_dim = x.shape
+    shape = (1, num_heads, num_tokens, head_dim)
+    memory = _zeros(shape, kv_format.dtype, x.device)
+    scales = _scales(kv_format, shape, torch.ones(num_heads) if scale is None else scale, x.device)
+    blocks, offsets = torch.zeros(num_tokens, dtype=torch.int64), torch.arange(num_tokens)
+    _encode(kv_format, x, memory, scales, blocks.to(x.device), offsets.to(x.device))
+    return _decode(memory, scales, torch.zeros(1, dtype=torch.int64, device=x.device)).transpose(0, 1)
+
+
 def _encode(
     kv_format: KVFormat, x: Tensor, memory: Tensor, scales: Tensor | None, blocks: Tensor, offsets: Tensor
 ) -> None:
