@@ -52,7 +52,7 @@ from aphroquant.conversion.soundness import (
     check_tokenizer,
     rebuilds_tokenizer,
 )
-from aphroquant.conversion.targets import can_be_quantized_for, check_known
+from aphroquant.conversion.targets import ENGINE_BITS, can_be_quantized_for, check_known
 from aphroquant.conversion.together import LossOfOneError, check_together, run_together
 from aphroquant.errors import AphroquantError, UsageError
 from aphroquant.formats.base import Format
@@ -60,7 +60,7 @@ from aphroquant.provenance.card import model_card
 from aphroquant.provenance.checksums import FILE_NAME as SUMS
 from aphroquant.provenance.checksums import sums_text
 from aphroquant.provenance.records import CARD, MANIFEST
-from aphroquant.schemes import FloatScheme
+from aphroquant.schemes import FloatScheme, IntegerScheme
 
 Plan = ConversionPlan | RepackPlan
 
@@ -331,6 +331,10 @@ class _Conversion(Conversion):
             self.note(f"{partial} is no whole number of blocks, which transformers and some engines refuse")
         if unequal := unequal_groups(plan.spec, plan.schemes):
             self.warn(unequal)
+        if beyond := sorted(_beyond_engines(plan)):
+            widths = " and ".join(map(str, ENGINE_BITS[self.request.to]))
+            told = ", ".join(map(str, beyond))
+            self.note(f"vLLM runs {self.request.to} of {widths} bits only, not of {told}; transformers runs all")
         return plan
 
     def _tell_repack(self, plan: RepackPlan) -> None:
@@ -458,6 +462,15 @@ def _solver_text(plan: ConversionPlan) -> str | None:
         plan.solvers[module].name for module, scheme in plan.schemes.items() if not isinstance(scheme, FloatScheme)
     )
     return ", ".join(name for name, _ in names.most_common()) or None
+
+
+def _beyond_engines(plan: ConversionPlan) -> set[int]:
+    """Bits of weight-only layers that vLLM has no kernel for."""
+    usual = ENGINE_BITS.get(plan.request.to)
+    schemes = [scheme for scheme in plan.schemes.values() if isinstance(scheme, IntegerScheme)]
+    if usual is None:
+        return set()
+    return {scheme.bits for scheme in schemes if scheme.activations is None} - set(usual)
 
 
 def _partial_blocks(plan: ConversionPlan) -> str | None:

@@ -91,13 +91,15 @@ WEIGHT_ONLY_BITS: Mapping[str, tuple[int, ...]] = {
     "awq": (4,),
     "gptq": (2, 3, 4, 8),
     "fp8": (),
-    "compressed-tensors": (4, 8),
+    "compressed-tensors": (2, 3, 4, 5, 6, 7, 8),
     "auto-round": (2, 3, 4, 8),
     "hqq": (2, 3, 4, 8),
     "modelopt": (),
     "bitsandbytes": (),
     "aqlm": (),
 }
+# Of these, what vLLM's kernels take; transformers dequantizes the others.
+ENGINE_BITS: Mapping[str, tuple[int, ...]] = {"compressed-tensors": (4, 8)}
 HEAD_TARGETS = ("gptq", "auto-round", "compressed-tensors", "hqq")  # whose readers know a quantized lm_head
 _CODEBOOKS = re.compile(r"(?:aqlm-)?(\d+)x(\d+)(?:g(\d+))?")
 _MAX_CODEBOOK_BITS = 16  # of a code, for books that are sought; files may have more

@@ -200,3 +200,13 @@ def test_a_quantized_source_is_chosen_anew_only_with_requantize(tiny_checkpoint:
         converted(tmp_path / "four", tmp_path / "out", to="gptq", bits=5.0)
     result = converted(tmp_path / "four", tmp_path / "out", to="gptq", bits=5.0, requantize=True, solver="rtn")
     assert result.bits_per_weight <= 5.0
+
+
+def test_widths_that_engines_run_come_first_and_others_are_told_of(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"to": "compressed-tensors", "group_size": 32, "dry_run": True}
+    usual = converted(tiny_checkpoint("llama"), tmp_path / "out", bits=5.5, **options)
+    assert set(usual.allocation["widths"]) <= {"4", "8"}
+    assert not any("vLLM" in note for note in usual.notes)
+    low = converted(tiny_checkpoint("llama"), tmp_path / "out", bits=3.9, **options)
+    assert set(low.allocation["widths"]) - {"4", "8"}
+    assert any(note.startswith("vLLM runs compressed-tensors of 4 and 8 bits only") for note in low.notes)

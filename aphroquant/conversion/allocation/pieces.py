@@ -29,7 +29,8 @@ def piece_of(width: Width, module: str, weight: Tensor, statistics: InputStatist
         return quantize(block_type(plan.types[module]), weight.cpu(), statistics.mean_square.cpu(), name=module)
     scheme = plan.schemes[module]
     solver = SOLVERS["rtn"] if quick else plan.solvers[module]
-    return rounding_for(scheme, solver)([weight], statistics, scheme, plan.scale_dtype)[0].weight.to(CPU)
+    seen = statistics if plan.calibrates_module(module) else None
+    return rounding_for(scheme, solver)([weight], seen, scheme, plan.scale_dtype)[0].weight.to(CPU)
 
 
 class _Place(NamedTuple):

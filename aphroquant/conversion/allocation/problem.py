@@ -15,7 +15,7 @@ from aphroquant.conversion.gguf_types import BY_BITS, MIXES, PURE
 from aphroquant.conversion.plan import ConversionPlan, make_plan
 from aphroquant.conversion.request import ConversionRequest
 from aphroquant.conversion.rules import ModuleRule, RuleBook
-from aphroquant.conversion.targets import WEIGHT_ONLY_BITS
+from aphroquant.conversion.targets import ENGINE_BITS, WEIGHT_ONLY_BITS
 from aphroquant.errors import UsageError
 from aphroquant.models.spec import LM_HEAD, DecoderSpec
 
@@ -94,7 +94,24 @@ def make_problem(checkpoint: Checkpoint, request: ConversionRequest) -> Problem:
             f"{_asked(request)} needs a format that holds layers of different widths, which {request.to} does not",
             hint=f"{', '.join(MIXED_TARGETS)} do",
         )
-    widths = _widths(checkpoint, request)
+    for able in _able(request.to):
+        problem, others = _problem(checkpoint, request, able)
+        least, most = (sum(choose(problem.costs(item)) for item in problem.items) for choose in (min, max))
+        if problem.budget >= least:
+            return problem
+    raise _out_of_reach(problem, request, others, least, most)
+
+
+def _able(target: str) -> list[tuple[int, ...]]:
+    """Widths to choose from: those that engines run, and, if the budget is below them, all that the target holds."""
+    if target == "gguf":
+        return [()]
+    return list(dict.fromkeys([ENGINE_BITS.get(target, WEIGHT_ONLY_BITS[target]), WEIGHT_ONLY_BITS[target]]))
+
+
+def _problem(checkpoint: Checkpoint, request: ConversionRequest, able: Sequence[int]) -> tuple[Problem, int]:
+    """With these widths; and the bytes of all tensors that there is nothing to choose for."""
+    widths = _widths(checkpoint, request, able)
     items = _items(checkpoint.spec, widths)
     if not items:
         raise UsageError(f"{_asked(request)} leaves nothing to choose: rules or --ignore decide for all layers")
@@ -102,21 +119,20 @@ def make_problem(checkpoint: Checkpoint, request: ConversionRequest) -> Problem:
     chosen = {module for item in items for module in item.modules}
     fixed = sum(base.module_bytes[module] for module in base.modules if module not in chosen)
     num_weights = sum(rows * columns for rows, columns in base.modules.values())
+    others = base.num_bytes - sum(base.module_bytes[module] for module in chosen)
     if request.average_bits is not None:
         budget = math.floor(request.average_bits * num_weights / 8) - fixed
     else:
         assert request.size is not None
-        budget = request.size - (base.num_bytes - sum(base.module_bytes[module] for module in chosen))
-    problem = Problem(request, widths, items, budget, fixed, num_weights)
-    _check_budget(problem, request, base.num_bytes - sum(base.module_bytes[module] for module in chosen))
-    return problem
+        budget = request.size - others
+    return Problem(request, widths, items, budget, fixed, num_weights), others
 
 
 def _plain(request: ConversionRequest) -> ConversionRequest:
     return replace(request, bits=None, size=None)
 
 
-def _widths(checkpoint: Checkpoint, request: ConversionRequest) -> tuple[Width, ...]:
+def _widths(checkpoint: Checkpoint, request: ConversionRequest, able: Sequence[int]) -> tuple[Width, ...]:
     plain = _plain(request)
     if request.to == "gguf":
         names = [name for name in dict.fromkeys(BY_BITS.values()) if name not in MIXES]
@@ -126,7 +142,6 @@ def _widths(checkpoint: Checkpoint, request: ConversionRequest) -> tuple[Width, 
             for name in sorted(names)
             for plan in [make_gguf_plan(checkpoint, replace(plain, scheme=name), "chosen anew", checks_disk=False)]
         )
-    able = WEIGHT_ONLY_BITS[request.to]
     plans = [make_plan(checkpoint, replace(plain, bits=bits), checks_disk=False) for bits in able]
     uniform = [Width(str(bits), {"bits": bits}, plan, {}) for bits, plan in zip(able, plans, strict=True)]
     items = _items(checkpoint.spec, uniform)
@@ -172,17 +187,15 @@ def _different(widths: Sequence[Width], module: str) -> tuple[int, ...]:
     return tuple(found.values())
 
 
-def _check_budget(problem: Problem, request: ConversionRequest, others: int) -> None:
-    least, most = (sum(choose(problem.costs(item)) for item in problem.items) for choose in (min, max))
-    if problem.budget >= least:
-        return
+def _out_of_reach(problem: Problem, request: ConversionRequest, others: int, least: int, most: int) -> UsageError:
+    """For a budget below the `least` that the items can take."""
     if request.average_bits is not None:
-        raise UsageError(
+        return UsageError(
             f"--bits {request.average_bits:g}: the least that {request.to} can hold is {problem.bits(least):.3f} bits, "
             "scales and zero points included",
             hint=f"between {problem.bits(least):.3f} and {problem.bits(most):.3f} can be had; larger groups take less",
         )
-    raise UsageError(
+    return UsageError(
         f"{_asked(request)}: the tensors take {size_text(others + least)} at least",
         hint=f"between {size_text(others + least)} and {size_text(others + most)} can be had",
     )
