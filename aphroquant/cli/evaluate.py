@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -50,6 +51,14 @@ _STAGES = {"base": "base model", "model": "quantized model", "logits": "comparin
 @click.option("--json", "json_file", metavar="FILE", help="Write all figures here; - for standard output.")
 @click.option("--record", is_flag=True, help="Write the figures into DIR: aphroquant.json, model card, check sums.")
 @click.option("--html", "html_file", metavar="FILE", help="Write a report with plots here: one page, for any browser.")
+@click.option("--drift", is_flag=True, help="Also compare greedy answers: where each first differs from the base's.")
+@click.option("--drift-tokens", default=128, show_default=True, help="Tokens of each answer.")
+@click.option(
+    "--tasks", metavar="NAME,...", help="Also run tasks of lm-evaluation-harness (pip install 'aphroquant[tasks]')."
+)
+@click.option("--task-path", metavar="DIR", type=click.Path(path_type=Path), help="Directory of further tasks.")
+@click.option("--task-limit", type=int, metavar="N", help="Samples of each task. Default: all.")
+@click.option("--fewshot", type=int, metavar="N", help="Examples before each sample. Default: by task.")
 @click.option("--max-kld", type=float, help="Fail (exit 4) above this mean KL divergence, in nats.")
 @click.option("--max-p99-kld", type=float, help="Fail above this 99th percentile of it.")
 @click.option("--max-p999-kld", type=float, help="Fail above this 99.9th percentile of it.")
@@ -68,6 +77,12 @@ def command(
     json_file: str | None,
     record: bool,
     html_file: str | None,
+    drift: bool,
+    drift_tokens: int,
+    tasks: str | None,
+    task_path: Path | None,
+    task_limit: int | None,
+    fewshot: int | None,
     **bounds: float | None,
 ) -> None:
     """Measure the model in each DIR against BASE: KL divergence, top-1 agreement, perplexity, size.
@@ -78,14 +93,20 @@ def command(
     """
     check_json_target(json_file)
     check_html_target(html_file)
-    from aphroquant.evaluation import Bounds, check_bounds, evaluate_models
+    from aphroquant.evaluation import Bounds, TaskSettings, check_bounds, evaluate_models, measure_drift, measure_tasks
     from aphroquant.evaluation.gate import require_all
+    from aphroquant.evaluation.tasks import check_harness
     from aphroquant.provenance.metrics import check_recordable, record_evaluation
 
     for model in models if record else ():
         check_recordable(model)  # found before the work
     limits = Bounds(**bounds)
-    with _progress(len(models)) as on_progress:
+    settings = None
+    if tasks is not None:
+        names = tuple(name.strip() for name in tasks.split(",") if name.strip())
+        settings = TaskSettings(names, task_path, task_limit, fewshot)
+        check_harness()
+    with _progress(_stages(len(models))) as on_progress:
         run = evaluate_models(
             models,
             against=against,
@@ -98,6 +119,20 @@ def command(
             with_floor=noise_floor,
             allow_calibration_text=allow_calibration_text,
         )
+    if drift:
+        with _progress(_drift_stages(len(models))) as on_progress:
+            run = run.with_drift(
+                measure_drift(
+                    models,
+                    against=against,
+                    texts=texts,
+                    max_tokens=drift_tokens,
+                    device=device,
+                    on_progress=on_progress,
+                )
+            )
+    if settings is not None:
+        run = run.with_tasks(measure_tasks(models, against=against, settings=settings, device=device))
     checks = [check_bounds(result, limits) for result in run.evaluations]
     if json_file != STANDARD_OUTPUT:
         _show(run, checks)
@@ -145,9 +180,8 @@ def _gated(result: Evaluation, checks: Sequence[GateCheck]) -> dict[str, Any]:
 
 
 @contextmanager
-def _progress(num_models: int) -> Iterator[OnProgress]:
+def _progress(stages: Mapping[str, str]) -> Iterator[OnProgress]:
     """A callback that draws bars on a terminal, and elsewhere writes one line a finished stage; on stderr."""
-    stages = _stages(num_models)
     console = Console(stderr=True)
     if not console.is_terminal:
         yield _plain_lines(stages)
@@ -172,7 +206,15 @@ def _stages(num_models: int) -> dict[str, str]:
     return {"base": _STAGES["base"], **models, "logits": _STAGES["logits"]}
 
 
-def _plain_lines(stages: dict[str, str]) -> OnProgress:
+def _drift_stages(num_models: int) -> dict[str, str]:
+    """The same of `measure_drift`."""
+    models = [stage for stage in _stages(num_models) if stage.startswith("model")]
+    return {"base": "base's answers"} | {
+        stage: "answers" if len(models) == 1 else f"answers {number}" for number, stage in enumerate(models, 1)
+    }
+
+
+def _plain_lines(stages: Mapping[str, str]) -> OnProgress:
     started = time.monotonic()
 
     def update(stage: str, done: int, total: int) -> None:

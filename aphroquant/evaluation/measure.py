@@ -83,7 +83,7 @@ def _states(
     checkpoint: Checkpoint, batches: Sequence[Batch], on_block: Callable[[int, int], None], device: torch.device
 ) -> list[_Rows]:
     """Hidden states of every batch, each without its windows' last position, which nothing follows."""
-    model = StreamedModel(checkpoint, make_linear=_reference_linear, device=device)
+    model = StreamedModel(checkpoint, make_linear=reference_linear, device=device)
     states = model.hidden_states_of(batches, on_block)
     return [_Rows(model, hidden[:, :-1].flatten(0, 1)) for hidden in states]
 
@@ -116,6 +116,6 @@ def _check_base(base: Checkpoint, positions: Positions) -> None:
         )
 
 
-def _reference_linear(name: str, weight: QuantizedWeight, bias: Tensor | None) -> Linear:
+def reference_linear(name: str, weight: QuantizedWeight, bias: Tensor | None) -> Linear:
     """Float32 arithmetic by definition of the scheme: inputs are rounded where it says that they are quantized."""
     return ReferenceLinear(weight, bias)

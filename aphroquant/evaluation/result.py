@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from aphroquant.evaluation.drift import Drift
@@ -98,6 +98,16 @@ class EvaluationRun:
 
     evaluations: tuple[Evaluation, ...]
     comparisons: tuple[Comparison, ...] = ()
+
+    def with_drift(self, drifts: Sequence[Drift]) -> EvaluationRun:
+        """The same run with what `measure_drift` found of each candidate."""
+        pairs = zip(self.evaluations, drifts, strict=True)
+        return replace(self, evaluations=tuple(replace(result, drift=drift) for result, drift in pairs))
+
+    def with_tasks(self, tasks: Sequence[TaskResults]) -> EvaluationRun:
+        """The same run with the scores of each candidate."""
+        pairs = zip(self.evaluations, tasks, strict=True)
+        return replace(self, evaluations=tuple(replace(result, tasks=scores) for result, scores in pairs))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""

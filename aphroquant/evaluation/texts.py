@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 from aphroquant.checkpoint import Checkpoint
 from aphroquant.errors import InputError, UsageError
+from aphroquant.provenance.records import MANIFEST, OutputRecord
 
 DEFAULT = "default"  # the name of the bundled text
-_MANIFEST = "aphroquant.json"
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def refuse_calibration_texts(checkpoint: Checkpoint, texts: Sequence[EvaluationT
     """UsageError if the checkpoint was calibrated on one of the texts: it would look better than it is."""
     if names := calibrated_on(checkpoint, texts):
         raise UsageError(
-            f"{checkpoint.source} was calibrated on {names[0]}, as its {_MANIFEST} says: on that text it looks better "
+            f"{checkpoint.source} was calibrated on {names[0]}, as its {MANIFEST} says: on that text it looks better "
             "than it is",
             hint="give a text that calibration never saw, or --allow-calibration-text to measure on it all the same",
         )
@@ -66,7 +66,7 @@ def refuse_calibration_texts(checkpoint: Checkpoint, texts: Sequence[EvaluationT
 
 def _calibration_hashes(checkpoint: Checkpoint) -> frozenset[str]:
     """Of the files that the checkpoint was calibrated on; none if it does not say."""
-    path = checkpoint.directory / _MANIFEST
+    path = OutputRecord(checkpoint.path).manifest_path
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         sources = (record["calibration"] or {}).get("sources", [])

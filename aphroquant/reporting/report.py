@@ -11,6 +11,7 @@ from typing import Any
 from aphroquant.evaluation.gate import GateCheck
 from aphroquant.evaluation.pairs import Comparison
 from aphroquant.evaluation.result import Evaluation, EvaluationRun
+from aphroquant.provenance.records import OutputRecord
 
 
 @dataclass(frozen=True)
@@ -122,9 +123,8 @@ def _renamed(comparison: Comparison, names: Mapping[str, str]) -> Comparison:
 
 def _manifest(model: Path) -> dict[str, Any] | None:
     """aphroquant.json of a model; None if there is none that can be read: the report then says less."""
-    path = (model if model.is_dir() else model.parent) / "aphroquant.json"
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = json.loads(OutputRecord(model).manifest_path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) else None

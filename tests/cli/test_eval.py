@@ -236,3 +236,19 @@ def test_a_report_that_could_not_be_written_is_told_before_the_work(
     assert message in err
     assert "base model" not in err
     assert out == ""
+
+
+def test_drift_is_measured_where_it_is_asked_for(
+    evaluate: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, page = tmp_path / "figures.json", tmp_path / "report.html"
+    assert evaluate("--drift", "--drift-tokens", "8", "--json", str(path), "--html", str(page)) == 0
+    out, err = capsys.readouterr()
+    assert "reasoning (6 x" in out
+    assert "answers: done" in err
+    kinds = {kind["kind"]: kind for kind in json.loads(path.read_text())["drift"]["kinds"]}
+    assert set(kinds) == {"short text", "long text", "reasoning"}
+    assert list(kinds["reasoning"]["identical_after"]) == ["8"]
+    assert "Generation drift" in page.read_text(encoding="utf-8")
+    assert evaluate("--drift", "--drift-tokens", "512") == 2
+    assert "drift tokens = 512 must be less than 512" in capsys.readouterr().err
