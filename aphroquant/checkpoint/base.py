@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -35,13 +35,14 @@ COMPANIONS = frozenset({"bias", "k_scale", "v_scale", "q_scale", "kv_scale", "ou
 
 
 class TensorInfo(NamedTuple):
-    """One stored tensor. `dtype` is what `read` gives; `nbytes` is what the file holds."""
+    """One stored tensor. `dtype` is what `read` gives; `nbytes` is what the file holds, from `begin` on."""
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
     file: Path
     nbytes: int
+    begin: int
 
 
 class Checkpoint(ABC):
@@ -151,6 +152,13 @@ class Checkpoint(ABC):
         weights = dict.fromkeys(info.file for info in self.tensors.values())
         paths = [*weights, *self._settings_files(), *self.carried_files()]
         return {path.relative_to(self.directory).as_posix(): path for path in paths}
+
+    def places(self, names: Iterable[str]) -> dict[Path, list[tuple[int, int]]]:
+        """Every file that tensors are in, each with where those of these names begin and end."""
+        found: dict[Path, list[tuple[int, int]]] = {info.file: [] for info in self.tensors.values()}
+        for info in (self.tensors[name] for name in names if name in self.tensors):
+            found[info.file].append((info.begin, info.begin + info.nbytes))
+        return found
 
     def _settings_files(self) -> list[Path]:
         """Files that say what the tensors mean."""

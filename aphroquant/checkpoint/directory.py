@@ -52,7 +52,7 @@ class SafetensorsCheckpoint(Checkpoint):
         self._stored = _read_headers(files)
         _check_index(path, index, self._stored)
         self.tensors = {
-            name: TensorInfo(name, tensor.dtype, tensor.shape, file, tensor.nbytes)
+            name: TensorInfo(name, tensor.dtype, tensor.shape, file, tensor.nbytes, tensor.begin)
             for name, (file, tensor) in self._stored.items()
         }
 

@@ -153,7 +153,8 @@ class GgufCheckpoint(Checkpoint):
         scheme = tensor.block_type.scheme
         dtype = scheme.dtype if isinstance(scheme, DenseScheme) else torch.float32
         scale = self._global_scales.get(name.removesuffix(".weight"))
-        return TensorInfo(name, dtype, tensor.shape, self.path, tensor.nbytes + (scale.nbytes if scale else 0))
+        nbytes = tensor.nbytes + (scale.nbytes if scale else 0)
+        return TensorInfo(name, dtype, tensor.shape, self.path, nbytes, tensor.begin)
 
     def _weight(self, name: str, tensor: GgufTensor) -> QuantizedWeight:
         data = read_bytes(self.path, name, tensor.begin, tensor.nbytes)

@@ -9,9 +9,7 @@ read back, through the cache.
 from __future__ import annotations
 
 import errno
-import fcntl
 import mmap
-import os
 import threading
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,11 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from aphroquant.checkpoint.direct import ALIGNMENT, set_direct
 from aphroquant.checkpoint.hashes import FileDigest
 from aphroquant.checkpoint.tensor_io import check_same, content_of, write_all
 
 CHUNK = 2**22  # bytes written at once
-ALIGNMENT = 2**12  # that O_DIRECT wants of places in files and memory; larger than any usual block
 _CHUNKS = 8  # in memory, most of them on their way to the disk
 _WORKERS = 3  # which wait for the disk
 
@@ -49,7 +47,7 @@ class OutputStream:
         self._storing = ThreadPoolExecutor(max_workers=_WORKERS, thread_name_prefix="storing")
         self._hashing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hashing")
         self._again = threading.local()  # where each thread reads back
-        _set_direct(descriptor, wanted=True)
+        set_direct(descriptor, wanted=True)
 
     @property
     def position(self) -> int:
@@ -71,7 +69,7 @@ class OutputStream:
         """Wait until everything is on its way to the disk and compared, the last, shorter chunk included."""
         while self._under_way:
             self._settle()
-        _set_direct(self._descriptor, wanted=False)  # it ends where no block does
+        set_direct(self._descriptor, wanted=False)  # it ends where no block does
         if self._filled:
             self._send()
             self._settle()
@@ -109,7 +107,7 @@ class OutputStream:
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise
-            _set_direct(self._descriptor, wanted=False)  # larger blocks than usual, or a partial write
+            set_direct(self._descriptor, wanted=False)  # larger blocks than usual, or a partial write
             write_all(self._descriptor, position, part)
             check_same(self._descriptor, self._path, position, part, again)
 
@@ -118,14 +116,3 @@ def _chunk() -> Tensor:
     """uint8 [CHUNK] that begins with a page."""
     memory = mmap.mmap(-1, CHUNK, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return torch.frombuffer(memory, dtype=torch.uint8)
-
-
-def _set_direct(descriptor: int, *, wanted: bool) -> None:
-    """Let reads and writes pass the page cache by, if the system can; all that share the open file see it."""
-    direct = getattr(os, "O_DIRECT", 0)
-    flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
-    try:
-        fcntl.fcntl(descriptor, fcntl.F_SETFL, flags | direct if wanted else flags & ~direct)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # of a file system that has no such way
-            raise

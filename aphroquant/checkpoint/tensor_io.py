@@ -1,4 +1,4 @@
-"""Bytes of a file as a tensor. Each read opens, seeks and reads just its range into memory of its own.
+"""Bytes of a file as a tensor. Each read opens and reads just its range into memory of its own.
 
 Nothing is shared with the file, so a caller may change the tensor, and a file that shrinks meanwhile is an error, not a
 crash. What is written is read again at once.
@@ -6,33 +6,86 @@ crash. What is written is read again at once.
 
 from __future__ import annotations
 
+import errno
 import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from aphroquant import buffers
+from aphroquant.checkpoint.direct import ALIGNMENT, is_cached, set_direct
 from aphroquant.checkpoint.files import opened
+from aphroquant.checkpoint.followed import following
 from aphroquant.errors import InputError, ResourceError
 from aphroquant.numbers import same_bytes
 
+_READ = 2**23  # bytes read at once
+_WIDEST = 8  # bytes of a number: where tensors must begin in memory
+_THREAD = threading.local()
 _STEP = 2**20  # bytes written and read again at a time: what is compared is then in the processor's cache
 
 
 def read_bytes(path: Path, name: str, begin: int, nbytes: int) -> Tensor:
     """uint8 [nbytes] from offset `begin`. `name` is the tensor, for the message."""
-    buffer = buffers.empty((nbytes,), torch.uint8)
-    with opened(path) as (file, _):
-        file.seek(begin)
-        view = buffer.numpy().data
-        done = 0
-        while done < nbytes:  # one read gives at most 2 GiB
-            count = file.readinto(view[done:])
-            if not count:
-                raise InputError(f"{path}: {name}: the file ends {nbytes - done} bytes too early")
-            done += count
-    return buffer
+    with opened(path) as (file, _), following(path, begin, nbytes) as reading:
+        descriptor = file.fileno()
+        # What is hashed on the way will not be read a second time, and need not fill the page cache.
+        direct = reading is not None and _is_worth_it(descriptor, begin, nbytes)
+        lead = begin % ALIGNMENT if direct else 0
+        size = -(-(lead + nbytes) // ALIGNMENT) * ALIGNMENT if direct else nbytes
+        memory = buffers.empty((size,), torch.uint8)
+        set_direct(descriptor, wanted=direct and memory.data_ptr() % ALIGNMENT == 0)
+        content = memory[lead : lead + nbytes]
+        done = -lead
+        for count in _filled(descriptor, begin - lead, memory):
+            start, done = max(done, 0), min(done + count, nbytes)
+            if reading is not None:
+                reading.came(content.numpy().data[start:done])
+    if done < nbytes:
+        raise InputError(f"{path}: {name}: the file ends {nbytes - max(done, 0)} bytes too early")
+    return content
+
+
+@contextmanager
+def kept_in_cache() -> Iterator[None]:
+    """What this thread reads meanwhile goes through the page cache: it will read it again."""
+    before = getattr(_THREAD, "keeps", False)
+    _THREAD.keeps = True
+    try:
+        yield
+    finally:
+        _THREAD.keeps = before
+
+
+def _is_worth_it(descriptor: int, begin: int, nbytes: int) -> bool:
+    """Whether to pass the page cache by."""
+    large = nbytes >= buffers.SMALLEST and begin % _WIDEST == 0
+    return large and not getattr(_THREAD, "keeps", False) and not is_cached(descriptor, begin, nbytes)
+
+
+def _filled(descriptor: int, position: int, memory: Tensor) -> Iterator[int]:
+    """Read into the memory; how many bytes came each time, until it is full or the file ends."""
+    view = memory.numpy().data
+    while view:
+        count = _read(descriptor, position, view[:_READ])
+        if not count:
+            return
+        yield count
+        position, view = position + count, view[count:]
+
+
+def _read(descriptor: int, position: int, view: memoryview) -> int:
+    try:
+        return os.preadv(descriptor, [view], position)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        set_direct(descriptor, wanted=False)  # behind a file's last, shorter block, or with larger blocks than usual
+        return os.preadv(descriptor, [view], position)
 
 
 def as_tensor(buffer: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:

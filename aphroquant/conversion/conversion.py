@@ -10,7 +10,7 @@ from __future__ import annotations
 import resource
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -84,6 +84,11 @@ class Conversion(ABC):
     @abstractmethod
     def num_bytes(self) -> int:
         """Bytes of all tensors that it writes."""
+
+    @property
+    def read_late(self) -> Sequence[str]:
+        """Tensors of the source that it reads after all others."""
+        return ()
 
     @abstractmethod
     def check(self) -> None:

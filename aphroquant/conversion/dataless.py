@@ -16,6 +16,7 @@ from aphroquant.calibration.fp8 import round_fp8
 from aphroquant.calibration.lookup_scales import nested
 from aphroquant.calibration.solution import Solution
 from aphroquant.calibration.solvers import rounding_for
+from aphroquant.checkpoint.tensor_io import kept_in_cache
 from aphroquant.conversion.plan import ConversionPlan
 from aphroquant.errors import InputError
 from aphroquant.models.spec import GATE, UP, K, Q, V
@@ -88,7 +89,8 @@ def _same_input(plan: ConversionPlan, module: str) -> tuple[str, ...]:
 
 def _per_tensor(plan: ConversionPlan, scheme: FloatScheme, module: str) -> Iterator[tuple[Solution, float]]:
     """One scale for all pieces, so that they are gone through twice."""
-    magnitude = torch.stack([largest_magnitude(weight) for weight in _pieces(plan, module)]).amax()
+    with kept_in_cache():
+        magnitude = torch.stack([largest_magnitude(weight) for weight in _pieces(plan, module)]).amax()
     for weight in _pieces(plan, module):
         solution = round_fp8(weight, scheme, magnitude)
         yield solution, square_sum(solution, weight)

@@ -247,6 +247,10 @@ class _Conversion(Conversion):
         return self.plan.num_bytes
 
     @property
+    def read_late(self) -> Sequence[str]:
+        return self.plan.dense_names
+
+    @property
     def calibrates(self) -> bool:
         return self.solved_plan is not None
 

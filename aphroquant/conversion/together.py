@@ -14,7 +14,7 @@ from aphroquant.calibration.data import CalibrationData, calibration_windows
 from aphroquant.calibration.statistics import InputStatistics
 from aphroquant.checkpoint import Checkpoint
 from aphroquant.checkpoint.base import naming
-from aphroquant.checkpoint.hashes import FileHashes
+from aphroquant.checkpoint.followed import SourceHashes
 from aphroquant.conversion.conversion import Conversion
 from aphroquant.conversion.job.directory import default_job, remove_abandoned
 from aphroquant.conversion.job.job import Job, Place, open_job
@@ -50,7 +50,8 @@ def run_together(
     data = _read(calibrating, checkpoint, progress) if calibrating else None
     count = num_workers(workers, torch_device(calibrating[0].request.device), len(data.windows)) if data else 1
     found = branches([(plan, each) for each in calibrating if (plan := each.solved_plan) is not None])
-    with FileHashes(checkpoint.files()) as sources, ExitStack() as outputs:
+    late = checkpoint.places(conversions[0].read_late)
+    with SourceHashes(checkpoint.files(), late) as sources, ExitStack() as outputs:
         job = outputs.enter_context(_job(place, calibrating, found, checkpoint, data, progress))
         for conversion in conversions:
             outputs.enter_context(conversion.writing())
