@@ -14,7 +14,7 @@ from aphroquant.conversion.calibration_block import CalibrationBlock
 from aphroquant.conversion.team.team import ALONE, Team, groups
 from aphroquant.models.spec import INPUT_NORM, POST_ATTENTION_NORM
 
-FOLLOWED_TOKENS = 1 << 14  # of evenly spread windows
+FOLLOWED_TOKENS = 1 << 13  # of evenly spread windows
 
 
 class SourceFollower:
@@ -63,8 +63,12 @@ class SourceFollower:
             drift = Drift()
             for own in self._chunks():
                 source, now = self._source(own), self._taken(states, own)
-                drift.add(block.block.norm(norm, source), block.block.norm(norm, now))
-            self._correct(block, names, statistics, drift)
+                x = block.block.norm(norm, now)
+                drift.add(block.block.norm(norm, source) - x, x)
+            chosen = [block.linears[name] for name in names if f"{block.prefix}.{name}" in self._modules]
+            corrected = drift.by_inputs([linear.weight for linear in chosen], _moment(statistics))
+            for linear, weight in zip(chosen, corrected, strict=True):
+                linear.weight = weight
 
     def correct_last(
         self,
@@ -82,12 +86,14 @@ class SourceFollower:
         corrects, drift = self._corrects(block, (name,), statistics), Drift()
         for own in self._chunks():
             source = self._source(own)
-            made = forward(exact.block.norm(norm, source))
+            source = source + exact.linears[name](forward(exact.block.norm(norm, source)))
             if corrects:
-                drift.add(made, self._taken(inner, own), source - self._taken(states, own))
-            self._states.rows[own] = (source + exact.linears[name](made)).to(self._states.rows.device)
+                x = self._taken(inner, own)
+                drift.add(source - self._taken(states, own) - exact.linears[name](x), x)
+            self._states.rows[own] = source.to(self._states.rows.device)
         if corrects:
-            self._correct(block, (name,), statistics, drift)
+            linear = block.linears[name]
+            linear.weight = drift.by_outputs(linear.weight, _moment(statistics))
 
     def pass_experts(self, block: CalibrationBlock) -> None:
         """Go on behind experts, which are not corrected, before they are rounded."""
@@ -100,15 +106,6 @@ class SourceFollower:
         known = statistics is not None and statistics.second_moment is not None
         return known and any(f"{block.prefix}.{name}" in self._modules for name in names)
 
-    def _correct(
-        self, block: CalibrationBlock, names: Sequence[str], statistics: InputStatistics | None, drift: Drift
-    ) -> None:
-        assert statistics is not None and statistics.second_moment is not None
-        chosen = [block.linears[name] for name in names if f"{block.prefix}.{name}" in self._modules]
-        corrected = drift.corrected([linear.weight for linear in chosen], statistics.second_moment)
-        for linear, weight in zip(chosen, corrected, strict=True):
-            linear.weight = weight
-
     def _source(self, own: slice) -> Tensor:
         return self._states.rows[own].to(self._device)
 
@@ -118,3 +115,9 @@ class SourceFollower:
 
     def _chunks(self) -> Iterator[slice]:
         return chunks(len(self._rows), self._window_len)
+
+
+def _moment(statistics: InputStatistics | None) -> Tensor:
+    assert statistics is not None
+    assert statistics.second_moment is not None
+    return statistics.second_moment

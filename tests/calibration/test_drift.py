@@ -25,36 +25,40 @@ def least_squares(weight: Tensor, source: Tensor, x: Tensor, states: Tensor | No
     return weight.double() + torch.linalg.solve(damped, x.double().T @ missing / len(x)).T
 
 
-@pytest.mark.parametrize("with_states", [False, True])
 @pytest.mark.parametrize("share", [0.5, 1.0])
-def test_the_correction_is_that_of_least_squares(with_states: bool, share: float) -> None:
-    (source, x, states), weight, drift = inputs(), torch.randn(10, 24), Drift()
+def test_the_correction_by_inputs_is_that_of_least_squares(share: float) -> None:
+    (source, x, _), weights, drift = inputs(), [torch.randn(10, 24), torch.randn(3, 24)], Drift()
     for part in (slice(0, 250), slice(250, 600)):
-        drift.add(source[part], x[part], states[part] if with_states else None)
-    found = drift.corrected([weight], x.T @ x / len(x), share=share)[0]
-    expected = least_squares(weight, source, x, states if with_states else None)
-    assert torch.allclose(found.double(), weight.double() + share * (expected - weight.double()), atol=1e-4)
+        drift.add(source[part] - x[part], x[part])
+    for weight, found in zip(weights, drift.by_inputs(weights, x.T @ x / len(x), share=share), strict=True):
+        expected = least_squares(weight, source, x, None)
+        assert torch.allclose(found.double(), weight.double() + share * (expected - weight.double()), atol=1e-4)
+
+
+def test_the_correction_by_outputs_makes_up_for_the_states_too() -> None:
+    (source, x, states), weight, drift = inputs(), torch.randn(10, 24), Drift()
+    drift.add(source @ weight.T + states - x @ weight.T, x)
+    found = drift.by_outputs(weight, x.T @ x / len(x), share=1.0)
+    assert torch.allclose(found.double(), least_squares(weight, source, x, states), atol=1e-4)
 
 
 def test_the_output_comes_nearer_to_the_sources() -> None:
     (source, x, states), weight, drift = inputs(), torch.randn(10, 24), Drift()
-    drift.add(source, x, states)
-    wanted = source @ weight.T + states
-    errors = [
-        float((wanted - x @ own.T).square().mean())
-        for own in (weight, *(drift.corrected([weight], x.T @ x / len(x), share=share)[0] for share in (0.5, 1.0)))
-    ]
+    wanted, moment = source @ weight.T + states, x.T @ x / len(x)
+    drift.add(wanted - x @ weight.T, x)
+    tried = [weight, *(drift.by_outputs(weight, moment, share=share) for share in (0.5, 1.0))]
+    errors = [float((wanted - x @ own.T).square().mean()) for own in tried]
     assert errors[0] > errors[1] > errors[2]
 
 
 def test_without_drift_weights_stay_as_they_are() -> None:
     (source, _, _), weight, drift = inputs(), torch.randn(10, 24), Drift()
-    drift.add(source, source)
-    assert torch.equal(drift.corrected([weight], source.T @ source / len(source))[0], weight)
+    drift.add(source - source, source)
+    assert torch.equal(drift.by_inputs([weight], source.T @ source / len(source))[0], weight)
 
 
 @pytest.mark.parametrize("moment", [torch.zeros(24, 24), torch.full((24, 24), torch.nan)])
 def test_inputs_that_cannot_be_used_leave_weights_as_they_are(moment: Tensor) -> None:
-    (source, x, states), weight, drift = inputs(), torch.randn(10, 24), Drift()
-    drift.add(source, x, states)
-    assert torch.equal(drift.corrected([weight], moment)[0], weight)
+    (source, x, _), weight, drift = inputs(), torch.randn(10, 24), Drift()
+    drift.add(source - x, x)
+    assert torch.equal(drift.by_inputs([weight], moment)[0], weight)
