@@ -38,7 +38,7 @@ from aphroquant.schemes.tables import Table, table_of
 
 _CHUNK_ELEMENTS = 1 << 17  # of a search: its temporaries then stay in the processor's cache
 _GPU_CHUNK_ELEMENTS = 1 << 25
-_FLOAT_SHARES = tuple(1.06 - 0.03 * step for step in range(15))  # of the largest magnitude: 1.06 .. 0.64
+_FLOAT_SHARES = tuple(1.03 - 0.05 * step for step in range(9))  # of the largest magnitude: 1.03 .. 0.63
 _E4M3_STEPS = range(-4, 7)  # from the number that makes the largest magnitude a 6; an octave has eight
 _E8M0_STEPS = (0, -1, 1)
 
@@ -72,7 +72,7 @@ class LookupGrid:
         # in the middle between two entries.
         relative = blocks * (1 / scales) if self.scheme.flattened else blocks / scales
         table = table_of(self.scheme.table, weight.device)
-        codes = table.codes[torch.bucketize(relative, table.boundaries)]
+        codes = table.codes[table.places(relative)]
         return join_blocks(codes, self.scheme, self.shape).to(torch.uint8)
 
     def decode(self, codes: Tensor) -> Tensor:
@@ -193,7 +193,7 @@ def _least_error(blocks: Tensor, weights: Tensor, candidates: Iterable[Tensor], 
 
 
 def _nearest_values(blocks: Tensor, scales: Tensor, table: Table) -> Tensor:
-    return table.values[torch.bucketize(blocks / _nonzero(scales)[:, None], table.boundaries, out_int32=True)]
+    return table.nearest(blocks / _nonzero(scales)[:, None])
 
 
 def _chunks(blocks: Tensor, weights: Tensor) -> Iterator[tuple[slice, Tensor]]:

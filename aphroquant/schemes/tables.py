@@ -25,6 +25,19 @@ class Table(NamedTuple):
     codes: Tensor
     boundaries: Tensor
 
+    def places(self, x: Tensor) -> Tensor:
+        """The places of the entries that x becomes, int32."""
+        if x.device.type != "cpu":
+            return torch.bucketize(x, self.boundaries, out_int32=True)
+        count = torch.zeros(x.shape, dtype=torch.int8)  # fifteen comparisons take a quarter of bucketize's time
+        for boundary in self.boundaries:
+            count += x > boundary
+        return count.int()
+
+    def nearest(self, x: Tensor) -> Tensor:
+        """The entries that x becomes."""
+        return self.values.index_select(0, self.places(x).flatten()).view(x.shape)
+
     @property
     def top(self) -> float:
         """The largest magnitude."""

@@ -95,8 +95,7 @@ def _rounded_float4(groups: Tensor, input_scale: Tensor | None) -> Tensor:
     else:
         common = input_scale.float()
         scale = (largest / E2M1_MAX / common).clamp(max=FP8_MAX).to(torch.float8_e4m3fn).float() * common
-    table = table_of("e2m1", groups.device)
-    return table.values[torch.bucketize(groups / torch.where(scale == 0, 1.0, scale), table.boundaries)] * scale
+    return table_of("e2m1", groups.device).nearest(groups / torch.where(scale == 0, 1.0, scale)) * scale
 
 
 def _static(input_scale: Tensor | None) -> Tensor:
