@@ -85,7 +85,8 @@ class _Bits(click.ParamType[int | float]):
 @click.option(
     "--scheme",
     metavar="NAME",
-    help="w4a16, w8a16, w8a8-int8, fp8-dynamic, fp8-static, fp8-block; aqlm: aqlm-2x8, aqlm-1x16 or as 4x8g16; "
+    help="w4a16, w8a16, w8a8-int8, w8a8-int8-static, fp8-dynamic, fp8-static, fp8-block, nvfp4, mxfp4 (inputs too) "
+    "or nvfp4a16, mxfp4a16; bitsandbytes: int8, nf4, fp4, nf4-dq, fp4-dq; aqlm: aqlm-2x8, aqlm-1x16 or as 4x8g16; "
     "gguf: q4_k_m, q5_k_m or a type: q4_0, q6_k ...",
 )
 @click.option(
@@ -98,7 +99,9 @@ class _Bits(click.ParamType[int | float]):
     + ".",
 )
 @click.option(
-    "--solver", metavar="rtn|gptq|awq|awq-gptq|awq-gptaq|awq-yaqa", help="How to choose integers. Default: by --effort."
+    "--solver",
+    metavar="rtn|mse|hqq|gptq|awq|awq-gptq|awq-gptaq|awq-yaqa|smoothquant",
+    help="How to choose numbers; mse and hqq use no data. Default: by --effort; smoothquant for w8a8-int8.",
 )
 @click.option(
     "--calibration",
