@@ -54,8 +54,16 @@ def _input_scale(scheme: Scheme, largest: Tensor) -> Tensor:
         ratio = float(largest) / (E2M1_MAX * E4M3_MAX)
         exponent = max(_LOWEST_EXPONENT, math.ceil(math.log2(ratio))) if ratio > 0 else 0
         return torch.tensor(2.0**exponent, dtype=torch.float64, device=largest.device)
-    highest = E4M3_MAX if inputs.kind == "float" else 2 ** (inputs.bits - 1) - 1
-    scale = largest.float() / highest
+    return fp8_scale(largest) if inputs.kind == "float" else _positive(largest.float() / (2 ** (inputs.bits - 1) - 1))
+
+
+def fp8_scale(largest: Tensor) -> Tensor:
+    """The scale, float32, under which `largest` is the largest FP8 number."""
+    return _positive(largest.float() / E4M3_MAX)
+
+
+def _positive(scale: Tensor) -> Tensor:
+    """1 in place of what is too small to divide by."""
     return torch.where(scale < torch.finfo(torch.float32).tiny, torch.ones_like(scale), scale)
 
 

@@ -146,6 +146,7 @@ class _Bits(click.ParamType[int | float]):
     help="Processes that share the calibration; auto: one for each GPU. The output does not depend on it.",
 )
 @click.option("--no-job", is_flag=True, help="Keep nothing of a conversion that is killed.")
+@click.option("--kv-scales", is_flag=True, help="Find scales for an FP8 KV cache, and store them with the weights.")
 @click.option(
     "--rotate", is_flag=True, help="Rotate the channels of a dense model first: the same function, fewer outliers."
 )
@@ -180,6 +181,7 @@ def command(
     workers: str,
     no_job: bool,
     rotate: bool,
+    kv_scales: bool,
     threads: int | None,
     requantize: bool,
     dry_run: bool,
@@ -227,6 +229,7 @@ def command(
             job=False if no_job else job,
             rotate=rotate,
             workers=workers,
+            kv_scales=kv_scales,
             dry_run=dry_run,
             progress=progress,
         )

@@ -16,10 +16,11 @@ from aphroquant.calibration.solvers import rounding_for, two_sided_rounding
 from aphroquant.calibration.statistics import InputStatistics, StatisticsCollector
 from aphroquant.conversion.activations import Activations, chunks
 from aphroquant.conversion.ahead import in_order
-from aphroquant.conversion.calibration_block import CalibrationBlock
+from aphroquant.conversion.calibration_block import CacheMaxima, CalibrationBlock
 from aphroquant.conversion.dataless import joined, naming_modules, solve_in_pieces, square_sum
 from aphroquant.conversion.experts import RoutedTokens
 from aphroquant.conversion.following import SourceFollower
+from aphroquant.conversion.kv_cache import found_scales
 from aphroquant.conversion.output_moments import OutputMoments
 from aphroquant.conversion.plan import ConversionPlan
 from aphroquant.conversion.refinement import BlockRefiner, Unrounded
@@ -120,7 +121,7 @@ class CalibratedSolver:
             self._experts(block, solved)
         if start is not None and self._unrounded.weights:
             self._refine(block, solved, start)
-        solved.changed = {name: tensor.cpu() for name, tensor in block.changed.items()}
+        solved.changed |= {name: tensor.cpu() for name, tensor in block.changed.items()}
         return solved
 
     def _half(self, block: CalibrationBlock, solved: SolvedBlock, norm: str, first: tuple[str, ...], last: str) -> None:
@@ -134,7 +135,11 @@ class CalibratedSolver:
         if self._follower is not None:
             self._follower.correct_first(block, norm, first, statistics, self._hidden.rows)
         self._round(block, solved, first, statistics)
+        if is_attention and self._plan.cache_scales:
+            block.cache = CacheMaxima()
         inner = self._inner(block, norm, block.attention_mix if is_attention else block.mlp_inner)
+        if is_attention and block.cache is not None:
+            solved.changed |= found_scales(block.prefix, block.cache)
         statistics = self._gather(block, (last,), lambda rows: inner.rows[rows].to(self._device))
         if self._follower is not None:
             self.before_change()
@@ -404,6 +409,9 @@ def solve_observed(plan: ConversionPlan, block: CalibrationBlock, source: Source
     """A block of FP8 layers with static inputs, whose scales are those of the source's own activations: rounding to
     eight bits moves them too little to follow it. `block` is not changed."""
     solved = SolvedBlock(block.block.layer, {})
+    if plan.cache_scales:
+        assert block.cache is not None
+        solved.changed = found_scales(block.prefix, block.cache)
     for name, linear in block.linears.items():
         module = f"{block.prefix}.{name}"
         if module not in plan.modules:

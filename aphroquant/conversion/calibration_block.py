@@ -27,12 +27,32 @@ class BlockLinear:
         return linear(x, self.weight, self.bias)
 
 
+class CacheMaxima:
+    """The greatest magnitudes of what an attention would put into its cache, [] each."""
+
+    def __init__(self) -> None:
+        self.key = self.value = torch.zeros(())
+
+    def watching(self, attend: Attend) -> Attend:
+        """The attention, looked at."""
+
+        def watched(q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
+            self.key, self.value = (
+                torch.maximum(own.to(seen.device), seen.abs().amax().float())
+                for own, seen in ((self.key, k), (self.value, v))
+            )
+            return attend(q, k, v, layer)
+
+        return watched
+
+
 @dataclass
 class CalibrationBlock:
     """Block `layer` in float32. `linears` and `norms` are those of `block`, to be changed in place.
 
     `changed` holds the tensors that are no longer what the source says, by their full names, in the stored dtype;
     `divided_rows` what scaling has divided the rows of linears by.
+    `cache`, if there is one, is told of the keys and values of every `attention_mix`.
     """
 
     block: DecoderBlock
@@ -40,6 +60,7 @@ class CalibrationBlock:
     window_len: int
     changed: dict[str, Tensor] = field(default_factory=dict)
     divided_rows: dict[str, Tensor] = field(default_factory=dict)
+    cache: CacheMaxima | None = None
 
     @property
     def norms(self) -> dict[str, Tensor]:
@@ -55,7 +76,10 @@ class CalibrationBlock:
 
     def attention_mix(self, x: Tensor) -> Tensor:
         """The input of o_proj [T, heads * d] for the normed input x [T, H] of the block."""
-        return self._without(O).attention(x, self._rope(x), causal_attention(self.block.spec, self.window_len))
+        attend = causal_attention(self.block.spec, self.window_len)
+        if self.cache is not None:
+            attend = self.cache.watching(attend)
+        return self._without(O).attention(x, self._rope(x), attend)
 
     def attention(self, x: Tensor, attend: Attend | None = None) -> Tensor:
         """The attention's output [T, H] for the same; `attend` in place of causal attention over the windows."""

@@ -48,6 +48,8 @@ def resolve_types(request: ConversionRequest) -> str:
     for option, steps in (("--refine-steps", request.refine_steps), ("--distill-steps", request.distill_steps)):
         if steps:
             raise UsageError(f"{option} {steps} does not go with gguf, whose encoders are not trained")
+    if request.kv_scales:
+        raise UsageError("--kv-scales does not go with gguf, which has no place for scales of a KV cache")
     if request.solver is not None:
         raise UsageError(
             f"--solver {request.solver} does not go with gguf, whose encoders search by themselves",

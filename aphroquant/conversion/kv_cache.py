@@ -6,16 +6,24 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from torch import Tensor
+
+from aphroquant.calibration.inputs import fp8_scale
 from aphroquant.checkpoint import Checkpoint
 from aphroquant.checkpoint.base import is_kv_scale, naming, read_json
+from aphroquant.conversion.calibration_block import CacheMaxima
+from aphroquant.conversion.request import ConversionRequest
+from aphroquant.errors import UsageError
 from aphroquant.formats.base import CacheScheme, Format
 from aphroquant.formats.kv_scales import SPELLINGS, scale_name, written_name
 from aphroquant.formats.modelopt import SETTINGS_FILE
+from aphroquant.models.spec import DecoderSpec, K
 
 # What scales without a description are for: all formats that store them have them for FP8 caches.
 FP8_PER_TENSOR = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
 _PROJECTIONS = (".k_proj", ".q_proj", ".qkv_proj")
 _BOTH: tuple[Literal["k", "v"], ...] = ("k", "v")
+_HOLDERS = ("compressed-tensors", "modelopt", "fp8")
 _SCALARS = ("modelopt",)  # whose readers want a scale of no dimension; others want one
 
 
@@ -55,6 +63,41 @@ def with_cache_scheme(target: Format, checkpoint: Checkpoint) -> Format:
     if described is not None and (complete or target.name == checkpoint.format_name):
         return target.with_cache_scheme(described)
     return target.with_cache_scheme(FP8_PER_TENSOR) if complete else target
+
+
+def check_kv_scales(checkpoint: Checkpoint, request: ConversionRequest) -> None:
+    """UsageError if scales of the cache are asked for and cannot be found or stored."""
+    if not request.kv_scales:
+        return
+    if request.to not in _HOLDERS:
+        raise UsageError(
+            f"--kv-scales: readers of {request.to} look for no scales of a KV cache",
+            hint=f"{', '.join(_HOLDERS)} have a place for them",
+        )
+    if request.samples == 0:
+        raise UsageError("--kv-scales needs calibration, but samples = 0", hint="give --samples a number")
+    stored = next((name for name in checkpoint.tensors if is_kv_scale(name)), None)
+    if stored is not None:
+        raise UsageError(
+            f"--kv-scales: {checkpoint.source} has scales of its own, {stored} among them",
+            hint="leave --kv-scales out: they are carried over",
+        )
+
+
+def new_scales(spec: DecoderSpec, target: str) -> dict[str, str]:
+    """The cache's scales of every layer: the first of their spellings, and the one that the target's readers know."""
+    attention = K.rpartition(".")[0]
+    prefixes = [f"{spec.block_prefix(layer)}.{attention}" for layer in range(spec.num_layers)]
+    return {
+        written_name(prefix, which, ""): written_name(prefix, which, target) for prefix in prefixes for which in _BOTH
+    }
+
+
+def found_scales(prefix: str, maxima: CacheMaxima) -> dict[str, Tensor]:
+    """The scales, float32 [1], of the block with this prefix: what its greatest key and value were become 448."""
+    attention = f"{prefix}.{K.rpartition('.')[0]}"
+    found = zip(_BOTH, (maxima.key, maxima.value), strict=True)
+    return {written_name(attention, which, ""): fp8_scale(largest).reshape(1).cpu() for which, largest in found}
 
 
 def _description(checkpoint: Checkpoint) -> CacheScheme | None:

@@ -17,7 +17,7 @@ from aphroquant.calibration.solvers import Solver
 from aphroquant.checkpoint import Checkpoint
 from aphroquant.checkpoint.disk import size_text
 from aphroquant.conversion.assignment import assign
-from aphroquant.conversion.kv_cache import in_targets_shape, written_names
+from aphroquant.conversion.kv_cache import check_kv_scales, in_targets_shape, new_scales, written_names
 from aphroquant.conversion.request import ConversionRequest
 from aphroquant.conversion.rules import ModuleRule, RuleBook, matches
 from aphroquant.conversion.sizes import module_headers, num_bytes
@@ -73,7 +73,15 @@ class ConversionPlan:
     @cached_property
     def dense_headers(self) -> dict[str, TensorHeader]:
         """What each tensor that stays dense will be, by the names that it gets."""
-        return carried_headers(self.checkpoint, self.dense_names, self.request.to, DEQUANTIZED_DTYPE)
+        target = self.request.to
+        carried = carried_headers(self.checkpoint, self.dense_names, target, DEQUANTIZED_DTYPE)
+        shapes = {name: in_targets_shape(name, (1,), target) for name in self.cache_scales.values()}
+        return carried | {name: TensorHeader(torch.float32, shape) for name, shape in shapes.items()}
+
+    @cached_property
+    def cache_scales(self) -> dict[str, str]:
+        """Names of the KV cache's scales that are to be found, and those that the target has for them."""
+        return new_scales(self.spec, self.request.to) if self.request.kv_scales else {}
 
     @cached_property
     def dense_names(self) -> list[str]:
@@ -115,8 +123,9 @@ def make_plan(checkpoint: Checkpoint, request: ConversionRequest, *, checks_disk
     shapes = {module: _linear_shape(spec, module) for module in chosen}
     schemes, solvers = assign(request, book, {module: shape[1] for module, shape in shapes.items()})
     seen = [module for module in chosen if needs_calibration(schemes[module], solvers[module], request.samples)]
-    calibrates = bool(seen)
-    if calibrates and request.samples == 0:
+    check_kv_scales(checkpoint, request)
+    calibrates = bool(seen) or request.kv_scales
+    if seen and request.samples == 0:
         raise UsageError(
             f"static input scales ({schemes[seen[0]]}) need calibration, but samples = 0",
             hint="give --samples a number, or take a scheme whose inputs are left alone or scaled as they come",

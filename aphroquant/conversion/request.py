@@ -25,6 +25,7 @@ class ConversionRequest:
     `rules` give some modules something else than all others; `ignore` has the last word.
     `requantize` allows what is quantized already to be changed, with a loss.
     `effort` ("fast", "normal" or "best") decides what `solver`, `refine_steps` and `distill_steps` leave open.
+    `kv_scales` finds scales for an FP8 cache of keys and values, and stores them beside the weights.
     `rotate` writes the model in other channels, by a rotation drawn with `seed`, before anything else.
     """
 
@@ -49,6 +50,7 @@ class ConversionRequest:
     distill_steps: int | None = None
     rules: tuple[ModuleRule, ...] = ()
     rotate: bool = False
+    kv_scales: bool = False
     size: int | None = None
 
     def __post_init__(self) -> None:

@@ -27,7 +27,7 @@ from aphroquant.conversion.blocks import SolvedBlock, solve_without_data
 from aphroquant.conversion.conversion import Conversion, peak_memory
 from aphroquant.conversion.fused import unequal_groups
 from aphroquant.conversion.gguf_run import GgufConversion
-from aphroquant.conversion.kv_cache import in_targets_shape, with_cache_scheme, written_names
+from aphroquant.conversion.kv_cache import FP8_PER_TENSOR, in_targets_shape, with_cache_scheme, written_names
 from aphroquant.conversion.loss import (
     DENSE_OUTCOME,
     LossError,
@@ -91,6 +91,7 @@ def convert(
     job: str | Path | Literal[False] | None = None,
     rotate: bool = False,
     workers: int | str = 1,
+    kv_scales: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> ConversionResult:
@@ -110,6 +111,7 @@ def convert(
     `rules` give some modules another scheme or solver, or leave them dense: "down_proj: bits=8", "layers[0:2]: keep".
     `job` is the directory in which a calibrated conversion keeps what is done, so that the same call goes on after a
     kill; left out it is `.NAME.job` beside `out`, and with False nothing is kept. It is removed in the end.
+    `kv_scales` finds the scales of an FP8 KV cache on the calibration text and stores them.
     `rotate` first writes a dense source in rotated channels, which changes no function: see conversion/rotated.py.
     `workers` processes share the calibration, each on a part of the windows and of the layers; with "auto" there is one
     for each GPU. The output does not depend on how many there are.
@@ -141,6 +143,7 @@ def convert(
         distill_steps=distill_steps,
         rules=tuple(parse_rule(rule) if isinstance(rule, str) else rule for rule in rules),
         rotate=rotate,
+        kv_scales=kv_scales,
     )
     return convert_all([request], job=job, workers=workers, dry_run=dry_run, progress=progress)[0]
 
@@ -322,11 +325,18 @@ class _Conversion(Conversion):
 
     @cached_property
     def _target(self) -> Format:
+        if isinstance(self.plan, ConversionPlan) and self.plan.cache_scales:
+            return self.plan.format.with_cache_scheme(FP8_PER_TENSOR)
         return with_cache_scheme(self.plan.format, self.checkpoint)
 
     def _make_plan(self) -> Plan:
         found = make_repack_plan(self.checkpoint, self.request) if self.reason is None else None
         if found is not None:
+            if self.request.kv_scales:
+                raise UsageError(
+                    f"--kv-scales calibrates, but {self.checkpoint.source} is quantized already and is only repacked",
+                    hint="give it with the conversion of the dense model, or with --requantize and other numbers",
+                )
             self._tell_repack(found)
             return found
         self.allocate()
@@ -405,6 +415,9 @@ class _Conversion(Conversion):
                 carried = read_carried(self.checkpoint, name, target, dtype)
                 shape = in_targets_shape(new_name, carried.shape, target)
                 self.writer.add_pieces(new_name, carried.dtype, shape, carried.pieces)
+        if isinstance(self.plan, ConversionPlan):
+            for name, new_name in self.plan.cache_scales.items():
+                self.writer.add(new_name, changed[name].reshape(in_targets_shape(new_name, (1,), target)))
         left_out = [name for name in names if not written[name]]
         if left_out:
             self.note(f"{left_out[0]} is left out: the same scale is stored under another name, which counts")

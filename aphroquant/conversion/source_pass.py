@@ -15,7 +15,7 @@ from torch import Tensor
 from aphroquant.calibration.statistics import InputStatistics, StatisticsCollector
 from aphroquant.checkpoint import Checkpoint
 from aphroquant.conversion.activations import Activations, chunks
-from aphroquant.conversion.calibration_block import CalibrationBlock
+from aphroquant.conversion.calibration_block import CacheMaxima, CalibrationBlock
 from aphroquant.conversion.experts import RoutedTokens
 from aphroquant.conversion.team.team import ALONE, Team, chunks_of, groups
 from aphroquant.errors import InputError
@@ -58,6 +58,7 @@ class SourcePass:
     def step(self, block: CalibrationBlock) -> None:
         """Go through the source's next block, which is not changed."""
         self.statistics, self.reports, self.warnings = {}, {}, {}
+        block.cache = CacheMaxima() if self._observes else None
         self._half(block, INPUT_NORM, (Q, K, V), O, block.attention_mix)
         if block.block.router is None:
             self._half(block, POST_ATTENTION_NORM, (GATE, UP), DOWN, block.mlp_inner)

@@ -116,7 +116,7 @@ def numbers_key(plan: ConversionPlan) -> Hashable:
         for module, scheme in plan.schemes.items()
     )
     steps = plan.refine_steps, plan.distill_steps
-    return layers, plan.scale_dtype, steps, plan.request.seed if any(steps) else 0
+    return layers, plan.scale_dtype, plan.request.kv_scales, steps, plan.request.seed if any(steps) else 0
 
 
 class Walk:

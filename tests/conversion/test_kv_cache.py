@@ -13,6 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import aphroquant
+from aphroquant import convert
+from aphroquant.calibration.data import calibration_windows
+from aphroquant.checkpoint import open_checkpoint
+from aphroquant.errors import UsageError
+from aphroquant.formats.kv_scales import kv_scales
 
 Tiny = Callable[..., Path]
 PER_HEAD = {"num_bits": 8, "type": "float", "strategy": "attn_head", "dynamic": False, "symmetric": True}
@@ -137,3 +142,52 @@ def test_modelopt_to_modelopt_keeps_the_algorithm_of_the_cache(source: Path, alg
     aphroquant.convert(first, to="compressed-tensors", out=source.parent / "ct")
     config = json.loads((source.parent / "ct" / "config.json").read_text())["quantization_config"]
     assert config["kv_cache_scheme"] is None  # no scales are stored
+
+
+@pytest.mark.parametrize(("to", "scheme"), [("compressed-tensors", "fp8-dynamic"), ("modelopt", "nvfp4")])
+def test_new_scales_cover_the_keys_and_values_of_the_calibration_text(
+    tiny_checkpoint: Tiny, tmp_path: Path, to: str, scheme: str
+) -> None:
+    """Against the cache that transformers fills with the same windows."""
+    from transformers import AutoModelForCausalLM
+
+    source, out = tiny_checkpoint("llama"), tmp_path / "out"
+    solver = None if scheme.startswith("fp8") else "gptq"  # which leaves the channels of values as large as they are
+    convert(source, to=to, out=out, scheme=scheme, solver=solver, samples=4, seq_len=32, kv_scales=True)
+    windows = calibration_windows(open_checkpoint(source).tokenizer(), (), samples=4, seq_len=32, seed=0).windows
+    with torch.no_grad():
+        cache = AutoModelForCausalLM.from_pretrained(source)(windows, use_cache=True).past_key_values
+    stored = open_checkpoint(out)
+    tolerance = 1e-4 if scheme.startswith("fp8") else 0.1  # of four bits, keys and values are those that it has made
+    for layer, own in enumerate(cache.layers):
+        found = kv_scales(f"model.layers.{layer}.self_attn", stored.tensors, stored.read, num_kv_heads=2)
+        for scale, seen in ((found.key, own.keys), (found.value, own.values)):
+            assert scale is not None
+            assert float(scale) * 448 == pytest.approx(float(seen.abs().max()), rel=tolerance)
+    assert stored.format is not None
+    assert stored.format.cache_scheme() is not None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"to": "gptq"}, "readers of gptq look for no scales"),
+        ({"to": "gguf"}, "--kv-scales does not go with gguf"),
+        ({"to": "compressed-tensors", "samples": 0}, "--kv-scales needs calibration"),
+    ],
+)
+def test_scales_that_cannot_be_found_or_stored_are_refused(
+    tiny_checkpoint: Tiny, tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        convert(tiny_checkpoint("llama"), out=tmp_path / "out", kv_scales=True, **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_source_with_scales_of_its_own_keeps_them(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
+    first = tmp_path / "first"
+    convert(tiny_checkpoint("llama"), to="fp8", out=first, samples=2, seq_len=32, kv_scales=True)
+    with pytest.raises(UsageError, match="is quantized already and is only repacked"):
+        convert(first, to="fp8", out=tmp_path / "second", kv_scales=True)
+    with pytest.raises(UsageError, match=r"has scales of its own, model\.layers\.0\.self_attn\.k_scale among them"):
+        convert(first, to="fp8", scheme="fp8-block", out=tmp_path / "second", kv_scales=True, requantize=True)
