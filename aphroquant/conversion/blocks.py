@@ -139,6 +139,7 @@ class CalibratedSolver:
             block.cache = CacheMaxima()
         inner = self._inner(block, norm, block.attention_mix if is_attention else block.mlp_inner)
         if is_attention and block.cache is not None:
+            block.cache.join(self._team)
             solved.changed |= found_scales(block.prefix, block.cache)
         statistics = self._gather(block, (last,), lambda rows: inner.rows[rows].to(self._device))
         if self._follower is not None:
@@ -306,13 +307,27 @@ class CalibratedSolver:
     ) -> None:
         """Solve those of `names` that are to be quantized, and go on with what they have become."""
 
-        def solve(own: list[str]) -> dict[str, Solution]:
-            found = self._solved(block, own, statistics)
-            return {name: self._portable(found[f"{block.prefix}.{name}"]) for name in own}
+        def solve(units: list[tuple[str, ...]]) -> dict[tuple[str, ...], dict[str, Solution]]:
+            found = self._solved(block, [name for unit in units for name in unit], statistics)
+            return {unit: {name: self._portable(found[f"{block.prefix}.{name}"]) for name in unit} for unit in units}
 
-        solutions = self._team.solve(self._chosen(block, names), solve)
-        by_module = {f"{block.prefix}.{name}": solution for name, solution in solutions.items()}
+        chosen = self._chosen(block, names)
+        solutions = {
+            name: solution
+            for unit in self._team.solve(self._units(block, chosen), solve).values()
+            for name, solution in unit.items()
+        }
+        by_module = {f"{block.prefix}.{name}": solutions[name] for name in chosen}
         self._take_over(block, solved, by_module, statistics)
+
+    def _units(self, block: CalibrationBlock, chosen: Sequence[str]) -> list[tuple[str, ...]]:
+        """What has to be solved together: layers of one scheme whose weights share a global scale."""
+        schemes = {name: self._plan.schemes[f"{block.prefix}.{name}"] for name in chosen}
+        units: dict[Any, list[str]] = {}
+        for name, scheme in schemes.items():
+            shares = isinstance(scheme, LookupScheme) and scheme.scales == "e4m3"
+            units.setdefault(scheme if shares else name, []).append(name)
+        return [tuple(unit) for unit in units.values()]
 
     def _solved(
         self, block: CalibrationBlock, names: Sequence[str], statistics: InputStatistics | None

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from aphroquant.checkpoint import Checkpoint
+from aphroquant.conversion.team.team import Team
 from aphroquant.kernels.reference.matmul import linear
 from aphroquant.models.decoder import Attend, CosSin, DecoderBlock, causal_attention
 from aphroquant.models.loader import load_block
@@ -32,6 +33,12 @@ class CacheMaxima:
 
     def __init__(self) -> None:
         self.key = self.value = torch.zeros(())
+
+    def join(self, team: Team) -> None:
+        """Take over what other workers have seen that is greater."""
+        own = float(self.key), float(self.value)
+        seen = team.solve(range(team.size), lambda workers: dict.fromkeys(workers, own))
+        self.key, self.value = (torch.tensor(max(each)) for each in zip(*seen.values(), strict=True))
 
     def watching(self, attend: Attend) -> Attend:
         """The attention, looked at."""

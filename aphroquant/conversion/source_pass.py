@@ -87,6 +87,9 @@ class SourcePass:
                     seen[first[0]].update(normed)
                     seen[last].update(mixed)
                 self._hidden.rows[rows] = (hidden + block.linears[last](mixed)).to(self._hidden.rows.device)
+        if self._observes and norm == INPUT_NORM:
+            assert block.cache is not None
+            block.cache.join(self._team)
         if self._observes:
             for names in (first, (last,)):
                 own = {start: collector for (name, start), collector in collectors.items() if name == names[0]}

@@ -27,7 +27,8 @@ WANTED: dict[str, dict[str, dict[str, Any]]] = {
         "trained": {**INTEGERS, "bits": 2, "solver": "rtn", "refine_steps": 4, "distill_steps": 2},
         "following": {**INTEGERS, "solver": "awq-gptaq"},
         "two sides": {**INTEGERS, "solver": "awq-yaqa"},
-        "static": {"to": "fp8", "scheme": "fp8-static"},
+        "static": {"to": "fp8", "scheme": "fp8-static", "kv_scales": True},
+        "floats": {"to": "compressed-tensors", "scheme": "nvfp4", "solver": "gptq", "kv_scales": True},
         "model.gguf": {"to": "gguf", "scheme": "q4_0"},
     },
     "qwen3_moe": {
