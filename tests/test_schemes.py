@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 import torch
 
 from aphroquant.errors import InputError, UsageError
-from aphroquant.schemes import ActivationScheme, DenseScheme, FloatScheme, IntegerScheme, KQuantScheme, QuantizedWeight
+from aphroquant.kernels.random_weights import random_weight
+from aphroquant.numbers import same_bytes
+from aphroquant.schemes import (
+    ActivationScheme,
+    DenseScheme,
+    FloatScheme,
+    IntegerScheme,
+    KQuantScheme,
+    LookupScheme,
+    QuantizedWeight,
+    Scheme,
+)
 
 
 def integer_weight(scheme: IntegerScheme, n: int = 5, k: int = 24, seed: int = 0) -> QuantizedWeight:
@@ -124,3 +137,13 @@ def test_schemes_read_well() -> None:
     )
     assert str(FloatScheme("block", (128, 128))) == "fp8 block 128x128"
     assert str(DenseScheme(torch.bfloat16)) == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    "scheme", [FloatScheme("channel"), LookupScheme("e2m1", 16, "e4m3"), IntegerScheme(4, 16, False)], ids=str
+)
+def test_weights_are_the_same_behind_a_pickle(scheme: Scheme) -> None:
+    weight = random_weight(scheme, 8, 32)
+    found = pickle.loads(pickle.dumps(weight))
+    assert (found.scheme, found.shape) == (weight.scheme, weight.shape)
+    assert all(same_bytes(found[name], tensor) for name, tensor in weight.tensors.items())

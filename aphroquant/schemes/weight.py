@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,6 +49,11 @@ class QuantizedWeight:
 
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Eight-bit floats travel as bytes: torch 2.13 pickles them in a form that it does not read itself."""
+        stored = {name: (_as_bytes(tensor), tensor.dtype) for name, tensor in self.tensors.items()}
+        return _unpickled, (self.scheme, stored, self.shape)
 
     def to(self, device: torch.device) -> QuantizedWeight:
         """The same weight on a device."""
@@ -100,6 +106,20 @@ class QuantizedWeight:
             width = self.scheme.storage_bits(name)
             bits += tensor.numel() * (tensor.element_size() * 8 if width is None else width)
         return bits
+
+
+def _as_bytes(tensor: Tensor) -> Tensor:
+    is_float8 = tensor.is_floating_point() and tensor.element_size() == 1
+    return tensor.view(torch.uint8) if is_float8 else tensor
+
+
+def _unpickled(
+    scheme: Scheme, stored: Mapping[str, tuple[Tensor, torch.dtype]], shape: tuple[int, int]
+) -> QuantizedWeight:
+    tensors = {
+        name: tensor if tensor.dtype == dtype else tensor.view(dtype) for name, (tensor, dtype) in stored.items()
+    }
+    return QuantizedWeight(scheme, tensors, shape)
 
 
 def _same_tensor(name: str, ours: Tensor, theirs: Tensor) -> bool:
