@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from aphroquant.cli.json_report import STANDARD_OUTPUT, check_html_target, check_json_target, write_json
 
 if TYPE_CHECKING:
-    from aphroquant.evaluation import Evaluation, EvaluationRun, GateCheck
+    from aphroquant.evaluation import Drift, Evaluation, EvaluationRun, GateCheck, TaskSettings
     from aphroquant.evaluation.measure import OnProgress
 
 _STAGES = {"base": "base model", "model": "quantized model", "logits": "comparing logits"}
@@ -93,19 +93,18 @@ def command(
     """
     check_json_target(json_file)
     check_html_target(html_file)
-    from aphroquant.evaluation import Bounds, TaskSettings, check_bounds, evaluate_models, measure_drift, measure_tasks
+    from aphroquant.checkpoint import open_checkpoint
+    from aphroquant.evaluation import Bounds, check_bounds, evaluate_models, measure_tasks
+    from aphroquant.evaluation.drift import check_drift
     from aphroquant.evaluation.gate import require_all
-    from aphroquant.evaluation.tasks import check_harness
     from aphroquant.provenance.metrics import check_recordable, record_evaluation
 
     for model in models if record else ():
         check_recordable(model)  # found before the work
     limits = Bounds(**bounds)
-    settings = None
-    if tasks is not None:
-        names = tuple(name.strip() for name in tasks.split(",") if name.strip())
-        settings = TaskSettings(names, task_path, task_limit, fewshot)
-        check_harness()
+    settings = None if tasks is None else _task_settings(tasks, task_path, task_limit, fewshot)
+    if drift:
+        check_drift(open_checkpoint(against), drift_tokens)
     with _progress(_stages(len(models))) as on_progress:
         run = evaluate_models(
             models,
@@ -120,17 +119,7 @@ def command(
             allow_calibration_text=allow_calibration_text,
         )
     if drift:
-        with _progress(_drift_stages(len(models))) as on_progress:
-            run = run.with_drift(
-                measure_drift(
-                    models,
-                    against=against,
-                    texts=texts,
-                    max_tokens=drift_tokens,
-                    device=device,
-                    on_progress=on_progress,
-                )
-            )
+        run = run.with_drift(_drift(models, against, texts, drift_tokens, device))
     if settings is not None:
         run = run.with_tasks(measure_tasks(models, against=against, settings=settings, device=device))
     checks = [check_bounds(result, limits) for result in run.evaluations]
@@ -146,6 +135,26 @@ def command(
         write_report(html_file, report_of_run(run, checks))
     names = models if len(models) > 1 else ("",)
     require_all(dict(zip(names, checks, strict=True)))
+
+
+def _task_settings(tasks: str, path: Path | None, limit: int | None, fewshot: int | None) -> TaskSettings:
+    """The tasks of a list with commas, each certain to exist."""
+    from aphroquant.evaluation.tasks import TaskSettings, check_tasks
+
+    settings = TaskSettings(tuple(name.strip() for name in tasks.split(",") if name.strip()), path, limit, fewshot)
+    check_tasks(settings)
+    return settings
+
+
+def _drift(
+    models: tuple[str, ...], against: str, texts: tuple[str, ...], max_tokens: int, device: str
+) -> tuple[Drift, ...]:
+    from aphroquant.evaluation import measure_drift
+
+    with _progress(_drift_stages(len(models))) as on_progress:
+        return measure_drift(
+            models, against=against, texts=texts, max_tokens=max_tokens, device=device, on_progress=on_progress
+        )
 
 
 def _show(run: EvaluationRun, checks: Sequence[Sequence[GateCheck]]) -> None:

@@ -92,10 +92,9 @@ def measure_drift(
     from aphroquant.checkpoint import open_checkpoint
     from aphroquant.evaluation.texts import read_texts
 
-    if max_tokens < 1:
-        raise UsageError(f"drift tokens = {max_tokens} must be at least 1")
     progress = on_progress or (lambda stage, done, total: None)
     base = open_checkpoint(against)
+    check_drift(base, max_tokens)
     sets = prompt_sets(base, read_texts(texts), max_tokens)
     expected, _ = _answers(str(against), sets, max_tokens, device, partial(progress, "base"))
     found = []
@@ -107,16 +106,22 @@ def measure_drift(
     return tuple(found)
 
 
+def check_drift(base: Checkpoint, max_tokens: int) -> None:
+    """UsageError if answers cannot be that long."""
+    context = base.spec.max_position_embeddings
+    if max_tokens < 1:
+        raise UsageError(f"drift tokens = {max_tokens} must be at least 1")
+    if max_tokens >= context:
+        raise UsageError(
+            f"drift tokens = {max_tokens} must be less than {context}, the context length of {base.source}"
+        )
+
+
 def prompt_sets(base: Checkpoint, texts: Sequence[EvaluationText], max_tokens: int) -> list[PromptSet]:
     """Short and long beginnings out of the texts, and questions; as much as the context holds beside the answer."""
-    room = base.spec.max_position_embeddings - max_tokens
-    if room < 1:
-        raise UsageError(
-            f"drift tokens = {max_tokens} must be less than {base.spec.max_position_embeddings}, the context length of "
-            f"{base.source}"
-        )
     from aphroquant.evaluation.windows import encode
 
+    room = base.spec.max_position_embeddings - max_tokens
     tokenizer = base.tokenizer()
     stream = [token for text in texts for token in encode(tokenizer, text.content)]
     sets = [

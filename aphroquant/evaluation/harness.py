@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -125,7 +125,7 @@ def run_tasks(
     device: str = "auto",
 ) -> tuple[TaskResults, ...]:
     """The scores of each model beside its base's. Models are measured one after the other, the base only once."""
-    manager = _manager(settings)
+    manager = task_index(settings)
     base, _ = _scores(against, manager, settings, device)
     found = []
     for model in models:
@@ -154,7 +154,8 @@ class _Metric(NamedTuple):
 MetricKey = tuple[str, str]  # task, metric
 
 
-def _manager(settings: TaskSettings) -> TaskManager:
+@lru_cache(maxsize=1)  # read before an evaluation, to find a wrong name, and again after it
+def task_index(settings: TaskSettings) -> TaskManager:
     """An index in which all names are. That of the harness has thousands, and is read only if it is needed."""
     path = None if settings.path is None else str(settings.path)
     if path is not None:

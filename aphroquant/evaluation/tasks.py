@@ -66,17 +66,20 @@ class TaskResults:
     scores: tuple[TaskScore, ...]
 
 
-def check_harness() -> None:
-    """UsageError if lm-evaluation-harness is not installed: found before the work."""
+def check_tasks(settings: TaskSettings) -> None:
+    """UsageError if lm-evaluation-harness is not installed, or has no such task: found before the work."""
     if importlib.util.find_spec("lm_eval") is None:
         raise UsageError("tasks need lm-evaluation-harness", hint="pip install 'aphroquant[tasks]'")
+    from aphroquant.evaluation.harness import task_index
+
+    task_index(settings)
 
 
 def measure_tasks(
     models: Sequence[str | Path], *, against: str | Path, settings: TaskSettings, device: str = "auto"
 ) -> tuple[TaskResults, ...]:
     """The scores of each model and of its base in the harness's tasks."""
-    check_harness()
+    check_tasks(settings)
     from aphroquant.evaluation.harness import run_tasks
 
     return run_tasks(models, against=against, settings=settings, device=device)

@@ -74,6 +74,6 @@ def test_prompts_and_answers_fit_the_context(tiny_checkpoint: TinyCheckpoint, te
     for one in prompt_sets(checkpoint, read_texts([text_file]), 500):
         assert all(len(prompt) <= 12 for prompt in one.prompts)
     with pytest.raises(UsageError, match="drift tokens = 512 must be less than 512, the context length"):
-        prompt_sets(checkpoint, read_texts([text_file]), 512)
+        measure_drift([checkpoint.path], against=checkpoint.path, max_tokens=512)
     with pytest.raises(UsageError, match="drift tokens = 0 must be at least 1"):
         measure_drift([checkpoint.path], against=checkpoint.path, max_tokens=0)

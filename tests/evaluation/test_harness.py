@@ -162,7 +162,7 @@ def test_the_command_line_runs_tasks_and_records_them(
 
 def test_an_unknown_task_is_told_before_any_model_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     known = SimpleNamespace(all_tasks=["arc_challenge", "arc_easy"])  # reading the harness's thousands takes long
-    monkeypatch.setattr(harness, "TaskManager", lambda **settings: known)
+    monkeypatch.setattr(harness, "TaskManager", lambda include_path: known)
     with pytest.raises(UsageError, match="there is no task 'arc_easi'") as caught:
         measure_tasks([tmp_path / "none"], against=tmp_path / "none", settings=TaskSettings(("arc_easi",)))
     assert caught.value.hint == "did you mean 'arc_easy'?"
