@@ -34,6 +34,7 @@ from aphroquant.checkpoint import open_checkpoint  # noqa: E402
 COLUMNS = "{:>5}  {:>12}  {:>6}  {:>10}  {:>9}  {:>7}  {:>7}  {:>8}  {:>8}  {:>7}  {:>6}"
 HEADINGS = ("bits", "row", "bpw", "text", "mean KLD", "+-", "p99.9", "top-1", "ppl", "seconds", "MiB")
 PLAIN = "rtn-plain"  # minimum and maximum, no data
+ROTATED = "+rotate"  # behind an effort or a solver
 FIGURES = ("mean_kld", "mean_kld_stderr", "p999_kld", "top1_agreement", "perplexity", "base_perplexity")
 
 
@@ -42,7 +43,7 @@ FIGURES = ("mean_kld", "mean_kld_stderr", "p999_kld", "top1_agreement", "perplex
     "--rows",
     default=f"{PLAIN},gptq,{','.join(EFFORTS)}",
     show_default=True,
-    help=f"Efforts, solvers, and the libraries {', '.join(PEERS)}.",
+    help=f"Efforts, solvers (+rotate behind one: with --rotate), and the libraries {', '.join(PEERS)}.",
 )
 @click.option("--here", is_flag=True, help="Run libraries in this environment instead of ones made for them.")
 @click.option("--to", default="gptq", show_default=True)
@@ -125,8 +126,10 @@ def _choice(row: str, calibration: Path, seed: int) -> list[str]:
     """The options that make a row."""
     if row == PLAIN:
         return ["--solver", "rtn", "--samples", "0"]
-    choice = ["--effort", row] if row in EFFORTS else ["--solver", row]
-    return [*choice, "--calibration", str(calibration), "--seed", str(seed)]
+    name = row.removesuffix(ROTATED)
+    choice = ["--effort", name] if name in EFFORTS else ["--solver", name]
+    rotation = ["--rotate"] if name != row else []
+    return [*choice, *rotation, "--calibration", str(calibration), "--seed", str(seed)]
 
 
 def _measure(width: str, row: str, out: Path, base: Path, texts: Sequence[Path], device: str) -> list[dict[str, Any]]:
