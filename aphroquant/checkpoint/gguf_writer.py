@@ -129,6 +129,26 @@ class GgufWriter:
         """Say what will be added, by Hugging Face names; writes the header. UsageError for what GGUF cannot hold."""
         assert self._descriptor is not None
         assert not self._planned, "a file is planned once"
+        factors = self._rope_divisors
+        self._planned, header = self._laid_out(tensors)
+        self._missing = set(self._planned)
+        self._data_begin = len(header)
+        with self._disk_errors_told():
+            write_bytes(self._descriptor, self.path, 0, torch.frombuffer(bytearray(header), dtype=torch.uint8))
+            os.ftruncate(self._descriptor, self.num_bytes)
+        spans = {name: Span(len(header) + tensor.begin, tensor.nbytes) for name, tensor in self._planned.items()}
+        self._hash, self._filled = GrowingFileHash(self._descriptor, spans), len(header)
+        self._hash.reached(self._filled)
+        if factors is not None:
+            self._put(ROPE_FACTORS, 0, factors)
+
+    def planned_bytes(self, tensors: Mapping[str, GgufTensorPlan]) -> int:
+        """How long the file will be with these tensors."""
+        placed, header = self._laid_out(tensors)
+        return len(header) + max((tensor.begin + tensor.nbytes for tensor in placed.values()), default=0)
+
+    def _laid_out(self, tensors: Mapping[str, GgufTensorPlan]) -> tuple[dict[str, PlacedTensor], bytes]:
+        """Where the tensors go, by their names in the file, and the header."""
         chosen: dict[str, tuple[BlockType, tuple[int, ...]]] = {}
         factors = self._rope_divisors
         if factors is not None:
@@ -140,19 +160,9 @@ class GgufWriter:
             chosen[stored] = kind, shape
             if kind.name == "NVFP4":
                 chosen[_scale_name(stored)] = block_type("F32"), (1,)
-        self._planned = place(chosen)
-        self._missing = set(self._planned)
-        metadata = {**model_metadata(self._spec, self._name, self._planned), **self._tokenizer, **self._metadata}
-        header = encode_header(metadata, self._planned)
-        self._data_begin = len(header)
-        with self._disk_errors_told():
-            write_bytes(self._descriptor, self.path, 0, torch.frombuffer(bytearray(header), dtype=torch.uint8))
-            os.ftruncate(self._descriptor, self.num_bytes)
-        spans = {name: Span(len(header) + tensor.begin, tensor.nbytes) for name, tensor in self._planned.items()}
-        self._hash, self._filled = GrowingFileHash(self._descriptor, spans), len(header)
-        self._hash.reached(self._filled)
-        if factors is not None:
-            self._put(ROPE_FACTORS, 0, factors)
+        placed = place(chosen)
+        metadata = {**model_metadata(self._spec, self._name, placed), **self._tokenizer, **self._metadata}
+        return placed, encode_header(metadata, placed)
 
     def add(self, name: str, value: Tensor | QuantizedWeight, *, importance: Tensor | None = None) -> None:
         """Store one planned tensor whole: `encoded` and `add_rows`."""

@@ -70,6 +70,11 @@ class GgufConversion(Conversion):
             self._writer = self._make_writer()
             self._tell_plan()
 
+    @property
+    def file_bytes(self) -> int:
+        """Of the file that is planned, its header included."""
+        return self._writer.planned_bytes(self.plan.tensors)
+
     def preview(self) -> ConversionResult:
         return replace(self._result(done=False), dry_run=True, seconds=0.0, peak_memory_bytes=0)
 

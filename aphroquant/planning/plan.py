@@ -15,6 +15,7 @@ from aphroquant.compatibility import Support, support
 from aphroquant.conversion.conversion import Conversion
 from aphroquant.conversion.fused import unequal_groups
 from aphroquant.conversion.gguf_plan import GgufPlan
+from aphroquant.conversion.gguf_run import GgufConversion
 from aphroquant.conversion.loss import LossError, refuse_loss
 from aphroquant.conversion.progress import Progress
 from aphroquant.conversion.request import ConversionRequest
@@ -122,7 +123,7 @@ def _output(conversion: Conversion, checkpoint: Checkpoint, gpus: Sequence[Gpu],
         num_modules=result.num_modules,
         bits_per_weight=result.bits_per_weight,
         num_bytes=result.num_bytes,
-        file_bytes=result.num_bytes + _other_bytes(checkpoint, result),
+        file_bytes=_file_bytes(conversion, checkpoint, result),
         source_bytes=result.source_bytes,
         engines={entry.engine: _known(entry) for entry in found},
         undivided=tuple(undivided(spec, made.modules, schemes, ranks) if schemes else ()),
@@ -138,13 +139,13 @@ def _known(entry: Support) -> str:
     return "; ".join(filter(None, (needs, "by its documentation" if entry.is_documented else "")))
 
 
-def _other_bytes(checkpoint: Checkpoint, result: ConversionResult) -> int:
-    """Of headers, records and what is carried over."""
-    carried = sum(path.stat().st_size for path in checkpoint.carried_files())
+def _file_bytes(conversion: Conversion, checkpoint: Checkpoint, result: ConversionResult) -> int:
+    """Of tensors, headers, records and what is carried over."""
     records = result.num_modules * _RECORD_BYTES
-    if result.to == "gguf":
-        return carried + records
+    if isinstance(conversion, GgufConversion):
+        return conversion.file_bytes + records
     headers = (len(checkpoint.tensors) + 2 * result.num_modules) * _HEADER_BYTES
     if result.num_bytes >= SMALL_BYTES:  # beyond that, room is left for them
         headers = HEADER_ROOM * math.ceil(result.num_bytes / DEFAULT_SHARD_BYTES)
-    return carried + records + headers
+    carried = sum(path.stat().st_size for path in checkpoint.carried_files())
+    return result.num_bytes + headers + carried + records

@@ -16,16 +16,14 @@ from aphroquant.provenance.verification import sha256_of
 
 _DECIDE = ("python", *PACKAGES, "torch_instruction_set", "kernels_instruction_set", "device", "gpu")
 _BUNDLED = "default: "
+_BUNDLED_WORD = "default"  # that stands for the bundled texts among others
 
 
-def changes(manifest: Mapping[str, Any]) -> Iterator[str]:
+def changes(record: OutputRecord) -> Iterator[str]:
     """What decides bytes here, versions and hardware, and is not as it was; in words."""
-    recorded = manifest.get("environment")
-    if not isinstance(recorded, dict):
-        return
-    device = (manifest.get("request") or {}).get("device", "auto")
-    here = {"aphroquant": aphroquant.__version__, **environment("auto" if device == "cuda" else device)}
-    recorded = {**recorded, "aphroquant": manifest.get("aphroquant")}
+    device = record.section("request").get("device")
+    here = {"aphroquant": aphroquant.__version__, **environment("cpu" if device == "cpu" else "auto")}
+    recorded = {**record.section("environment"), "aphroquant": record.manifest.get("aphroquant")}
     for name in ("aphroquant", *_DECIDE):
         if name in recorded and recorded[name] != here[name]:
             yield f"{name.replace('_', ' ')} is {_told(here[name])} here and was {_told(recorded[name])}"
@@ -43,15 +41,14 @@ def recorded_request(record: OutputRecord) -> dict[str, Any]:
 
     from aphroquant.conversion.request import ConversionRequest
 
-    told = record.manifest.get("request")
-    known = ConversionRequest.__dataclass_fields__
-    for name in told if isinstance(told, dict) else ():
+    told, known = record.section("request"), ConversionRequest.__dataclass_fields__
+    for name in told:
         if name not in known:
             raise InputError(f"{record.manifest_path}: request: {name} is no setting that this release knows")
     try:
-        found = TypeAdapter(ConversionRequest).validate_python({**(told or {}), "out": Path()})
-    except (ValidationError, TypeError) as error:
-        first = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": "must be an object"}
+        found = TypeAdapter(ConversionRequest).validate_python({**told, "out": Path()})
+    except ValidationError as error:
+        first = error.errors()[0]
         place = ".".join(map(str, ("request", *first["loc"])))
         raise InputError(f"{record.manifest_path}: {place}: {first['msg']}") from error
     return {name: getattr(found, name) for name in known if name not in ("out", "overwrite")}
@@ -65,8 +62,7 @@ def opened_source(record: OutputRecord, source: str) -> Checkpoint:
 
 
 def _opened(record: OutputRecord, source: str) -> Checkpoint:
-    recorded = record.manifest.get("source")
-    repository, revision = (recorded or {}).get("repository"), (recorded or {}).get("revision")
+    repository, revision = (record.section("source").get(key) for key in ("repository", "revision"))
     try:
         if isinstance(repository, str) and isinstance(revision, str) and source == repository:
             return open_checkpoint(source, revision=revision)
@@ -80,9 +76,8 @@ def _opened(record: OutputRecord, source: str) -> Checkpoint:
 
 def _check_source(record: OutputRecord, checkpoint: Checkpoint) -> None:
     """InputError for the first file that is not what was read then."""
-    recorded = record.manifest.get("source_files")
-    files = checkpoint.files()
-    if not isinstance(recorded, dict) or not recorded:
+    recorded, files = record.section("source_files"), checkpoint.files()
+    if not recorded:
         raise InputError(f"{record.manifest_path}: source_files says nothing of what was read")
     if checkpoint.path.is_file() and len(recorded) == len(files) == 1:  # which may have another name by now
         recorded = dict(zip(files, recorded.values(), strict=True))
@@ -106,17 +101,17 @@ def _differs(record: OutputRecord, checkpoint: Checkpoint, reason: str) -> Input
 
 def calibration_texts(record: OutputRecord, paths: Sequence[str | Path]) -> list[Path]:
     """The texts, in the recorded order. InputError for one that is gone or not what it was."""
-    told = record.manifest.get("calibration")
-    recorded = told.get("sources", []) if isinstance(told, dict) else []
     files = [Path(path) for path in paths]
-    bundled = [source["name"] for source in recorded if str(source.get("name")).startswith(_BUNDLED)]
-    read = [DEFAULT_TEXTS / name.removeprefix(_BUNDLED) for name in bundled] if bundled else files
-    if recorded and len(read) != len(recorded):
+    recorded = record.section("calibration").get("sources") or []
+    if not isinstance(recorded, list) or not all(isinstance(source, dict) for source in recorded):
+        raise InputError(f"{record.manifest_path}: calibration.sources must be a list of objects")
+    read = list(_in_order(recorded, files))
+    if len(read) != len(recorded):
         raise InputError(
             f"{record.path}: cannot be reproduced: it was calibrated on {len(recorded)} texts, not on {len(read)}",
             hint="give them in the order of aphroquant.json: --calibration",
         )
-    for path, source in zip(read, recorded, strict=False):
+    for path, source in zip(read, recorded, strict=True):
         try:
             same = sha256_of(path) == source.get("sha256")
         except InputError as error:
@@ -130,3 +125,15 @@ def calibration_texts(record: OutputRecord, paths: Sequence[str | Path]) -> list
                 hint="give the text with the recorded SHA-256: --calibration",
             )
     return files
+
+
+def _in_order(recorded: Sequence[Mapping[str, Any]], files: Sequence[Path]) -> Iterator[Path]:
+    """Where the recorded texts are: bundled ones in the package, the others as they are given."""
+    given = iter([path for path in files if str(path) != _BUNDLED_WORD])
+    for source in recorded:
+        name = str(source.get("name"))
+        if name.startswith(_BUNDLED):
+            yield DEFAULT_TEXTS / name.removeprefix(_BUNDLED)
+        elif (path := next(given, None)) is not None:
+            yield path
+    yield from given if recorded else ()

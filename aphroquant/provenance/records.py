@@ -51,6 +51,13 @@ class OutputRecord:
         """aphroquant.json; empty if there is none."""
         return read_json(self.manifest_path) if self.manifest_path.exists() else {}
 
+    def section(self, name: str) -> dict[str, Any]:
+        """One part of the manifest; empty if it is not there. InputError if it is something else than an object."""
+        found = self.manifest.get(name)
+        if found is not None and not isinstance(found, dict):
+            raise InputError(f"{self.manifest_path}: {name} must be an object, not {type(found).__name__}")
+        return found or {}
+
     @cached_property
     def sums(self) -> Mapping[str, str]:
         """SHA-256 by file name, out of the check sums; empty if there are none."""
@@ -60,11 +67,8 @@ class OutputRecord:
     @cached_property
     def hashes(self) -> Mapping[str, str]:
         """SHA-256 by file name, out of the manifest."""
-        files = self.manifest.get("files", {})
-        if not isinstance(files, dict):
-            raise InputError(f"{self.manifest_path}: files must be an object")
         found = {}
-        for name, entry in files.items():
+        for name, entry in self.section("files").items():
             sha256 = entry.get("sha256") if isinstance(entry, dict) else entry
             checksums.check_name(self.manifest_path, name)
             if not isinstance(sha256, str):
@@ -74,9 +78,7 @@ class OutputRecord:
 
     def tensor_sums(self, file: str) -> Mapping[str, str]:
         """CRC-32 of each tensor in a file, as far as they were recorded."""
-        recorded = self.manifest.get("tensor_crc32")
-        recorded = self._renamed(recorded) if isinstance(recorded, dict) else {}
-        sums = recorded.get(file)
+        sums = self._renamed(self.section("tensor_crc32")).get(file)
         return sums if isinstance(sums, dict) else {}
 
     def _beside(self, suffix: str) -> Path:

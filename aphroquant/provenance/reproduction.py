@@ -65,7 +65,7 @@ def reproduce(
             f"{record.path}: there is no {record.manifest_path.name}, which would say how it was made",
             hint="give what aphroquant convert has written",
         )
-    others = tuple(changes(record.manifest))
+    others = tuple(changes(record))
     if others and not any_versions:
         raise InputError(
             f"{record.path}: cannot be reproduced here: {'; '.join(others)}",
@@ -78,7 +78,7 @@ def reproduce(
     with tempfile.TemporaryDirectory(prefix="aphroquant-reproduce-", dir=work) as folder:
         out = Path(folder) / "again" / record.path.name
         named = _under_its_name(checkpoint.path, request["source"], Path(folder) / "source")
-        with _threads(record.manifest):
+        with _threads(record):
             made = aphroquant.convert(**{**request, "source": named}, out=out, progress=progress)
         again = OutputRecord(out)
         differences = (*_file_differences(record, again), *_section_differences(record, again))
@@ -105,8 +105,8 @@ def _check_files(record: OutputRecord) -> None:
         )
 
 
-def _threads(manifest: Mapping[str, Any]) -> _Threads:
-    recorded = (manifest.get("environment") or {}).get("threads")
+def _threads(record: OutputRecord) -> _Threads:
+    recorded = record.section("environment").get("threads")
     return _Threads(recorded if isinstance(recorded, int) else None)
 
 
@@ -146,15 +146,13 @@ def _file_differences(record: OutputRecord, again: OutputRecord) -> Iterator[Fil
 def _section_differences(record: OutputRecord, again: OutputRecord) -> Iterator[FileDifference]:
     """What the manifests say differently of calibration and result, but for paths as the user gave them."""
     for section in _COMPARED:
-        then, now = (_without_paths(found.manifest.get(section)) for found in (record, again))
+        then, now = (_without_paths(found.section(section)) for found in (record, again))
         if then != now:
             keys = sorted(key for key in {*then, *now} if then.get(key) != now.get(key))
             place = f"{record.manifest_path.name}: {section}"
             yield FileDifference(place, "changed", f"differs in {', '.join(keys)}")
 
 
-def _without_paths(section: Any) -> dict[str, Any]:
-    if not isinstance(section, dict):
-        return {}
+def _without_paths(section: Mapping[str, Any]) -> dict[str, Any]:
     plain = {key: value for key, value in section.items() if key not in ("source", "sources", "notes", "warnings")}
     return plain | {"sources": [source.get("sha256") for source in section.get("sources", [])]}

@@ -118,6 +118,14 @@ def test_a_request_that_makes_no_sense_is_refused(change: dict[str, Any], messag
 
 
 @pytest.mark.parametrize("key", ["request", "source_files", "environment", "calibration", "source"])
+@pytest.mark.parametrize("value", [5, "words", [1, {}]])
+def test_a_part_of_another_kind_is_named(key: str, value: object, output: Path) -> None:
+    edit(output, lambda content: content.update({key: value}))
+    with pytest.raises(InputError, match=f"{key} must be an object"):
+        reproduce(output)
+
+
+@pytest.mark.parametrize("key", ["request", "source_files", "environment", "calibration", "source"])
 def test_a_manifest_that_lacks_a_part_ends_in_a_sentence_or_is_enough(key: str, output: Path) -> None:
     edit(output, lambda content: content.pop(key))
     if key in ("request", "source_files"):
