@@ -139,7 +139,7 @@ def make_gguf_plan(
     else:
         types_name, exact = resolve_types(request), frozenset[str]()
         book = RuleBook(request.rules, checkpoint.spec, checkpoint.schemes())
-        kept |= {module for module, found in book.decided.items() if found.rule.keep}
+        kept |= {module for module, rule in book.decided.items() if rule.keep}
         by_rule = _types_by_rule(request, book, kept, shapes)
         types = _chosen_types(checkpoint, kept, types_name, by_rule, shapes)
     plan = GgufPlan(
@@ -259,7 +259,7 @@ def _types_by_rule(
     """The mix or type that rules ask for, by module."""
     names: dict[ModuleRule, str] = {}
     found = {}
-    for module, (_, rule) in book.decided.items():
+    for module, rule in book.decided.items():
         if module in kept:
             continue
         if f"{module}.weight" not in shapes:

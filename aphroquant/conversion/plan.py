@@ -223,12 +223,12 @@ def _split_modules(checkpoint: Checkpoint, request: ConversionRequest, book: Rul
     schemes: dict[str, Scheme] = dict(checkpoint.schemes())
     linears = checkpoint.spec.modules()
     known = matched_modules(request.ignore, [*linears, *schemes, LM_HEAD, EMBEDDING])
-    kept_by_rule = {module for module, found in book.decided.items() if found.rule.keep}
+    kept_by_rule = {module for module, rule in book.decided.items() if rule.keep}
     modules = [module for module in linears if module in schemes]
     layers = set(linears)
-    for module, found in book.decided.items():
-        if module not in layers and module not in known and not found.rule.keep:
-            _require_head(checkpoint, request, module, found.rule)
+    for module, rule in book.decided.items():
+        if module not in layers and module not in known and not rule.keep:
+            _require_head(checkpoint, request, module, rule)
             modules.append(module)
     kept = [module for module in modules if module in known or module in kept_by_rule]
     chosen = [module for module in modules if module not in set(kept)]

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 from aphroquant.errors import UsageError
 from aphroquant.models.spec import DOWN, EMBEDDING, GATE, LM_HEAD, UP, DecoderSpec, K, O, Q, V
@@ -103,40 +103,31 @@ def parse_rule(text: str) -> ModuleRule:
     return ModuleRule(match.strip(), **found)
 
 
-class Decision(NamedTuple):
-    """The rule that decides for a module, and its place among the rules."""
-
-    number: int
-    rule: ModuleRule
-
-
 class RuleBook:
     """The rules of a conversion, for the modules of one model. UsageError for a rule that matches none of them."""
 
     def __init__(self, rules: Sequence[ModuleRule], spec: DecoderSpec, others: Iterable[str] = ()) -> None:
         """`others` are modules that the model has beside those of a decoder; only whole names reach them."""
-        self._rules, self._spec = tuple(rules), spec
+        self._spec = spec
         self._others = tuple(others)
-        self._decisions: dict[str, Decision] = {}
-        for number, rule in enumerate(self._rules):
-            matching = [module for module in self._named if self._matches(rule.match, module)]
+        self._decided: dict[str, ModuleRule] = {}
+        names = set(self._named)
+        for rule in rules:
+            # Rules that an allocation has made name one module each, and there may be thousands of them.
+            whole = rule.match in names
+            matching = [rule.match] if whole else [m for m in self._named if self._matches(rule.match, m)]
             if not matching:
                 raise UsageError(f"rule {rule.match!r} matches no module", hint=self._suggestion(rule.match))
-            self._decisions |= dict.fromkeys(matching, Decision(number, rule))
-
-    def decision(self, module: str) -> Decision | None:
-        """What decides for a module; None if no rule does."""
-        return self._decisions.get(module)
+            self._decided |= dict.fromkeys(matching, rule)
 
     def rule(self, module: str) -> ModuleRule | None:
-        """The same without its place."""
-        found = self._decisions.get(module)
-        return None if found is None else found.rule
+        """What decides for a module; None if no rule does."""
+        return self._decided.get(module)
 
     @property
-    def decided(self) -> Mapping[str, Decision]:
+    def decided(self) -> Mapping[str, ModuleRule]:
         """All modules that some rule decides for."""
-        return self._decisions
+        return self._decided
 
     @cached_property
     def routers(self) -> frozenset[str]:

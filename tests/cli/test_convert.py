@@ -49,6 +49,21 @@ def test_a_dry_run_says_what_it_would_do_and_does_nothing(
     assert not out.exists()
 
 
+def test_rules_averages_and_sizes_are_options(
+    tiny_checkpoint: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start = ["convert", str(tiny_checkpoint("llama")), "--to", "gptq", "--out", str(tmp_path / "out"), "--dry-run"]
+    assert run([*start, "--rule", "down: bits=8", "--rule", "layers[0].down: keep"]) == 0
+    assert "int4 asym g64 (12), int8 asym g64 (1)" in capsys.readouterr().out
+    assert run([*start, "--bits", "4.8", "--group-size", "32"]) == 0
+    assert "guessed bits: 4." in capsys.readouterr().err
+    assert run([*start, "--size", "0.4MB", "--rule", "down: keep"]) == 0
+    assert "guessed bits" in capsys.readouterr().err
+    for value, message in (("four", "is no number of bits; write 4, or 3.5 for an average"), ("9", "between 1 and 8")):
+        assert run([*start, "--bits", value]) == 2
+        assert message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [

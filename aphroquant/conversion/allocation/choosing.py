@@ -55,10 +55,11 @@ def choose_widths(
     with closing(PieceStore()) as pieces, naming(checkpoint.path):
         progress.stage("estimating what each layer's bits are worth")
         passes = Sensitivity(problem, checkpoint, pieces, device, progress)
-        quick = effort.allocation_tries == 0
+        # Second moments of all experts of a block would not fit into memory.
+        quick = effort.allocation_tries == 0 or checkpoint.spec.experts is not None
         damages = passes.damages(rounded_by, min(_JUDGED_BY, len(rounded_by)), request.seed, quick=quick)
         options = _options(problem, item_damages(problem, damages))
-        if quick:
+        if effort.allocation_tries == 0:
             return _allocation(problem, options, allocate(options, problem.budget), {})
         found = _improved(problem, options, pieces, checkpoint, measured_on, device, progress, effort.allocation_tries)
     measured = {"measured_kld": found.after, "measured_kld_before": found.before, "measured": found.measured}

@@ -22,15 +22,29 @@ from aphroquant.schemes import QuantizedWeight, Scheme
 CPU = torch.device("cpu")
 
 
-def piece_of(width: Width, module: str, weight: Tensor, statistics: InputStatistics, *, quick: bool) -> QuantizedWeight:
-    """A weight with one width, as the conversion would round it without scaling channels; to nearest, if `quick`."""
+def pieces_of(
+    width: Width, weights: Mapping[str, Tensor], statistics: InputStatistics, *, quick: bool
+) -> dict[str, QuantizedWeight]:
+    """Weights that share an input with one width, as the conversion would round them without scaling channels; to
+    nearest, if `quick`."""
     plan = width.plan
     if isinstance(plan, GgufPlan):
-        return quantize(block_type(plan.types[module]), weight.cpu(), statistics.mean_square.cpu(), name=module)
-    scheme = plan.schemes[module]
-    solver = SOLVERS["rtn"] if quick else plan.solvers[module]
-    seen = statistics if plan.calibrates_module(module) else None
-    return rounding_for(scheme, solver)([weight], seen, scheme, plan.scale_dtype)[0].weight.to(CPU)
+        importance = statistics.mean_square.cpu()
+        return {
+            module: quantize(block_type(plan.types[module]), weight.cpu(), importance, name=module)
+            for module, weight in weights.items()
+        }
+    alike: dict[tuple[Scheme, str, bool], list[str]] = {}
+    for module in weights:
+        solver = SOLVERS["rtn"] if quick else plan.solvers[module]
+        alike.setdefault((plan.schemes[module], solver.name, plan.calibrates_module(module)), []).append(module)
+    found: dict[str, QuantizedWeight] = {}
+    for (scheme, name, looks), modules in alike.items():
+        rounding = rounding_for(scheme, SOLVERS[name])
+        own = [weights[module] for module in modules]
+        solutions = rounding(own, statistics if looks else None, scheme, plan.scale_dtype)
+        found |= {module: solved.weight.to(CPU) for module, solved in zip(modules, solutions, strict=True)}
+    return found
 
 
 class _Place(NamedTuple):

@@ -12,7 +12,7 @@ One pass forward, which also quantizes each layer with each width, and one pass 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
@@ -20,9 +20,10 @@ from torch import Tensor
 
 from aphroquant.calibration.differentiable import linear, repeatable_training
 from aphroquant.calibration.distill import logit_rows
+from aphroquant.calibration.statistics import InputStatistics
 from aphroquant.checkpoint import Checkpoint
 from aphroquant.conversion.activations import Activations, default_memory_limit
-from aphroquant.conversion.allocation.pieces import PieceStore, piece_of
+from aphroquant.conversion.allocation.pieces import PieceStore, pieces_of
 from aphroquant.conversion.allocation.problem import Problem
 from aphroquant.conversion.calibration_block import CalibrationBlock, load_calibration_block
 from aphroquant.conversion.dataless import naming_modules
@@ -84,13 +85,18 @@ class Sensitivity:
         return kept
 
     def _quantize(self, block: CalibrationBlock, source: SourcePass, *, quick: bool) -> None:
-        for name, own in block.linears.items():
-            module = f"{block.prefix}.{name}"
-            for place in self._places.get(module, ()):
-                with naming_modules(module):
-                    width = self._problem.widths[place]
-                    piece = piece_of(width, module, own.weight, source.statistics[module], quick=quick)
-                self._pieces.put(module, place, piece)
+        for modules in _sharing_inputs(source.statistics):
+            statistics = source.statistics[modules[0]]
+            for place, width in enumerate(self._problem.widths):
+                weights = {
+                    module: block.linears[module.removeprefix(f"{block.prefix}.")].weight
+                    for module in modules
+                    if place in self._places.get(module, ())
+                }
+                with naming_modules(", ".join(weights)):
+                    found = pieces_of(width, weights, statistics, quick=quick)
+                for module, piece in found.items():
+                    self._pieces.put(module, place, piece)
 
     def _output_gradients(self, states: Tensor, window_len: int, seed: int) -> Tensor:
         """By the states behind the last block, of the log-probability of tokens drawn from the source's own."""
@@ -169,6 +175,14 @@ def guessed_damages(problem: Problem) -> list[list[float]]:
         weights = sum(rows * columns for rows, columns in shapes)
         found.append([weights * 4.0 ** (-8 * cost / weights) for cost in costs])
     return found
+
+
+def _sharing_inputs(statistics: Mapping[str, InputStatistics]) -> list[list[str]]:
+    """The modules that have the very same statistics, together."""
+    found: dict[int, list[str]] = {}
+    for module, own in statistics.items():
+        found.setdefault(id(own), []).append(module)
+    return list(found.values())
 
 
 def _drawn(shares: Tensor, drawing: torch.Generator) -> Tensor:
