@@ -115,11 +115,14 @@ def _problem(checkpoint: Checkpoint, request: ConversionRequest, able: Sequence[
     items = _items(checkpoint.spec, widths)
     if not items:
         raise UsageError(f"{_asked(request)} leaves nothing to choose: rules or --ignore decide for all layers")
-    base = widths[0].plan if request.to != "gguf" else make_gguf_plan(checkpoint, _plain(request), "chosen anew")
+    base, sizes = widths[0].plan, widths[0].sizes
+    if isinstance(base, GgufPlan):  # what is no layer of a block has its usual type, whatever the layers get
+        base = make_gguf_plan(checkpoint, _plain(request), "chosen anew", checks_disk=False)
+        sizes = base.module_bytes
     chosen = {module for item in items for module in item.modules}
-    fixed = sum(base.module_bytes[module] for module in base.modules if module not in chosen)
+    fixed = sum(sizes[module] for module in base.modules if module not in chosen)
     num_weights = sum(rows * columns for rows, columns in base.modules.values())
-    others = base.num_bytes - sum(base.module_bytes[module] for module in chosen)
+    others = base.num_bytes - sum(base.module_bytes[module] for module in base.modules) + fixed
     if request.average_bits is not None:
         budget = math.floor(request.average_bits * num_weights / 8) - fixed
     else:
