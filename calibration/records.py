@@ -18,8 +18,20 @@ _QUESTIONS = ("prompt", "instruction", "question")
 _ANSWERS = ("response", "completion", "output", "answer")
 
 
-def read_documents(path: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-    """The texts of one file: the whole of a text file, each record of a JSONL file."""
+NO_TEMPLATE = "none"  # in place of a file: contents are joined as they are
+
+
+def read_template(path: Path) -> str:
+    """The content of a Jinja file; empty for "none"."""
+    return "" if str(path) == NO_TEMPLATE else _read(path)
+
+
+def read_documents(path: Path, tokenizer: PreTrainedTokenizerBase, template: str | None = None) -> Iterator[str]:
+    """The texts of one file: the whole of a text file, each record of a JSONL file.
+
+    `template` renders conversations in place of the model's own; an empty one stands for none at all.
+    """
+    template = tokenizer.chat_template if template is None else template
     suffix = path.suffix.lower()
     if suffix == ".json":
         raise InputError(
@@ -32,7 +44,7 @@ def read_documents(path: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[s
     for number, line in enumerate(content.split("\n"), 1):
         if line.strip():
             where = f"{path}, line {number}"
-            yield _record_text(_parse(line, where), where, tokenizer)
+            yield _record_text(_parse(line, where), where, tokenizer, template)
 
 
 def _read(path: Path) -> str:
@@ -55,9 +67,9 @@ def _parse(line: str, where: str) -> Mapping[str, Any]:
     return record
 
 
-def _record_text(record: Mapping[str, Any], where: str, tokenizer: PreTrainedTokenizerBase) -> str:
+def _record_text(record: Mapping[str, Any], where: str, tokenizer: PreTrainedTokenizerBase, template: Any) -> str:
     if "messages" in record:
-        return _render(record["messages"], where, tokenizer)
+        return _render(record["messages"], where, tokenizer, template)
     if "text" in record:
         return _string(record, "text", where)
     question = next((key for key in _QUESTIONS if key in record), None)
@@ -66,22 +78,24 @@ def _record_text(record: Mapping[str, Any], where: str, tokenizer: PreTrainedTok
         known = "messages, text, or a prompt and a response"
         raise InputError(f"{where}: has none of {known}; its keys are {', '.join(map(repr, record)) or 'none'}")
     texts = _string(record, question, where), _string(record, answer, where)
-    if tokenizer.chat_template is None:
+    if not template:
         return "\n\n".join(texts)
     messages = [{"role": role, "content": text} for role, text in zip(("user", "assistant"), texts, strict=True)]
-    return _render(messages, where, tokenizer)
+    return _render(messages, where, tokenizer, template)
 
 
-def _render(messages: Any, where: str, tokenizer: PreTrainedTokenizerBase) -> str:
+def _render(messages: Any, where: str, tokenizer: PreTrainedTokenizerBase, template: Any) -> str:
     if not isinstance(messages, list) or not all(_is_message(message) for message in messages) or not messages:
         raise InputError(f"{where}: messages must be a list of objects with a role and a content")
-    if tokenizer.chat_template is None:
+    if not template:
         return "\n\n".join(str(message["content"]) for message in messages)
+    own = template is tokenizer.chat_template
     try:
-        with limited_rendering(tokenizer.chat_template):
-            return str(tokenizer.apply_chat_template(messages, tokenize=False))
+        with limited_rendering(template):
+            return str(tokenizer.apply_chat_template(messages, tokenize=False, chat_template=None if own else template))
     except Exception as error:  # templates are programs, and fail in any way they like
-        raise InputError(f"{where}: the model's chat template refuses the messages: {error}") from error
+        whose = "the model's" if own else "the given"
+        raise InputError(f"{where}: {whose} chat template refuses the messages: {error}") from error
 
 
 def _is_message(message: Any) -> bool:

@@ -15,6 +15,8 @@ from aphroquant.errors import EXIT_INTERRUPTED, AphroquantError, is_out_of_memor
 COMMANDS = {
     "convert": "Quantize a checkpoint.",
     "plan": "Say what a conversion will give and take.",
+    "recipe": "Write, check and show recipes.",
+    "pipeline": "Convert, verify, measure, gate, report and publish by a recipe.",
     "eval": "Measure a quantized model against its base.",
     "inspect": "Show what a checkpoint is made of.",
     "verify": "Check that the files of an output are those that were written.",

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
@@ -108,7 +108,21 @@ class _Bits(click.ParamType[int | float]):
     multiple=True,
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Text, or JSONL with messages, text, or prompt and response; repeatable. Default: bundled texts.",
+    help="Text, or JSONL with messages, text, or prompt and response; repeatable; default: the bundled texts.",
+)
+@click.option("--weights", multiple=True, type=float, metavar="N", help="Share of the windows; one for each text.")
+@click.option(
+    "--packing",
+    default="stream",
+    show_default=True,
+    metavar="stream|documents",
+    help="Where windows begin: anywhere, or where a text or conversation does.",
+)
+@click.option(
+    "--chat-template",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Jinja file in place of the model's own template; none: contents joined as they are.",
 )
 @click.option("--samples", type=int, help="Windows of calibration text; 0: none (rtn only). Default: by --effort.")
 @click.option("--seq-len", default=512, show_default=True, help="Tokens in a window.")
@@ -154,39 +168,20 @@ class _Bits(click.ParamType[int | float]):
 @click.option(
     "--requantize", is_flag=True, help="Allow a loss: quantize anew what is quantized already and cannot stay as it is."
 )
+@click.option("--print-recipe", is_flag=True, help="Print the recipe that means the same (see recipe), and stop.")
 @click.option("--dry-run", is_flag=True, help="Say what would be written, and stop.")
 @click.option("--json", "json_file", metavar="FILE", help="Write the report here too; - for standard output.")
 @click.option("--overwrite", is_flag=True, help="Replace the checkpoint or file at PATH.")
 def command(
     source: str,
-    to: str,
-    out: str,
-    bits: int | float | None,
-    size: int | None,
-    group_size: int | None,
-    symmetric: bool | None,
-    scheme: str | None,
-    effort: str,
-    solver: str | None,
-    calibration: tuple[Path, ...],
-    samples: int | None,
-    seq_len: int,
-    seed: int,
-    ignore: tuple[str, ...],
-    rules: tuple[str, ...],
-    device: str,
-    refine_steps: int | None,
-    distill_steps: int | None,
     job: Path | None,
     workers: str,
     no_job: bool,
-    rotate: bool,
-    kv_scales: bool,
     threads: int | None,
-    requantize: bool,
+    print_recipe: bool,
     dry_run: bool,
     json_file: str | None,
-    overwrite: bool,
+    **options: Any,
 ) -> None:
     """Convert SOURCE (a directory, a .gguf file or a Hub id) into PATH.
 
@@ -197,6 +192,12 @@ def command(
     check_json_target(json_file)
     if job is not None and no_job:
         raise UsageError("--job and --no-job contradict each other", hint="give one of them")
+    if print_recipe:
+        from aphroquant.conversion.arguments import make_request
+        from aphroquant.recipes.printing import recipe_text
+
+        click.echo(recipe_text(make_request(source, **options), threads), nl=False)
+        return
     from aphroquant.conversion import convert
 
     if threads is not None:
@@ -204,35 +205,8 @@ def command(
 
         torch.set_num_threads(min(threads, os.cpu_count() or 1))  # thousands crash its thread pool
     with removing_on_sigterm(), conversion_progress() as progress:
-        result = convert(
-            source,
-            to=to,
-            out=out,
-            scheme=scheme,
-            bits=bits,
-            size=size,
-            group_size=group_size,
-            symmetric=symmetric,
-            solver=solver,
-            calibration=calibration,
-            samples=samples,
-            seq_len=seq_len,
-            seed=seed,
-            ignore=ignore,
-            rules=rules,
-            overwrite=overwrite,
-            device=device,
-            requantize=requantize,
-            effort=effort,
-            refine_steps=refine_steps,
-            distill_steps=distill_steps,
-            job=False if no_job else job,
-            rotate=rotate,
-            workers=workers,
-            kv_scales=kv_scales,
-            dry_run=dry_run,
-            progress=progress,
-        )
+        options |= {"job": False if no_job else job, "workers": workers}
+        result = convert(source, dry_run=dry_run, progress=progress, **options)
     if json_file != STANDARD_OUTPUT:
         click.echo(_summary(result))
     if json_file is not None:

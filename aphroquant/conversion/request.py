@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from aphroquant.calibration.data import check_mixing
 from aphroquant.calibration.effort import DEFAULT_EFFORT, find_effort
 from aphroquant.conversion.rules import ModuleRule
 from aphroquant.devices import torch_device
@@ -22,6 +23,8 @@ class ConversionRequest:
     `device` calibrates and solves: "auto" (a GPU if there is one), "cpu" or "cuda".
     `bits` with a point (3.5) is an average, scales and zero points included, and `size` the bytes of all tensors: both
     let the bits of each layer be chosen.
+    `calibration` are text and JSONL files, "default" the bundled ones; `weights` their shares of the windows (none: one
+    stream of all), `packing` says where windows may begin, `chat_template` is a file in place of the model's template.
     `rules` give some modules something else than all others; `ignore` has the last word.
     `requantize` allows what is quantized already to be changed, with a loss.
     `effort` ("fast", "normal" or "best") decides what `solver`, `refine_steps` and `distill_steps` leave open.
@@ -52,6 +55,9 @@ class ConversionRequest:
     rotate: bool = False
     kv_scales: bool = False
     size: int | None = None
+    weights: tuple[float, ...] = ()
+    packing: str = "stream"
+    chat_template: Path | None = None
 
     def __post_init__(self) -> None:
         if self.whole_bits is not None and not 1 <= self.whole_bits <= 8:
@@ -66,6 +72,7 @@ class ConversionRequest:
         for name, steps in (("refine_steps", self.refine_steps), ("distill_steps", self.distill_steps)):
             if steps is not None and steps < 0:
                 raise UsageError(f"{name} = {steps} must not be negative")
+        check_mixing(len(self.calibration), self.weights, self.packing)
         find_effort(self.effort)
         torch_device(self.device)  # found before the work
         if not 0 <= self.seed < 2**63:

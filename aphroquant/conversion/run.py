@@ -16,13 +16,14 @@ from typing import Any, Literal
 from torch import Tensor
 
 from aphroquant.calibration.data import CalibrationData
-from aphroquant.calibration.effort import DEFAULT_EFFORT, find_effort
+from aphroquant.calibration.effort import DEFAULT_EFFORT
 from aphroquant.calibration.statistics import InputStatistics
 from aphroquant.checkpoint import Checkpoint, CheckpointWriter, open_checkpoint
 from aphroquant.checkpoint.base import naming
 from aphroquant.checkpoint.carried import carried_name
 from aphroquant.checkpoint.hashes import FileRecord
 from aphroquant.conversion.ahead import in_order
+from aphroquant.conversion.arguments import make_request
 from aphroquant.conversion.blocks import SolvedBlock, solve_without_data
 from aphroquant.conversion.conversion import Conversion, peak_memory
 from aphroquant.conversion.fused import unequal_groups
@@ -44,7 +45,7 @@ from aphroquant.conversion.repack import RepackPlan, Stack, make_repack_plan, re
 from aphroquant.conversion.request import ConversionRequest
 from aphroquant.conversion.result import ConversionResult
 from aphroquant.conversion.rotated import RotatedCheckpoint
-from aphroquant.conversion.rules import ModuleRule, parse_rule
+from aphroquant.conversion.rules import ModuleRule
 from aphroquant.conversion.soundness import (
     check_carried,
     check_complete,
@@ -52,7 +53,7 @@ from aphroquant.conversion.soundness import (
     check_tokenizer,
     rebuilds_tokenizer,
 )
-from aphroquant.conversion.targets import ENGINE_BITS, can_be_quantized_for, check_known
+from aphroquant.conversion.targets import ENGINE_BITS, can_be_quantized_for
 from aphroquant.conversion.together import LossOfOneError, check_together, run_together
 from aphroquant.errors import AphroquantError, UsageError
 from aphroquant.formats.base import Format
@@ -87,6 +88,9 @@ def convert(
     effort: str = DEFAULT_EFFORT,
     refine_steps: int | None = None,
     distill_steps: int | None = None,
+    weights: Sequence[float] = (),
+    packing: str = "stream",
+    chat_template: str | Path | None = None,
     rules: Sequence[ModuleRule | str] = (),
     job: str | Path | Literal[False] | None = None,
     rotate: bool = False,
@@ -108,6 +112,8 @@ def convert(
     training a block against the source's) and `distill_steps` (of the whole model against the source's logits).
     `bits` as a float (3.5) is an average, scales and zero points included, and `size` the bytes of all tensors: then
     the bits of each layer are chosen for the least divergence, of those widths that `to` can hold.
+    Of several `calibration` texts, `weights` are their shares of the windows; "default" among them is the bundled set.
+    With `packing` "documents" windows begin where texts do; `chat_template` is a file in place of the model's template.
     `rules` give some modules another scheme or solver, or leave them dense: "down_proj: bits=8", "layers[0:2]: keep".
     `job` is the directory in which a calibrated conversion keeps what is done, so that the same call goes on after a
     kill; left out it is `.NAME.job` beside `out`, and with False nothing is kept. It is removed in the end.
@@ -116,32 +122,31 @@ def convert(
     `workers` processes share the calibration, each on a part of the windows and of the layers; with "auto" there is one
     for each GPU. The output does not depend on how many there are.
     """
-    check_known(to)
-    if not str(out).strip():
-        raise UsageError("--out is empty", hint="give the directory (for gguf also a file) to make")
-    paths = [calibration] if isinstance(calibration, str | Path) else calibration or ()
-    request = ConversionRequest(
-        source=str(source),
+    request = make_request(
+        source,
         to=to,
-        out=Path(out),
+        out=out,
         scheme=scheme,
         bits=bits,
         size=size,
         group_size=group_size,
         symmetric=symmetric,
         solver=solver,
-        calibration=tuple(Path(path) for path in paths),
-        samples=find_effort(effort).samples if samples is None else samples,
+        calibration=calibration,
+        samples=samples,
         seq_len=seq_len,
         seed=seed,
-        ignore=(ignore,) if isinstance(ignore, str) else tuple(ignore),
+        ignore=ignore,
         overwrite=overwrite,
         device=device,
         requantize=requantize,
         effort=effort,
         refine_steps=refine_steps,
         distill_steps=distill_steps,
-        rules=tuple(parse_rule(rule) if isinstance(rule, str) else rule for rule in rules),
+        weights=weights,
+        packing=packing,
+        chat_template=chat_template,
+        rules=rules,
         rotate=rotate,
         kv_scales=kv_scales,
     )

@@ -110,7 +110,8 @@ def check_together(conversions: Sequence[Conversion]) -> None:
 
 def _calibration(conversion: Conversion) -> tuple[object, ...]:
     request = conversion.request
-    return request.calibration, request.samples, request.seq_len, request.seed, request.device
+    mixing = request.weights, request.packing, request.chat_template
+    return request.calibration, request.samples, request.seq_len, request.seed, request.device, mixing
 
 
 def _read(conversions: Sequence[Conversion], checkpoint: Checkpoint, progress: Progress) -> CalibrationData:
@@ -126,6 +127,9 @@ def _read(conversions: Sequence[Conversion], checkpoint: Checkpoint, progress: P
         samples=request.samples,
         seq_len=request.seq_len,
         seed=request.seed,
+        weights=request.weights,
+        packing=request.packing,
+        chat_template=request.chat_template,
     )
     for conversion in conversions:
         conversion.timings["calibration data"] = time.monotonic() - begun

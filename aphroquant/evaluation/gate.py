@@ -95,6 +95,13 @@ def check_bounds(result: Evaluation, bounds: Bounds) -> list[GateCheck]:
     return checks
 
 
+def check_text_bounds(result: Evaluation, text: str, bounds: Bounds) -> list[GateCheck]:
+    """Every given bound on the figures of one text alone, by the name that it has in the result."""
+    figures: Figures = next((part for part in result.texts if part.text.name == text), result)
+    given = {name: bound for name in _FIGURES if (bound := getattr(bounds, name)) is not None}
+    return [_check(name, bound, figures, text, _note(name, bound, result.noise_floor)) for name, bound in given.items()]
+
+
 def _check(name: str, bound: float, figures: Figures, text: str | None, note: str | None) -> GateCheck:
     value = _FIGURES[name](figures)
     return GateCheck(name, value, bound, value >= bound if name == "min_top1" else value <= bound, text, note)

@@ -33,13 +33,9 @@ class EvaluationText(NamedTuple):
 
 
 def read_texts(paths: Sequence[str | Path] | str | Path | None) -> tuple[EvaluationText, ...]:
-    """Each file's text; without paths the bundled evaluation text. UsageError if two are the same."""
-    if not paths:
-        from aphroquant.calibration.data import default_text
-
-        return (_text(DEFAULT, default_text("evaluation")),)
-    files = [paths] if isinstance(paths, str | Path) else paths
-    texts = tuple(_text(str(path), _read(Path(path))) for path in files)
+    """Each file's text; of "default", or without paths, the bundled evaluation text. UsageError if two are the same."""
+    files = [paths] if isinstance(paths, str | Path) else paths or [DEFAULT]
+    texts = tuple(_text(str(path), _content(path)) for path in files)
     names: dict[str, str] = {}
     for text in texts:
         if text.source.sha256 in names:
@@ -77,6 +73,14 @@ def _calibration_hashes(checkpoint: Checkpoint) -> frozenset[str]:
 
 def _text(name: str, content: str) -> EvaluationText:
     return EvaluationText(TextSource(name, hashlib.sha256(content.encode()).hexdigest(), len(content)), content)
+
+
+def _content(path: str | Path) -> str:
+    if str(path) != DEFAULT:
+        return _read(Path(path))
+    from aphroquant.calibration.data import default_text
+
+    return default_text("evaluation")
 
 
 def _read(path: Path) -> str:

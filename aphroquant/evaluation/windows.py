@@ -45,12 +45,17 @@ def token_windows(
     return chunks[order[:windows].sort().values]
 
 
+def _is_a_token(entry: tuple[str, int]) -> bool:
+    """Not what a GGUF file has for rows of the embedding that no token of the tokenizer belongs to."""
+    return entry[0] != f"[PAD{entry[1]}]"
+
+
 def check_same_tokens(
     base: PreTrainedTokenizerBase, model: PreTrainedTokenizerBase, text: str, names: tuple[str, str]
 ) -> None:
     """Raise UsageError unless both tokenizers have one vocabulary and split the beginning of the text alike."""
     vocabulary, other = base.get_vocab(), model.get_vocab()
-    differing = sorted(vocabulary.items() ^ other.items(), key=lambda item: item[1])
+    differing = sorted(filter(_is_a_token, vocabulary.items() ^ other.items()), key=lambda item: item[1])
     if differing:
         token = differing[0][0]
         found = [str(v.get(token, "absent")) for v in (vocabulary, other)]

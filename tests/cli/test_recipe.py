@@ -1,0 +1,46 @@
+"""aphroquant recipe: init, validate, show, list."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from aphroquant.cli import run
+from aphroquant.recipes.loading import load_recipe, read_recipe
+
+
+def test_init_writes_a_recipe_that_validates(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "r.yaml"
+    assert run(["recipe", "init", "release-set", "--source", "org/model", "--out", str(path)]) == 0
+    assert read_recipe(path).recipe.source == "org/model"
+    assert run(["recipe", "validate", str(path)]) == 0
+    assert "4 outputs: awq, gptq, fp8, gguf" in capsys.readouterr().out
+    assert run(["recipe", "init", "--out", str(path)]) == 2
+    assert "exists" in capsys.readouterr().err
+
+
+def test_validate_finds_wrong_keys_impossible_outputs_and_missing_texts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "r.yaml"
+    for text, code, words in (
+        ("outputs: {a: {to: awq}}\ncalibartion: {}\n", 3, "line 2: unknown key 'calibartion'"),
+        ("outputs: {a: {to: awk}}\n", 2, "outputs.a: unknown format 'awk'"),
+        ("outputs: {a: {to: awq}}\ncalibration: {sources: [{path: no.txt}]}\n", 3, "there is no file"),
+    ):
+        path.write_text(text)
+        assert run(["recipe", "validate", str(path)]) == code
+        assert words in capsys.readouterr().err
+
+
+def test_show_prints_a_recipe_its_defaults_and_the_schema(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["recipe", "show", "gguf-ladder", "--resolved"]) == 0
+    resolved = load_recipe(capsys.readouterr().out)
+    assert resolved.outputs == read_recipe("gguf-ladder").recipe.outputs
+    assert run(["recipe", "show", "--schema"]) == 0
+    assert json.loads(capsys.readouterr().out)["additionalProperties"] is False
+    assert run(["recipe", "show"]) == 2
+    assert run(["recipe", "list"]) == 0
+    assert "release-set" in capsys.readouterr().out
