@@ -13,7 +13,8 @@ from aphroquant.cli.convert import command as convert_command
 from aphroquant.cli.json_report import STANDARD_OUTPUT, check_json_target, write_json
 from aphroquant.errors import UsageError
 
-_NOT_OF_A_PLAN = ("job", "no_job", "json_file", "dry_run", "overwrite", "print_recipe")
+# How the work is done, or what becomes of the output: options that are no part of the request.
+_NOT_OF_A_PLAN = ("job", "no_job", "workers", "json_file", "dry_run", "overwrite", "print_recipe")
 _PLACE = "out"  # what the outputs are planned for if no --out is given: this disk
 
 

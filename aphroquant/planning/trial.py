@@ -43,13 +43,12 @@ def try_conversion(requests: Sequence[ConversionRequest], source: Path, samples:
 
 
 def _smaller(request: ConversionRequest, source: Path, samples: int) -> ConversionRequest:
-    """Rules for single layers are left out: they would decide for all of the excerpt's."""
+    """Rules for single layers are left out: they would decide for all of the excerpt's. So is a size of the whole."""
     rules = tuple(rule for rule in request.rules if "layers" not in rule.match)
     ignore = tuple(pattern for pattern in request.ignore if "layers" not in pattern)
     fewer = min(samples, request.samples)
-    return replace(
-        request, source=str(source), samples=fewer, rules=rules, ignore=ignore, refine_steps=0, distill_steps=0
-    )
+    request = replace(request, source=str(source), samples=fewer, rules=rules, ignore=ignore)
+    return replace(request, refine_steps=0, distill_steps=0, size=None)
 
 
 def _run(content: dict[str, Any]) -> Trial:

@@ -14,6 +14,7 @@ from safetensors import safe_open
 import aphroquant
 from aphroquant.checkpoint import open_checkpoint
 from aphroquant.cli import run
+from aphroquant.conversion.request import ConversionRequest
 from aphroquant.errors import UsageError
 from aphroquant.planning.estimate import Estimate, estimate
 from aphroquant.planning.excerpt import write_excerpt
@@ -134,6 +135,14 @@ def test_of_a_gguf_file_time_is_not_known_and_it_says_why(tiny_checkpoint: Tiny,
     found = plan([make_request(tmp_path / "m.gguf", to="gguf", out=tmp_path / "n.gguf", scheme="q8_0")])
     assert isinstance(found.estimate, Estimate | None)
     assert "only directories of safetensors can be tried in parts" in plan_text(found)
+
+
+def test_every_option_that_it_shares_with_convert_is_part_of_the_request() -> None:
+    from aphroquant.cli.plan import command
+
+    own = {"gpus", "tensor_parallel", "tries", "json_file", "threads"}
+    shared = {option.name for option in command.params} - own
+    assert shared <= set(ConversionRequest.__dataclass_fields__)
 
 
 def test_the_command_takes_the_options_of_convert(
