@@ -156,8 +156,9 @@ class _Bits(click.ParamType[int | float]):
     "--workers",
     default="1",
     show_default=True,
-    metavar="N|auto",
-    help="Processes that share the calibration; auto: one for each GPU. The output does not depend on it.",
+    metavar="N|auto|ray...",
+    help="Processes that share the calibration (auto: one for each GPU), or a Ray cluster that solves layers: ray:N on "
+    "this machine, ray://HOST:PORT. The output does not depend on it where processors are alike.",
 )
 @click.option("--no-job", is_flag=True, help="Keep nothing of a conversion that is killed.")
 @click.option("--kv-scales", is_flag=True, help="Find scales for an FP8 KV cache, and store them with the weights.")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from aphroquant.calibration.solution import Solution
-from aphroquant.calibration.solvers import rounding_for, two_sided_rounding
+from aphroquant.calibration.solvers import rounding_for
 from aphroquant.calibration.statistics import InputStatistics, StatisticsCollector
 from aphroquant.conversion.activations import Activations, chunks
 from aphroquant.conversion.ahead import in_order
@@ -27,6 +27,7 @@ from aphroquant.conversion.refinement import BlockRefiner, Unrounded
 from aphroquant.conversion.scaling import SAMPLE_TOKENS, BlockScaler
 from aphroquant.conversion.source_pass import SourcePass
 from aphroquant.conversion.targets import is_trainable
+from aphroquant.conversion.team.task import SolveTask
 from aphroquant.conversion.team.team import ALONE, Team, chunks_of, groups
 from aphroquant.errors import InputError
 from aphroquant.models.decoder import rms_norm
@@ -373,15 +374,14 @@ class CalibratedSolver:
         found: dict[str, Solution] = {}
         for own in kinds.values():
             modules = [f"{block.prefix}.{name}" for name in own]
-            scheme, solver = plan.schemes[modules[0]], plan.solvers[modules[0]]
+            solver = plan.solvers[modules[0]]
             seen = statistics if plan.calibrates_module(modules[0]) else None
-            weights = [block.linears[name].weight for name in own]
+            moments = None
             if solver.needs_output_moments and seen is not None:
                 moments = [self._output_moment(block, name) for name in own]
-                solved = two_sided_rounding(scheme, solver)(weights, seen, scheme, plan.scale_dtype, moments)
-            else:
-                solved = rounding_for(scheme, solver)(weights, seen, scheme, plan.scale_dtype)
-            found |= zip(modules, solved, strict=True)
+            weights = {module: block.linears[name].weight for module, name in zip(modules, own, strict=True)}
+            task = SolveTask(weights, seen, plan.schemes[modules[0]], solver.name, plan.scale_dtype, moments)
+            found |= self._team.solutions(task)
         return found
 
     def _output_moment(self, block: CalibrationBlock, name: str) -> Tensor | None:

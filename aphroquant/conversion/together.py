@@ -17,10 +17,12 @@ from aphroquant.checkpoint.base import naming
 from aphroquant.checkpoint.followed import SourceHashes
 from aphroquant.conversion.conversion import Conversion
 from aphroquant.conversion.job.directory import default_job, remove_abandoned
+from aphroquant.conversion.job.fingerprint import fingerprint
 from aphroquant.conversion.job.job import Job, Place, open_job
 from aphroquant.conversion.loss import LossError
 from aphroquant.conversion.progress import Progress
 from aphroquant.conversion.result import ConversionResult
+from aphroquant.conversion.team.cluster import is_cluster
 from aphroquant.conversion.team.hiring import hired, num_workers
 from aphroquant.conversion.walk import Branch, Walk, branches, kept_bytes
 from aphroquant.devices import torch_device
@@ -48,17 +50,18 @@ def run_together(
         conversion.check()
     calibrating = [conversion for conversion in conversions if conversion.calibrates]
     data = _read(calibrating, checkpoint, progress) if calibrating else None
-    count = num_workers(workers, torch_device(calibrating[0].request.device), len(data.windows)) if data else 1
+    if data is not None:
+        num_workers(workers, torch_device(calibrating[0].request.device), len(data.windows))  # refused before the work
     found = branches([(plan, each) for each in calibrating if (plan := each.solved_plan) is not None])
     late = checkpoint.places(conversions[0].read_late)
     with SourceHashes(checkpoint.files(), late) as sources, ExitStack() as outputs:
-        job = outputs.enter_context(_job(place, calibrating, found, checkpoint, data, progress))
+        job = outputs.enter_context(_job(place, calibrating, found, checkpoint, data, progress, workers))
         for conversion in conversions:
             outputs.enter_context(conversion.writing())
         for index, conversion in enumerate(conversions):
             if not conversion.calibrates:
                 _write_alone(conversion, index)
-        statistics = _walked(calibrating, found, checkpoint, data, job, progress, count) if data is not None else {}
+        statistics = _walked(calibrating, found, checkpoint, data, job, progress, workers) if data is not None else {}
         for conversion in conversions:
             with conversion.timed("files"):
                 conversion.write_rest(statistics)
@@ -78,12 +81,16 @@ def _job(
     checkpoint: Checkpoint,
     data: CalibrationData | None,
     progress: Progress,
+    workers: int | str,
 ) -> Job:
     if data is None:
         return Job()
     num_bytes = kept_bytes(checkpoint, found, data.windows.numel(), observes=_observes(conversions))
     device = torch_device(conversions[0].request.device)
-    return open_job(place, conversions, checkpoint, data, device, progress, num_bytes=num_bytes)
+    told = fingerprint(conversions, checkpoint, data, device)
+    if is_cluster(workers):
+        told["solved by"] = "a cluster"  # whose processors may round otherwise
+    return open_job(place, told, conversions, checkpoint, progress, num_bytes=num_bytes)
 
 
 def _observes(conversions: Sequence[Conversion]) -> bool:
@@ -151,7 +158,7 @@ def _walked(
     data: CalibrationData,
     job: Job,
     progress: Progress,
-    workers: int,
+    workers: int | str,
 ) -> Mapping[str, InputStatistics]:
     """Statistics of the source's own activations, if an output wants them; the others have got their blocks."""
     progress.stage("calibrating and solving" if found else "calibrating")

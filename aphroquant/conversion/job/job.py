@@ -8,15 +8,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-import torch
-
-from aphroquant.calibration.data import CalibrationData
 from aphroquant.checkpoint import Checkpoint
 from aphroquant.checkpoint.disk import size_text
 from aphroquant.conversion.conversion import Conversion
 from aphroquant.conversion.job.blocks import BlockKeeper
 from aphroquant.conversion.job.directory import JobDirectory, default_job
-from aphroquant.conversion.job.fingerprint import fingerprint
+from aphroquant.conversion.job.fingerprint import Fingerprint
 from aphroquant.conversion.job.steps import KeptSteps, StepKeeper
 from aphroquant.conversion.passed import PassedBlock
 from aphroquant.conversion.progress import Progress
@@ -85,16 +82,15 @@ class KeptJob(Job):
 
 def open_job(
     place: Place,
+    told: Fingerprint,
     conversions: Sequence[Conversion],
     checkpoint: Checkpoint,
-    data: CalibrationData,
-    device: torch.device,
     progress: Progress,
     *,
     num_bytes: int,
 ) -> Job:
-    """The job of conversions that share a walk; it takes about `num_bytes`. ResourceError if the user named a place
-    that has no room for it."""
+    """The job of conversions that share a walk, with the fingerprint `told`; it takes about `num_bytes`. ResourceError
+    if the user named a place that has no room for it."""
     if place is False:
         return Job()
     path = default_job(conversions[0].place) if place is None else place.expanduser()
@@ -104,7 +100,7 @@ def open_job(
             raise ResourceError(f"--job {path}: {lacking}", hint="free some space or give another --job")
         progress.note(f"no job is kept, so that a killed conversion begins anew: {lacking}")
         return Job()
-    directory = JobDirectory(path, fingerprint(conversions, checkpoint, data, device), named=place is not None)
+    directory = JobDirectory(path, told, named=place is not None)
     if directory.began_anew:
         progress.note(f"begun anew, and not from {directory.path}, of another conversion: {directory.began_anew}")
     return KeptJob(directory, checkpoint.spec.num_layers, progress)

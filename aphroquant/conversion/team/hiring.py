@@ -10,13 +10,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
 
 from aphroquant import errors
 from aphroquant.conversion.conversion import Conversion
+from aphroquant.conversion.team.cluster import clustered, is_cluster
 from aphroquant.conversion.team.orders import READY, Orders
 from aphroquant.conversion.team.team import ALONE, MAX_WORKERS, Team
 from aphroquant.errors import AphroquantError, ResourceError, UsageError
@@ -26,14 +27,16 @@ _SECONDS_TO_END = 10.0
 
 
 def num_workers(wanted: str | int, device: torch.device, num_windows: int) -> int:
-    """How many processes. "auto": one for each GPU, and one on CPUs. UsageError for more than there can be."""
+    """How many processes on this machine. "auto": one for each GPU, and one on CPUs. UsageError for too many."""
+    if is_cluster(wanted):
+        return 1
     gpus = torch.cuda.device_count() if device.type == "cuda" else 0
     if wanted == AUTO:
         return max(1, min(gpus, num_windows, MAX_WORKERS))
     try:
         count = int(wanted)
     except ValueError as error:
-        raise UsageError(f"--workers {wanted} must be a number or {AUTO}") from error
+        raise UsageError(f"--workers {wanted} must be a number, {AUTO}, ray, ray:N or ray://HOST:PORT") from error
     if not 1 <= count <= MAX_WORKERS:
         raise UsageError(f"--workers {count} must be between 1 and {MAX_WORKERS}")
     if count > num_windows:
@@ -43,14 +46,20 @@ def num_workers(wanted: str | int, device: torch.device, num_windows: int) -> in
     return count
 
 
-@contextmanager
 def hired(
+    wanted: str | int, conversions: Sequence[Conversion], windows: torch.Tensor, device: torch.device, *, observes: bool
+) -> AbstractContextManager[Team]:
+    """The team that `--workers` names, this process being its first. What ends a worker is raised here."""
+    if is_cluster(wanted):
+        return clustered(str(wanted))
+    count = num_workers(wanted, device, len(windows))
+    return nullcontext(ALONE) if count == 1 else _processes(count, conversions, windows, device, observes=observes)
+
+
+@contextmanager
+def _processes(
     count: int, conversions: Sequence[Conversion], windows: torch.Tensor, device: torch.device, *, observes: bool
 ) -> Iterator[Team]:
-    """A team of so many workers, this process being the first. What ends a worker is raised here."""
-    if count == 1:
-        yield ALONE
-        return
     from aphroquant.conversion.team.processes import is_parting, joined
 
     threads = torch.get_num_threads()

@@ -12,8 +12,10 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from aphroquant.calibration.solution import Solution
 from aphroquant.calibration.statistics import InputStatistics, StatisticsCollector
 from aphroquant.conversion.activations import chunks
+from aphroquant.conversion.team.task import SolveTask
 
 MAX_WORKERS = 8
 Value = TypeVar("Value")
@@ -80,6 +82,10 @@ class Team:
     def solve(self, items: Sequence[Item], work: Callable[[list[Item]], dict[Item, Any]]) -> dict[Item, Any]:
         """What `work` makes of each item, whoever does it. The result of each must not depend on the others."""
         return work(list(items))
+
+    def solutions(self, task: SolveTask) -> dict[str, Solution]:
+        """What becomes of a task, wherever it is done."""
+        return task.solve()
 
 
 ALONE = Team()

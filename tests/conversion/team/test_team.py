@@ -127,7 +127,7 @@ def test_a_killed_worker_ends_the_conversion_which_goes_on_with_any_number_of_th
 @pytest.mark.parametrize(
     ("workers", "message"),
     [
-        ("many", "--workers many must be a number or auto"),
+        ("many", "--workers many must be a number, auto, ray, ray:N"),
         (0, f"--workers 0 must be between 1 and {MAX_WORKERS}"),
         (-1, "must be between 1"),
         (5, "--workers 5 are more than the 4 windows of calibration text"),
