@@ -31,6 +31,7 @@ from aphroquant.schemes import AffineScheme, IntegerScheme, QuantizedWeight, Sch
 _NORM = 0.7  # p
 _BETA, _GROWTH, _ROUNDS = 10.0, 1.01, 6  # the published threshold, where a step is the unit; more rounds change nothing
 _NUM_SHARES = 8
+_FEW_BITS = 3
 _CHUNK_ELEMENTS = 1 << 17
 _GPU_CHUNK_ELEMENTS = 1 << 25
 
@@ -89,7 +90,8 @@ def _optimized(groups: Tensor, bits: int, scale_dtype: torch.dtype, *, whole: bo
     if whole:
         low, high = low.clamp(max=0), high.clamp(min=0)
     best: _Groups | None = None
-    for share in torch.linspace(1.0, smallest_share(bits), _NUM_SHARES).tolist():
+    shares = torch.linspace(1.0, smallest_share(bits), _NUM_SHARES).tolist() if bits <= _FEW_BITS else [1.0]
+    for share in shares:
         scales = stored_scales((high - low) * share / levels, scale_dtype)
         zeros = levels / 2 - (high + low) / 2 / scales
         for found in _rounds(groups, scales, zeros, levels, scale_dtype, whole=whole):

@@ -48,6 +48,7 @@ FIGURES = ("mean_kld", "mean_kld_stderr", "p999_kld", "top1_agreement", "perplex
 @click.option("--here", is_flag=True, help="Run libraries in this environment instead of ones made for them.")
 @click.option("--to", default="gptq", show_default=True)
 @click.option("--bits", default="4,4s,3,2", show_default=True, help="Bit widths; s behind one: symmetric.")
+@click.option("--schemes", help="Schemes of the format by name, instead of bits: nvfp4a16,mxfp4a16.")
 @click.option("--group-size", default=64, show_default=True)
 @click.option("--seed", default=0, show_default=True)
 @click.option("--calibration", type=click.Path(path_type=Path), help="Default: State of the Union addresses.")
@@ -60,6 +61,7 @@ def main(
     here: bool,
     to: str,
     bits: str,
+    schemes: str | None,
     group_size: int,
     seed: int,
     calibration: Path | None,
@@ -76,17 +78,16 @@ def main(
         write_off_grid(sample_model(), base)
         click.echo(COLUMNS.format(*HEADINGS))
         measured = []
-        for width in bits.split(","):
+        for width in (schemes or bits).split(","):
             for row in rows.split(","):
                 out = folder / f"{row}-{width}"
                 text = calibration or calibration_text()
-                if row in PEERS:
+                if row in PEERS and not schemes:
                     if not _by_peer(row, width, group_size, base, out, text, seed, device, here):
                         continue
                 else:
-                    setting = ["--to", to, "--bits", width.rstrip("s"), "--group-size", str(group_size)]
-                    setting += ["--symmetric" if width.endswith("s") else "--asymmetric", "--device", device]
-                    setting += _choice(row, text, seed)
+                    numbers = ["--scheme", width] if schemes else _integers(width, group_size)
+                    setting = ["--to", to, *numbers, "--device", device, *_choice(row, text, seed)]
                     files = ["--out", str(out), "--json", str(_report(out, "convert")), "--overwrite"]
                     _aphroquant("convert", str(base), *files, *setting)
                 measured += _measure(width, row, out, base, evaluated_on, device)
@@ -94,6 +95,11 @@ def main(
             name, _, path = other.partition("=")
             measured += _measure("-", name, Path(path), base, evaluated_on, device)
         click.echo(json.dumps({"rows": measured, "cpu": platform.processor(), "torch": torch.__version__}))
+
+
+def _integers(width: str, group_size: int) -> list[str]:
+    sign = "--symmetric" if width.endswith("s") else "--asymmetric"
+    return ["--bits", width.rstrip("s"), "--group-size", str(group_size), sign]
 
 
 def _by_peer(
