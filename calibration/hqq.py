@@ -5,7 +5,12 @@ small by turns (half-quadratic splitting): with the codes at hand, errors are sp
 threshold keeps of the large ones, and a rest; the zero point that makes the rest's mean zero is the next one. The
 threshold falls from round to round. Everything is in units of a step, so that a weight's size does not matter.
 
-Beyond the published method, smaller ranges are tried for each group, and the state of the least squared error is kept.
+Of all states, those with whole zero points among them, the one with the least squared error relative to
+w**2 + 0.02 E[w**2] is kept. Small weights often stand where inputs are large, since a norm's gain made them so, and a
+real zero point moves all of them by the same amount. Mean KL divergence of SmolLM2-135M with its norms folded in, of
+4 bits in groups of 64, on 4 x 1024 tokens of Wikipedia (standard errors 0.02 to 0.04), without data: whole zero points
+and ranges 0.513, ranges searched 0.522; real zero points of the least squared error 0.767, and 0.663 with smaller
+ranges as well; as it is 0.498. With two and three bits smaller ranges are tried.
 """
 
 from __future__ import annotations
@@ -32,12 +37,13 @@ _NORM = 0.7  # p
 _BETA, _GROWTH, _ROUNDS = 10.0, 1.01, 6  # the published threshold, where a step is the unit; more rounds change nothing
 _NUM_SHARES = 8
 _FEW_BITS = 3
+_FLOOR = 0.02  # of a group's mean square: what even a weight of zero counts as
 _CHUNK_ELEMENTS = 1 << 17
 _GPU_CHUNK_ELEMENTS = 1 << 25
 
 
 class _Groups(NamedTuple):
-    """Groups' scales and zero points [n, G], and the squared error of each."""
+    """Groups' scales and zero points [n, G], and the relative squared error of each."""
 
     scales: Tensor
     zeros: Tensor
@@ -87,15 +93,15 @@ def _quantized(
 def _optimized(groups: Tensor, bits: int, scale_dtype: torch.dtype, *, whole: bool) -> _Groups:
     """The best scales and zero points of groups [n, G, g], as they are stored; `whole`: zero points are codes."""
     levels, low, high = 2**bits - 1, groups.amin(-1), groups.amax(-1)
-    if whole:
-        low, high = low.clamp(max=0), high.clamp(min=0)
-    best: _Groups | None = None
+    ranges = [(low.clamp(max=0), high.clamp(min=0), True)] + ([] if whole else [(low, high, False)])
     shares = torch.linspace(1.0, smallest_share(bits), _NUM_SHARES).tolist() if bits <= _FEW_BITS else [1.0]
-    for share in shares:
-        scales = stored_scales((high - low) * share / levels, scale_dtype)
-        zeros = levels / 2 - (high + low) / 2 / scales
-        for found in _rounds(groups, scales, zeros, levels, scale_dtype, whole=whole):
-            best = found if best is None else _better(best, found)
+    best: _Groups | None = None
+    for least, greatest, rounds_zeros in ranges:
+        for share in shares:
+            scales = stored_scales((greatest - least) * share / levels, scale_dtype)
+            zeros = levels / 2 - (greatest + least) / 2 / scales
+            for found in _rounds(groups, scales, zeros, levels, scale_dtype, whole=rounds_zeros):
+                best = found if best is None else _better(best, found)
     assert best is not None
     return best
 
@@ -122,8 +128,10 @@ def _shrunken(errors: Tensor, beta: float) -> Tensor:
 
 
 def _error(groups: Tensor, scales: Tensor, zeros: Tensor, levels: int) -> Tensor:
-    codes = _codes(groups, scales, zeros, levels)
-    return ((codes - zeros[..., None]) * scales[..., None]).sub_(groups).square_().sum(-1)
+    """Squares, those of small weights counting more."""
+    codes, squares = _codes(groups, scales, zeros, levels), groups.square()
+    weights = 1 / (squares + _FLOOR * squares.mean(-1, keepdim=True) + torch.finfo(torch.float32).tiny)
+    return ((codes - zeros[..., None]) * scales[..., None]).sub_(groups).square_().mul_(weights).sum(-1)
 
 
 def _codes(groups: Tensor, scales: Tensor, zeros: Tensor, levels: int) -> Tensor:

@@ -74,7 +74,7 @@ def _must_be_positive(found: Profile, name: str) -> bool:
     if name in ("global_scale", "input_scale"):
         return True
     if isinstance(found.scheme, LookupScheme):
-        return name == "scales" and found.scheme.table != "iq4_nl"
+        return name == "scales" and found.scheme.table not in ("iq4_nl", "nf4")  # uneven tables, used both ways round
     return isinstance(found.scheme, FloatScheme) and name == "scales"
 
 
