@@ -3,6 +3,10 @@
 R = diag(signs) A_1 (x) A_2 (x) ..., a randomised Hadamard matrix (QuaRot, arXiv 2404.00456). Hadamard matrices of two
 orders give one of their product; the prime parts of sizes like 576 = 36 * 16 come from Paley's constructions out of the
 squares modulo a prime. A size that has none of these takes an orthogonal matrix drawn at random.
+
+Measured with the first three blocks of SmolLM2-135M rounded by awq-gptq to 4 bits with one scale a row, the others left
+alone (off its grid, 24 x 512 tokens of speeches; mean KL divergence on 1,024 tokens each): 0.031 as it is and 0.018
+rotated on Wikipedia, 0.048 and 0.032 on documentation. With groups of 64 it was not measured.
 """
 
 from __future__ import annotations
