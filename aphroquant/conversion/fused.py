@@ -25,10 +25,8 @@ def unequal_groups(spec: DecoderSpec, schemes: Mapping[str, Scheme]) -> str | No
     unequal = [group for group in fused_groups(spec) if len({schemes.get(module) for module in group}) > 1]
     if not unequal:
         return None
-    first, other = (
-        unequal[0][0],
-        next(module for module in unequal[0] if schemes.get(module) != schemes.get(unequal[0][0])),
-    )
+    first = unequal[0][0]
+    other = next(module for module in unequal[0] if schemes.get(module) != schemes.get(first))
     return (
         f"{first} is {_text(schemes, first)} and {other} {_text(schemes, other)}, which vLLM, SGLang and kernels for "
         f"many experts multiply as one layer and refuse ({len(unequal)} such groups)"
