@@ -8,6 +8,20 @@ different rows have nothing to do with each other, and a sum of many squares is 
 while what errors within a row make up for each other, which error feedback is about, still counts.
 
 One pass forward, which also quantizes each layer with each width, and one pass back, each with one block in memory.
+
+Measured on SmolLM2-135M in its off-grid variant: GPTQ's widths, groups of 64 with zero points, layers rounded to nearest
+with searched ranges by 8 windows of 256 tokens of State of the Union addresses, 6 of which they are judged by; KL
+divergence on 4 windows of 384 tokens of Wikipedia, of 3.5 stored bits as `allocate` chooses them by
+
+    sum over rows of (g_row . E_row)**2, this one           0.780
+    sum of (g E)**2 over weights                            0.778
+    sum of |g E|, as AutoRound's AutoScheme                 0.890
+    (g . E)**2 of the whole matrix                          0.972
+    no estimate: 4 bits for the first and last layers       0.862
+    no estimate: 4 bits for o and down, 3 for the others    1.052
+
+Uniform 3 bits (3.34 stored) have 1.291, 4 (4.36) 0.286: about 1.02 for 3.5 by the logarithm. A dozen measured choices
+made 0.763 of 0.780, with factors twice as wide as `calibration/allocation.py` now begins with.
 """
 
 from __future__ import annotations
