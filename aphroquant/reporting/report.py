@@ -103,7 +103,7 @@ def report_of_run(run: EvaluationRun, checks: Sequence[Sequence[GateCheck]], tit
     return Report(
         title=title or default,
         candidates=tuple(candidates),
-        comparisons=tuple(_renamed(comparison, names) for comparison in run.comparisons),
+        comparisons=tuple(renamed(comparison, names) for comparison in run.comparisons),
         steps=(Step("evaluate", first.seconds),),
         environment=dict(first.versions),
     )
@@ -116,7 +116,8 @@ def _short_names(run: EvaluationRun) -> dict[str, str]:
     return dict(zip(paths, names if len(set(names)) == len(names) else paths, strict=True))
 
 
-def _renamed(comparison: Comparison, names: Mapping[str, str]) -> Comparison:
+def renamed(comparison: Comparison, names: Mapping[str, str]) -> Comparison:
+    """With other names of its two models."""
     better = None if comparison.better is None else names[comparison.better]
     return replace(comparison, first=names[comparison.first], second=names[comparison.second], better=better)
 

@@ -65,6 +65,8 @@ def test_a_pipeline_converts_verifies_measures_gates_publishes_and_reports(recip
         assert output["evaluation"]["mean_kld"] >= 0
         assert [check["name"] for check in output["gate"]] == ["max_non_finite", "max_kld"]
     assert len(report["comparisons"]) == 3
+    page = (tmp_path / "job" / "report" / "report.html").read_text()
+    assert all(f">{name}<" in page for name in ("awq", "gptq", "gguf"))
     kept = {path.relative_to(tmp_path / "released").as_posix() for path in (tmp_path / "released").rglob("*.*")}
     assert {"awq/model.safetensors", "gptq/config.json", "gguf/gguf.gguf"} <= kept
     assert (tmp_path / "ci" / "junit.xml").read_text() == (tmp_path / "job" / "report" / "junit.xml").read_text()
