@@ -157,6 +157,22 @@ static int32_t pack_rows(const uint8_t* codes, int64_t rows, int64_t count, uint
   return any_byte(seen);
 }
 
+// to[c][r] = from[r][c] of any number of words.
+static inline void transpose_words(const uint32_t* from, int64_t from_stride, int64_t rows, int64_t columns,
+                                   uint32_t* to, int64_t to_stride) {
+  const int64_t whole_rows = rows / kBlock * kBlock, whole_columns = columns / kBlock * kBlock;
+  for (int64_t r = 0; r < whole_rows; r += kBlock) {
+    for (int64_t c = 0; c < whole_columns; c += kBlock) {
+      transpose_block(from + r * from_stride + c, from_stride, to + c * to_stride + r, to_stride);
+    }
+  }
+  for (int64_t r = 0; r < rows; r++) {
+    for (int64_t c = r < whole_rows ? whole_columns : 0; c < columns; c++) {
+      to[c * to_stride + r] = from[r * from_stride + c];
+    }
+  }
+}
+
 constexpr int64_t kTile = 64;  // rows, and words of a row, of a tile
 
 // Words of a tile, at most kTile, after which a code begins with a word.
@@ -173,10 +189,7 @@ static void unpack_across(const uint32_t* words, int64_t rows, int64_t count, ui
     const int64_t part = min64(wide * 32 / kBits, count - first);
     for (int64_t n0 = 0; n0 < rows; n0 += kTile) {
       const int64_t high = min64(kTile, rows - n0);
-      for (int64_t w = 0; w < wide; w++) {
-        const uint32_t* from = words + (w0 + w) * rows + n0;
-        for (int64_t n = 0; n < high; n++) tile[n][w] = from[n];
-      }
+      transpose_words(words + w0 * rows + n0, rows, wide, high, tile[0], kTile);
       for (int64_t n = 0; n < high; n++) unpack_row<kBits>(tile[n], part, codes + (n0 + n) * count + first);
     }
   }
@@ -193,10 +206,7 @@ static int32_t pack_across(const uint8_t* codes, int64_t rows, int64_t count, ui
     for (int64_t n0 = 0; n0 < rows; n0 += kTile) {
       const int64_t high = min64(kTile, rows - n0);
       for (int64_t n = 0; n < high; n++) seen |= pack_row<kBits>(codes + (n0 + n) * count + first, part, tile[n]);
-      for (int64_t w = 0; w < wide; w++) {
-        uint32_t* to = words + (w0 + w) * rows + n0;
-        for (int64_t n = 0; n < high; n++) to[n] = tile[n][w];
-      }
+      transpose_words(tile[0], kTile, high, wide, words + w0 * rows + n0, rows);
     }
   }
   return any_byte(seen);
@@ -229,7 +239,7 @@ static int32_t pack_codes_across(const uint8_t* codes, int64_t rows, int64_t cou
 
 // AWQ: the eight nibbles of a word are of eight rows, in this order.
 constexpr int kAwqRow[8] = {0, 2, 4, 6, 1, 3, 5, 7};
-constexpr int64_t kAwqWords = 16, kAwqColumns = 256;  // of a tile
+constexpr int64_t kAwqWords = 16, kAwqColumns = 1024;  // of a tile
 
 static inline void split_byte(const uint32_t* __restrict words, int shift, int64_t count, uint8_t* __restrict low,
                               uint8_t* __restrict high) {
@@ -265,10 +275,7 @@ static void unpack_awq(const uint32_t* words, int64_t rows, int64_t count, uint8
     const int64_t wide = min64(kAwqColumns, count - k0);
     for (int64_t m0 = 0; m0 < num_words; m0 += kAwqWords) {
       const int64_t high = min64(kAwqWords, num_words - m0);
-      for (int64_t k = 0; k < wide; k++) {
-        const uint32_t* from = words + (k0 + k) * num_words + m0;
-        for (int64_t m = 0; m < high; m++) tile[m][k] = from[m];
-      }
+      transpose_words(words + k0 * num_words + m0, num_words, wide, high, tile[0], kAwqColumns);
       for (int64_t m = 0; m < high; m++) {
         uint8_t* to = codes + (m0 + m) * 8 * count + k0;
         for (int byte = 0; byte < 4; byte++) {
@@ -295,10 +302,7 @@ static int32_t pack_awq(const uint8_t* codes, int64_t rows, int64_t count, uint3
         }
         join_words(bytes, wide, tile[m]);
       }
-      for (int64_t k = 0; k < wide; k++) {
-        uint32_t* to = words + (k0 + k) * num_words + m0;
-        for (int64_t m = 0; m < high; m++) to[m] = tile[m][k];
-      }
+      transpose_words(tile[0], kAwqColumns, high, wide, words + k0 * num_words + m0, num_words);
     }
   }
   return static_cast<int32_t>(seen);

@@ -76,4 +76,15 @@ static inline float exp_scalar(float x) {
   return lanes[0];
 }
 
+#if !defined(__AVX512VNNI__)
+constexpr int64_t kBlock = 8;
+
+// to[c][r] = from[r][c] of 8 x 8 words; strides in words.
+static inline void transpose_block(const uint32_t* from, int64_t from_stride, uint32_t* to, int64_t to_stride) {
+  for (int64_t r = 0; r < kBlock; r++) {
+    for (int64_t c = 0; c < kBlock; c++) to[c * to_stride + r] = from[r * from_stride + c];
+  }
+}
+#endif
+
 }  // namespace AQ_NAMESPACE

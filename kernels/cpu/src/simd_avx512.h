@@ -178,4 +178,14 @@ static inline void transpose(F32* rows) {
 
 static inline void pause() { _mm_pause(); }
 
+constexpr int64_t kBlock = 16;
+
+// to[c][r] = from[r][c] of 16 x 16 words; strides in words.
+static inline void transpose_block(const uint32_t* from, int64_t from_stride, uint32_t* to, int64_t to_stride) {
+  F32 rows[kBlock];
+  for (int r = 0; r < kBlock; r++) rows[r] = {_mm512_castsi512_ps(_mm512_loadu_si512(from + r * from_stride))};
+  transpose(rows);
+  for (int c = 0; c < kBlock; c++) _mm512_storeu_si512(to + c * to_stride, _mm512_castps_si512(rows[c].v));
+}
+
 }  // namespace AQ_NAMESPACE
