@@ -18,7 +18,9 @@ weight's in q_proj of block 7 and down_proj of block 12 of SmolLM2-135M, weighte
     NVFP4   plain, four over six, searched   .00868 .00643 .00439     .00875 .00649 .00449
     MXFP4   plain, searched                  .01417 .01356            .01361 .01303
 
-Global scales of NVFP4 between two powers of two changed the fourth digit of these.
+Global scales of NVFP4 between two powers of two changed the fourth digit of these. Mean KL divergences of the model
+with its norms folded in, on 4 x 1024 tokens of Wikipedia (standard errors about 5 %): NVFP4 plain 0.275, searched
+without data 0.257, with data, AWQ's scaling and error feedback 0.108; NF4 0.379, 0.326 and 0.134.
 """
 
 from __future__ import annotations
