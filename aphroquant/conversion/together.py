@@ -23,7 +23,7 @@ from aphroquant.conversion.loss import LossError
 from aphroquant.conversion.progress import Progress
 from aphroquant.conversion.result import ConversionResult
 from aphroquant.conversion.team.cluster import is_cluster
-from aphroquant.conversion.team.hiring import hired, num_workers
+from aphroquant.conversion.team.hiring import hired, num_workers, threads_of_each
 from aphroquant.conversion.walk import Branch, Walk, branches, kept_bytes
 from aphroquant.devices import torch_device
 from aphroquant.errors import UsageError
@@ -50,8 +50,6 @@ def run_together(
         conversion.check()
     calibrating = [conversion for conversion in conversions if conversion.calibrates]
     data = _read(calibrating, checkpoint, progress) if calibrating else None
-    if data is not None:
-        num_workers(workers, torch_device(calibrating[0].request.device), len(data.windows))  # refused before the work
     found = branches([(plan, each) for each in calibrating if (plan := each.solved_plan) is not None])
     late = checkpoint.places(conversions[0].read_late)
     with SourceHashes(checkpoint.files(), late) as sources, ExitStack() as outputs:
@@ -88,6 +86,7 @@ def _job(
     num_bytes = kept_bytes(checkpoint, found, data.windows.numel(), observes=_observes(conversions))
     device = torch_device(conversions[0].request.device)
     told = fingerprint(conversions, checkpoint, data, device)
+    told["threads"] = threads_of_each(num_workers(workers, device, len(data.windows)))
     if is_cluster(workers):
         told["solved by"] = "a cluster"  # whose processors may round otherwise
     return open_job(place, told, conversions, checkpoint, progress, num_bytes=num_bytes)

@@ -53,7 +53,6 @@ def fingerprint(
         "aphroquant's code": _code(),
         "torch": torch.__version__,
         "device": _device(device),
-        "threads": torch.get_num_threads(),
     }
 
 
@@ -102,6 +101,7 @@ def _code() -> str:
 
 def _sources() -> Iterator[Path]:
     root = Path(aphroquant.__file__).parent
+    yield from sorted(root.glob("*.py"))
     for package in _PACKAGES:
         yield from sorted((root / package).resolve().rglob("*.py"))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import signal
 import sys
 
 import torch
@@ -23,6 +24,7 @@ from aphroquant.errors import AphroquantError, is_out_of_memory, out_of_memory
 
 
 def main() -> int:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first worker ends, and this one with it
     orders = pickle.load(sys.stdin.buffer)  # of the process that started this one
     assert isinstance(orders, Orders)
     try:

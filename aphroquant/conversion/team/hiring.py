@@ -56,6 +56,11 @@ def hired(
     return nullcontext(ALONE) if count == 1 else _processes(count, conversions, windows, device, observes=observes)
 
 
+def threads_of_each(count: int) -> int:
+    """How many threads each of so many workers has."""
+    return max(1, torch.get_num_threads() // count)
+
+
 @contextmanager
 def _processes(
     count: int, conversions: Sequence[Conversion], windows: torch.Tensor, device: torch.device, *, observes: bool
@@ -67,7 +72,7 @@ def _processes(
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all are on this machine
     with tempfile.TemporaryDirectory(prefix="aphroquant-team-") as folder:
         address, left = f"file://{folder}/store", [Path(folder) / f"error-{rank}.json" for rank in range(count)]
-        share = max(1, threads // count)
+        share = threads_of_each(count)
         helpers = [
             _started(Orders(requests, windows, observes, address, rank, count, share, left[rank]))
             for rank in range(1, count)

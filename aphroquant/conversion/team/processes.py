@@ -50,17 +50,17 @@ class ProcessTeam(Team):
         return self._statistics_of_first(found)
 
     def hand_out(self, rows: Tensor) -> None:
-        dist.broadcast(rows, 0)
+        self._shared(rows, 0)
 
     def complete(self, rows: Tensor, all_groups: Sequence[slice]) -> None:
         for number, group in enumerate(all_groups):
-            dist.broadcast(rows[group], self.owner(number, len(all_groups)))
+            self._shared(rows[group], self.owner(number, len(all_groups)))
 
     def chosen_rows(self, rows: Tensor, index: Tensor, all_groups: Sequence[slice]) -> Tensor:
         chosen, place = [], index.to(rows.device)
         for number, group in enumerate(all_groups):
             part = rows[place[(place >= group.start) & (place < group.stop)]]
-            dist.broadcast(part, self.owner(number, len(all_groups)))
+            self._shared(part, self.owner(number, len(all_groups)))
             chosen.append(part)
         return torch.cat(chosen)
 
@@ -75,6 +75,14 @@ class ProcessTeam(Team):
         dist.all_gather_object(parts, work(own) if own else {})
         found = {item: result for part in parts for item, result in part.items()}
         return {item: found[item] for item in items}
+
+    def _shared(self, rows: Tensor, owner: int) -> None:
+        """Fill in rows as their owner has them: through memory, since one worker may have them there, and another on
+        its GPU."""
+        part = rows.cpu()
+        dist.broadcast(part, owner)
+        if part is not rows and owner != self.rank:
+            rows.copy_(part)
 
     def _received(self, like: Sequence[Tensor], sender: int) -> list[Tensor]:
         received = [torch.empty_like(tensor) for tensor in like]
