@@ -9,9 +9,9 @@ while what errors within a row make up for each other, which error feedback is a
 
 One pass forward, which also quantizes each layer with each width, and one pass back, each with one block in memory.
 
-Measured on SmolLM2-135M in its off-grid variant: GPTQ's widths, groups of 64 with zero points, layers rounded to nearest
-with searched ranges by 8 windows of 256 tokens of State of the Union addresses, 6 of which they are judged by; KL
-divergence on 4 windows of 384 tokens of Wikipedia, of 3.5 stored bits as `allocate` chooses them by
+Measured on SmolLM2-135M in its off-grid variant: GPTQ's widths, groups of 64 with zero points, layers rounded to
+nearest with searched ranges by 8 windows of 256 tokens of State of the Union addresses, 6 of which they are judged by;
+KL divergence on 4 windows of 384 tokens of Wikipedia, of 3.5 stored bits as `allocate` chooses them by
 
     sum over rows of (g_row . E_row)**2, this one           0.780
     sum of (g E)**2 over weights                            0.778
