@@ -25,7 +25,7 @@ def telling_disk_errors(target: Path, written: Callable[[], int]) -> Iterator[No
         if error.errno in _FULL:
             raise ResourceError(
                 f"{target}: the disk is full after {size_text(written())} of tensors",
-                hint="free some space or give another --out; nothing was left behind",
+                hint="free some space or give another --out; no part of the output was left",
             ) from error
         if is_out_of_memory(error):
             raise
