@@ -8,6 +8,7 @@ text, where there is none), and a context too long loses its beginning.
 from __future__ import annotations
 
 import difflib
+import gc
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache
@@ -182,6 +183,7 @@ def _scores(
     model: str | Path, manager: TaskManager, settings: TaskSettings, device: str
 ) -> tuple[dict[MetricKey, _Metric], dict[str, int]]:
     """All metrics of one model, and how many samples each task had."""
+    gc.collect()  # the engine of the model before is in cycles, and a GPU's memory is needed
     adapter = CheckpointLM(open_checkpoint(model), device=device)
     try:
         results = simple_evaluate(

@@ -263,7 +263,7 @@ def test_the_noise_floor_is_that_of_bfloat16_in_transformers(
         head = load_file(base / "model.safetensors")["lm_head.weight"].float()
         logs.append((states.float() @ head.T)[:, :-1, : result.protocol.vocab_size].double().log_softmax(-1))
     kld = (logs[0].exp() * (logs[0] - logs[1])).sum(-1)
-    assert floor.mean_kld == pytest.approx(float(kld.mean()), rel=0.3)
+    assert floor.mean_kld == pytest.approx(float(kld.mean()), rel=0.5)
 
 
 def test_a_bound_below_the_noise_floor_is_noted(tiny_checkpoint: TinyCheckpoint, text_file: Path) -> None:
