@@ -16,15 +16,15 @@ from aphroquant.checkpoint import Checkpoint, open_checkpoint
 from aphroquant.devices import torch_device
 from aphroquant.errors import UsageError
 from aphroquant.evaluation.measure import OnProgress, measure
-from aphroquant.evaluation.noise import noise_floor
+from aphroquant.evaluation.noise import NoiseFloor, noise_floor
 from aphroquant.evaluation.pairs import compare_pair
 from aphroquant.evaluation.positions import Positions
 from aphroquant.evaluation.result import Evaluation, EvaluationRun, Protocol, TextFigures
-from aphroquant.evaluation.size import stored_size
+from aphroquant.evaluation.size import StoredSize, stored_size
 from aphroquant.evaluation.summary import summarize
 from aphroquant.evaluation.texts import EvaluationText, TextSource, calibrated_on, read_texts, refuse_calibration_texts
 from aphroquant.evaluation.windows import check_same_tokens, encode, token_windows
-from aphroquant.evaluation.worst import describe_worst
+from aphroquant.evaluation.worst import WorstRows, describe_worst
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -100,22 +100,9 @@ def evaluate_models(
     batch = torch.cat([part.windows for part in parts])
     measured = measure(base, candidates, batch, vocab_size, on_progress, device=computes_on, with_floor=with_floor)
     floor = None if measured.floor is None else noise_floor(measured.floor, measured.floor_windows)
-    versions, base_size = _versions(), stored_size(base)
+    shared = _Shared(str(against), stored_size(base), protocol, parts, batch, floor, tokenizer, started)
     evaluations = [
-        Evaluation(
-            model=str(model),
-            against=str(against),
-            protocol=protocol,
-            **vars(summarize(positions, len(batch))),
-            size=stored_size(candidate),
-            base_size=base_size,
-            seconds=time.monotonic() - started,
-            versions=versions,
-            texts=_text_figures(parts, positions),
-            noise_floor=floor,
-            worst=describe_worst(worst, positions, batch, tokenizer),
-            calibrated_on=calibrated_on(candidate, contents),
-        )
+        _evaluation(str(model), candidate, positions, worst, calibrated_on(candidate, contents), shared)
         for model, candidate, positions, worst in zip(
             models, candidates, measured.positions, measured.worst, strict=True
         )
@@ -137,6 +124,43 @@ class _TextWindows(NamedTuple):
     @property
     def num_positions(self) -> int:
         return len(self.windows) * (self.windows.shape[1] - 1)
+
+
+class _Shared(NamedTuple):
+    """What the evaluations of one run have in common."""
+
+    against: str
+    base_size: StoredSize
+    protocol: Protocol
+    parts: Sequence[_TextWindows]
+    batch: Tensor
+    floor: NoiseFloor | None
+    tokenizer: PreTrainedTokenizerBase
+    started: float
+
+
+def _evaluation(
+    model: str,
+    candidate: Checkpoint,
+    positions: Positions,
+    worst: WorstRows,
+    calibrated_on: tuple[str, ...],
+    shared: _Shared,
+) -> Evaluation:
+    return Evaluation(
+        model=model,
+        against=shared.against,
+        protocol=shared.protocol,
+        **vars(summarize(positions, len(shared.batch))),
+        size=stored_size(candidate),
+        base_size=shared.base_size,
+        seconds=time.monotonic() - shared.started,
+        versions=_versions(),
+        texts=_text_figures(shared.parts, positions),
+        noise_floor=shared.floor,
+        worst=describe_worst(worst, positions, shared.batch, shared.tokenizer),
+        calibrated_on=calibrated_on,
+    )
 
 
 def _windows(
