@@ -20,6 +20,8 @@ KL divergence on 4 windows of 384 tokens of Wikipedia, of 3.5 stored bits as `al
     no estimate: 4 bits for the first and last layers       0.862
     no estimate: 4 bits for o and down, 3 for the others    1.052
 
+Of 24 single groups at 3 bits the measured divergence is 0.9 to 1.7 times the first estimate (4.3 times for one); the
+rank correlations are 0.983, 0.981, 0.757 and 0.802.
 Uniform 3 bits (3.34 stored) have 1.291, 4 (4.36) 0.286: about 1.02 for 3.5 by the logarithm. A dozen measured choices
 made 0.763 of 0.780, with factors twice as wide as `calibration/allocation.py` now begins with.
 """
