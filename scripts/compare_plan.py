@@ -16,9 +16,9 @@ import tempfile
 from pathlib import Path
 
 from aphroquant.checkpoint import open_checkpoint
+from aphroquant.conversion.arguments import make_request
 from aphroquant.planning.excerpt import write_excerpt
 from aphroquant.planning.plan import plan
-from aphroquant.planning.requests import make_request
 from aphroquant.planning.trial import try_conversion
 
 LIMITS = {"bytes": 0.01, "peak_bytes": 0.15, "seconds": 0.30, "cpu_seconds": 0.30}

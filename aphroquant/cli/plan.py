@@ -22,16 +22,18 @@ def _convert_options() -> list[click.Parameter]:
     """Those of convert, of which none is required here: a recipe may say it all."""
     options = [copy.copy(option) for option in convert_command.params if option.name not in _NOT_OF_A_PLAN]
     for option in options:
-        option.required = option.name == "source" and option.required
+        option.required = False
     return options
 
 
 @click.command(params=_convert_options())
+@click.option("--recipe", metavar="RECIPE", help="All outputs of a recipe, in place of convert's options.")
 @click.option("--gpu", "gpus", multiple=True, metavar="NAME", help="How it fits there: h100-80g, l4-24g; repeatable.")
 @click.option("--tensor-parallel", default=1, show_default=True, metavar="N", help="GPUs that share one model.")
 @click.option("--probe/--no-probe", "tries", default=True, show_default=True, help="Measure: time, memory.")
 @click.option("--json", "json_file", metavar="FILE", help="Write the plan here too; - for standard output.")
 def command(
+    recipe: str | None,
     gpus: tuple[str, ...],
     tensor_parallel: int,
     tries: bool,
@@ -51,7 +53,7 @@ def command(
     from aphroquant.planning.report import plan_text
 
     places = [find_gpu(name) for name in gpus]
-    requests = [_request(options)]
+    requests = [_request(options)] if recipe is None else _requests_of(recipe, options["source"])
     if threads is not None:
         import torch
 
@@ -64,9 +66,27 @@ def command(
 
 
 def _request(options: dict[str, Any]) -> Any:
-    from aphroquant.planning.requests import make_request
+    from aphroquant.conversion.arguments import make_request
 
+    if options["source"] is None:
+        raise UsageError("SOURCE is missing", hint="give a directory, a .gguf file or a Hub id, or --recipe")
     if options["to"] is None:
         raise UsageError("--to is missing", hint="give the format of the output, as to convert")
     out = options.pop("out") or str(Path.cwd() / _PLACE)
     return make_request(options.pop("source"), out=out, **options)
+
+
+def _requests_of(given: str, source: str | None) -> list[Any]:
+    from aphroquant.recipes.loading import read_recipe, require_source
+    from aphroquant.recipes.requests import requests_of
+
+    loaded = read_recipe(given)
+    recipe, directory = loaded.recipe, loaded.directory
+    if source is not None:
+        place = Path(source)
+        named = str(place.absolute()) if place.exists() else source
+        recipe = recipe.model_copy(update={"source": named})
+    require_source(recipe, loaded.name)
+    suffixes = {name: ".gguf" if output.to == "gguf" else "" for name, output in recipe.outputs.items()}
+    places = {name: Path.cwd() / f"{name}{suffix}" for name, suffix in suffixes.items()}
+    return list(requests_of(recipe, places, directory).values())

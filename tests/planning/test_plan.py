@@ -14,6 +14,7 @@ from safetensors import safe_open
 import aphroquant
 from aphroquant.checkpoint import open_checkpoint
 from aphroquant.cli import run
+from aphroquant.conversion.arguments import make_request
 from aphroquant.conversion.request import ConversionRequest
 from aphroquant.errors import UsageError
 from aphroquant.planning.estimate import Estimate, estimate
@@ -21,7 +22,6 @@ from aphroquant.planning.excerpt import write_excerpt
 from aphroquant.planning.gpus import GPUS
 from aphroquant.planning.plan import Plan, plan
 from aphroquant.planning.report import plan_text
-from aphroquant.planning.requests import make_request
 from aphroquant.planning.trial import Trial
 
 Tiny = Callable[..., Path]
@@ -140,7 +140,7 @@ def test_of_a_gguf_file_time_is_not_known_and_it_says_why(tiny_checkpoint: Tiny,
 def test_every_option_that_it_shares_with_convert_is_part_of_the_request() -> None:
     from aphroquant.cli.plan import command
 
-    own = {"gpus", "tensor_parallel", "tries", "json_file", "threads"}
+    own = {"recipe", "gpus", "tensor_parallel", "tries", "json_file", "threads"}
     shared = {option.name for option in command.params} - own
     assert shared <= set(ConversionRequest.__dataclass_fields__)
 
@@ -159,3 +159,16 @@ def test_the_command_takes_the_options_of_convert(
     assert json.loads(capsys.readouterr().out)["outputs"][0]["to"] == "gptq"
     assert run(["plan", str(source), "--no-probe"]) == 2
     assert run([*words, "--gpu", "h1000"]) == 2
+
+
+def test_all_outputs_of_a_recipe_are_planned(
+    tiny_checkpoint: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "two.yaml"
+    recipe.write_text("outputs:\n  small: {to: gptq, bits: 3}\n  file: {to: gguf, scheme: q8_0}\n")
+    source = str(tiny_checkpoint("llama"))
+    assert run(["plan", source, "--recipe", str(recipe), "--no-probe"]) == 0
+    text = capsys.readouterr().out
+    assert "small: gptq, int3" in text
+    assert "file.gguf: gguf, Q8_0" in text
+    assert run(["plan", "--recipe", str(recipe), "--no-probe"]) == 2
