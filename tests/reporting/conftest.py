@@ -41,7 +41,7 @@ class Browser:
         options = {"binary": binary, "args": list(_SWITCHES)}
         wanted = {"alwaysMatch": {"browserName": "chrome", "goog:chromeOptions": options, **_NEWS}}
         self._client = httpx.Client(base_url=address, timeout=60, trust_env=False)
-        self._session = self._post("/session", capabilities=wanted)["sessionId"]
+        self._session = self._started(wanted)
 
     def open(self, page: Path, width: int, *, dark: bool = False) -> None:
         """Load a file in a window of that width."""
@@ -80,6 +80,14 @@ class Browser:
     def close(self) -> None:
         self._client.delete(f"/session/{self._session}")
         self._client.close()
+
+    def _started(self, wanted: dict[str, Any]) -> str:
+        """The id of a new session; on a busy machine a browser may need a second attempt."""
+        for _ in range(2):
+            answer = self._client.post("/session", json={"capabilities": wanted}).json()["value"]
+            if "sessionId" in answer:
+                return str(answer["sessionId"])
+        return str(self._post("/session", capabilities=wanted)["sessionId"])
 
     def _post(self, path: str, **body: Any) -> Any:
         answer = self._client.post(path, json=body).json()["value"]
