@@ -18,6 +18,7 @@ import aphroquant
 from aphroquant.calibration.data import DEFAULT_TEXTS, calibration_windows
 from aphroquant.checkpoint import GgufTensorPlan, GgufWriter, open_checkpoint
 from aphroquant.conversion import ConversionResult
+from aphroquant.conversion.job.job import Job
 from aphroquant.conversion.progress import Progress
 from aphroquant.conversion.walk import Walk
 from aphroquant.errors import InputError, UsageError
@@ -259,7 +260,7 @@ def test_a_dry_run_foretells_the_size_and_writes_nothing(tiny_checkpoint: Tiny, 
 
 def importance_of(source: Path, windows: torch.Tensor) -> dict[str, torch.Tensor]:
     """E[x**2] of every layer's inputs."""
-    walk = Walk(open_checkpoint(source), windows, [], torch.device("cpu"), Progress(), observes=True)
+    walk = Walk(open_checkpoint(source), windows, [], torch.device("cpu"), Progress(), Job(), observes=True)
     walk.run()
     return {module: found.mean_square for module, found in walk.statistics.items()}
 
