@@ -129,13 +129,13 @@ def started(source: Path, out: Path) -> subprocess.Popen[str]:
     """A conversion in a process of its own that has begun its blocks and will take a while."""
     program = (
         "import sys, time\n"
-        "from aphroquant.conversion import run as conversion\n"
-        "original = conversion._Conversion._write_block\n"
+        "from aphroquant.conversion import directory_run\n"
+        "original = directory_run.DirectoryConversion._write_block\n"
         "def slow(self, *args):\n"
         "    original(self, *args)\n"
         "    print('a block is written', flush=True)\n"
         "    time.sleep(60)\n"
-        "conversion._Conversion._write_block = slow\n"
+        "directory_run.DirectoryConversion._write_block = slow\n"
         "from aphroquant.cli import main\n"
         "main(sys.argv[1:])\n"
     )

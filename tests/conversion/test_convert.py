@@ -50,15 +50,15 @@ def solved(monkeypatch: pytest.MonkeyPatch) -> dict[str, QuantizedWeight]:
     """Collects what the solvers produce on the way to the writer."""
     weights: dict[str, QuantizedWeight] = {}
 
-    from aphroquant.conversion import run
+    from aphroquant.conversion.directory_run import DirectoryConversion
 
-    take = run._Conversion.take
+    take = DirectoryConversion.take
 
-    def watched(self: run._Conversion, block: SolvedBlock) -> None:
+    def watched(self: DirectoryConversion, block: SolvedBlock) -> None:
         weights.update({name: solution.weight for name, solution in block.solutions.items()})
         take(self, block)
 
-    monkeypatch.setattr(run._Conversion, "take", watched)
+    monkeypatch.setattr(DirectoryConversion, "take", watched)
     return weights
 
 
