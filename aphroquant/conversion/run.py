@@ -1,4 +1,4 @@
-"""Converting from beginning to end: what `convert` and recipes ask for, as conversions of one source that are run together."""
+"""Converting from beginning to end: what `convert` and recipes ask for, as conversions that run together."""
 
 from __future__ import annotations
 
