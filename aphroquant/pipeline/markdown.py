@@ -30,13 +30,13 @@ def markdown(result: PipelineResult) -> str:
     return "\n".join(lines) + "\n"
 
 
-_OUTPUTS = ("output", "format", "size", "bits a weight", "mean KLD", "top-1", "perplexity", "verdict")
+_OUTPUTS = ("output", "format", "size", "bits a weight", "mean KLD", "top-1", "perplexity", "loads in", "verdict")
 _GATES = ("output", "bound", "text", "is", "verdict")
 _STEPS = ("step", "result", "seconds", "")
 
 
 def _output(output: OutputResult) -> Sequence[str]:
-    conversion, evaluation = output.conversion, output.evaluation or {}
+    conversion, evaluation = output.conversion or output.planned, output.evaluation or {}
     return (
         output.name,
         f"{output.to}, {conversion.get('scheme', '')}",
@@ -45,6 +45,7 @@ def _output(output: OutputResult) -> Sequence[str]:
         _figure(evaluation, "mean_kld", "{:.4f}"),
         _figure(evaluation, "top1_agreement", "{:.2%}"),
         _figure(evaluation, "perplexity", "{:.3f}"),
+        ", ".join(output.planned["engines"]),
         ("passed" if output.passed else "**FAILED**") if output.checks else "not measured",
     )
 

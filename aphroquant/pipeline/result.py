@@ -28,11 +28,12 @@ class StepResult:
 
 @dataclass
 class OutputResult:
-    """An output as far as it has come."""
+    """An output as far as it has come. `planned` is what the plan said of it, engines that load it included."""
 
     name: str
     place: Path
     to: str
+    planned: dict[str, Any]
     conversion: dict[str, Any] = field(default_factory=dict)
     evaluation: dict[str, Any] | None = None
     checks: list[GateCheck] = field(default_factory=list)
@@ -45,6 +46,7 @@ class OutputResult:
         return {
             "place": str(self.place),
             "to": self.to,
+            "planned": self.planned,
             "conversion": self.conversion,
             "evaluation": self.evaluation,
             "gate": [check.to_dict() for check in self.checks],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from aphroquant.pipeline.publish import Target, targets_of
 from aphroquant.pipeline.reports import write_reports
 from aphroquant.pipeline.result import OutputResult, PipelineResult, StepResult
 from aphroquant.pipeline.verifying import verify_output
+from aphroquant.planning.plan import plan
 from aphroquant.provenance.environment import environment
 from aphroquant.provenance.records import CARD, OutputRecord
 from aphroquant.recipes.loading import LoadedRecipe, require_source
@@ -114,12 +115,12 @@ class _Run:
         first = next(iter(self._requests.values()))
         checkpoint = open_checkpoint(first.source)
         self.result.environment = environment(first.device)
-        previews = convert_all(list(self._requests.values()), dry_run=True)
+        planned = plan(list(self._requests.values()), tries=False).outputs
         source = {name: self.job.sha256(path) for name, path in checkpoint.files().items()}
-        for (name, request), preview in zip(self._requests.items(), previews, strict=True):
+        for (name, request), output in zip(self._requests.items(), planned, strict=True):
             self._keys[name] = key_of(_versions(), _conversion_inputs(request, self.job), source)
-            self.result.outputs[name] = OutputResult(name, Path(preview.out), request.to, _brief(preview.to_dict()))
-        sizes = ", ".join(f"{name} {size_text(each.num_bytes)}" for name, each in zip(places, previews, strict=True))
+            self.result.outputs[name] = OutputResult(name, Path(output.place), request.to, asdict(output))
+        sizes = ", ".join(f"{name} {size_text(each.num_bytes)}" for name, each in zip(places, planned, strict=True))
         told(f"{size_text(checkpoint.num_bytes)} to {sizes}")
         return checkpoint
 

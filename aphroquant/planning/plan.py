@@ -22,6 +22,7 @@ from aphroquant.conversion.request import ConversionRequest
 from aphroquant.conversion.result import ConversionResult
 from aphroquant.conversion.run import opened_source, planned_conversion
 from aphroquant.conversion.targets import can_be_quantized_for
+from aphroquant.conversion.together import check_together
 from aphroquant.errors import AphroquantError, UsageError
 from aphroquant.planning.estimate import Estimate, estimate
 from aphroquant.planning.gpus import Gpu
@@ -39,6 +40,7 @@ class OutputPlan:
     need or how that is known; `undivided` says what tensor parallelism does not divide, `fused` what engines refuse."""
 
     name: str
+    place: str
     to: str
     scheme: str
     outcome: str
@@ -88,6 +90,7 @@ def plan(
         raise UsageError(f"tensor_parallel = {tensor_parallel} must be at least 1")
     checkpoint = opened_source(requests)
     conversions = [_planned(request, checkpoint) for request in requests]
+    check_together(conversions)
     outputs = tuple(_output(each, checkpoint, gpus, tensor_parallel) for each in conversions)
     found, reason = None, "nothing was tried"
     if tries:
@@ -117,6 +120,7 @@ def _output(conversion: Conversion, checkpoint: Checkpoint, gpus: Sequence[Gpu],
     found = support(result.to, schemes_in(result.scheme))
     return OutputPlan(
         name=Path(result.out).name,
+        place=result.out,
         to=result.to,
         scheme=result.scheme,
         outcome=result.outcome,

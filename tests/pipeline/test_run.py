@@ -63,6 +63,8 @@ def test_a_pipeline_converts_verifies_measures_gates_publishes_and_reports(recip
     assert set(report["outputs"]) == {"awq", "gptq", "gguf"}
     for output in report["outputs"].values():
         assert output["evaluation"]["mean_kld"] >= 0
+        assert output["planned"]["num_bytes"] == output["conversion"]["num_bytes"]
+        assert "aphroquant" in output["planned"]["engines"]
         assert [check["name"] for check in output["gate"]] == ["max_non_finite", "max_kld"]
     assert len(report["comparisons"]) == 3
     page = (tmp_path / "job" / "report" / "report.html").read_text()

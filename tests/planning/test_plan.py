@@ -130,6 +130,17 @@ def test_what_cannot_be_converted_is_said_at_once(tiny_checkpoint: Tiny, tmp_pat
         plan([make_request(source, to="gptq", out=tmp_path / "out")], tensor_parallel=0, tries=False)
 
 
+def test_outputs_that_one_pass_cannot_make_are_refused(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
+    source = tiny_checkpoint("llama")
+    first = make_request(source, to="gptq", out=tmp_path / "a", seed=0)
+    for second in (
+        make_request(source, to="awq", out=tmp_path / "a" / "b"),
+        make_request(source, to="auto-round", symmetric=True, out=tmp_path / "b", seed=1),
+    ):
+        with pytest.raises(UsageError, match=r"each other's place|share their calibration"):
+            plan([first, second], tries=False)
+
+
 def test_of_a_gguf_file_time_is_not_known_and_it_says_why(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
     aphroquant.convert(tiny_checkpoint("llama"), to="gguf", scheme="q8_0", out=tmp_path / "m.gguf")
     found = plan([make_request(tmp_path / "m.gguf", to="gguf", out=tmp_path / "n.gguf", scheme="q8_0")])
