@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from aphroquant.checkpoint import CheckpointWriter, hashes, open_checkpoint, shard, stream
+from aphroquant.checkpoint import CheckpointWriter, direct, hashes, open_checkpoint, shard, stream
 from aphroquant.checkpoint.hashes import FileDigest, Span
 from aphroquant.checkpoint.shard import Promised
 from aphroquant.checkpoint.stream import ALIGNMENT, OutputStream
@@ -79,28 +79,28 @@ def test_a_stream_of_threads_leaves_none(tmp_path: Path) -> None:
 def test_a_file_system_without_direct_access_is_written_through_the_cache(
     refused: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ours, asked = stream.fcntl.fcntl, []
-    direct = set()
+    ours, asked = direct.fcntl.fcntl, []
+    passing = set()
 
     def fcntl(descriptor: int, command: int, flags: int = 0) -> int:
-        if command != stream.fcntl.F_SETFL:
+        if command != direct.fcntl.F_SETFL:
             return ours(descriptor, command) & ~os.O_DIRECT
         asked.append(flags)
         if flags & os.O_DIRECT:
             if refused == "when it is asked for":
                 raise OSError(errno.EINVAL, "Invalid argument")
-            direct.add(descriptor)
+            passing.add(descriptor)
         else:
-            direct.discard(descriptor)
+            passing.discard(descriptor)
         return 0
 
     def pwrite(descriptor: int, content: memoryview, position: int) -> int:
-        if descriptor in direct:
+        if descriptor in passing:
             raise OSError(errno.EINVAL, "Invalid argument")
         return write(descriptor, content, position)
 
     write = os.pwrite
-    monkeypatch.setattr(stream.fcntl, "fcntl", fcntl)
+    monkeypatch.setattr(direct.fcntl, "fcntl", fcntl)
     monkeypatch.setattr("aphroquant.checkpoint.tensor_io.os.pwrite", pwrite)
     content = random_bytes(20 * SMALL + 5)
     with opened(tmp_path / "file") as written:
