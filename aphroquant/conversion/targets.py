@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 
-from aphroquant.calibration.effort import find_effort
+from aphroquant.calibration.effort import FEW_BITS, find_effort
 from aphroquant.calibration.solvers import SOLVERS, Solver, find_solver
 from aphroquant.conversion.request import PER_ROW, ConversionRequest
 from aphroquant.errors import UsageError
@@ -253,7 +253,9 @@ def _default_solver(request: ConversionRequest, scheme: TargetScheme) -> str:
         return "rtn"
     if isinstance(scheme, IntegerScheme) and scheme.bits == NEARLY_EXACT_BITS:
         return "rtn" if scheme.activations is None else "smoothquant"
-    return find_effort(request.effort).solver
+    effort = find_effort(request.effort)
+    has_few_bits = isinstance(scheme, IntegerScheme) and scheme.bits <= FEW_BITS
+    return effort.few_bits_solver if has_few_bits else effort.solver
 
 
 def _able(scheme: TargetScheme) -> str:

@@ -135,6 +135,11 @@ def test_the_default_solver_depends_on_the_bits_and_the_samples() -> None:
     assert resolve_solver(asked("awq"), four).name == "awq-gptq"
     assert resolve_solver(asked("gptq"), eight).name == "rtn"
     assert resolve_solver(asked("gptq", samples=0), four).name == "rtn"
+    for bits in (2, 3):
+        few = IntegerScheme(bits, 64, False)
+        assert resolve_solver(asked("gptq"), few).name == "awq-gptaq"
+        assert resolve_solver(asked("gptq", effort="best"), few).name == "awq-gptq"
+        assert resolve_solver(asked("gptq", samples=0), few).name == "rtn"
 
 
 def test_solvers_that_need_data_refuse_to_go_without() -> None:
