@@ -1,8 +1,9 @@
 """A pipeline's directory: which steps are done with which inputs, locked while a run works in it.
 
 `state.json` has a record for each step: the key, a hash of all its inputs, and what it made. A step whose key is the
-same, and whose files still are what it made, is not done again. `files.json` remembers hashes of files by size and time
-of change, so that a source of many gigabytes is not hashed in every run.
+same, and whose files still are what it made, is not done again. A hash of all records tells whether they were damaged.
+`files.json` remembers hashes of files by size and time of change, so that a source of many gigabytes is not hashed in
+every run.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from aphroquant.checkpoint.disk import check_parents, replace_file, telling_disk
 from aphroquant.errors import InputError, UsageError
 from aphroquant.provenance.verification import sha256_of
 
-_VERSION = 1
+_VERSION = 2
+_UNFINISHED = ""  # the key of a step that was begun, which no step has
 _STATE, _FILES, _LOCK = "state.json", "files.json", "lock"
 
 
@@ -88,10 +90,9 @@ class Job:
         self._steps[step] = record
         self._write()
 
-    def forget(self, step: str) -> None:
-        """A step is about to be done anew, and what it had made may no longer be there."""
-        if self._steps.pop(step, None) is not None:
-            self._write()
+    def begin(self, step: str, place: Path) -> None:
+        """A step is about to be done anew. What is at `place` is this job's from now on, also if the run is killed."""
+        self.record(step, StepRecord(_UNFINISHED, files={str(place.resolve()): ""}))
 
     def sha256(self, path: Path) -> str:
         """Of a file; out of the memory of an earlier run, if size, time and place on the disk are the same."""
@@ -139,18 +140,17 @@ class Job:
     def _read(self) -> None:
         """What is damaged is as if it had never been: steps are done again."""
         state, hashes = (_json(self.directory / name) for name in (_STATE, _FILES))
-        if state.get("version") == _VERSION:
-            for name, fields in state.get("steps", {}).items():
-                record = _record(fields)
-                if record is not None:
-                    self._steps[name] = record
+        steps = state.get("steps")
+        if state.get("version") == _VERSION and isinstance(steps, dict) and state.get("sha256") == key_of(steps):
+            self._steps = {name: StepRecord(**fields) for name, fields in steps.items()}
         self._hashes = {path: known for path, known in hashes.items() if isinstance(known, list) and len(known) == 4}
 
     def _write(self) -> None:
-        steps = {name: vars(record) for name, record in self._steps.items()}
+        steps = json.loads(json.dumps({name: vars(record) for name, record in self._steps.items()}))
+        state = {"version": _VERSION, "sha256": key_of(steps), "steps": steps}
         with telling_disk_errors(self.directory, lambda: 0):
             replace_file(self.directory / _FILES, json.dumps(self._hashes).encode())
-            replace_file(self.directory / _STATE, json.dumps({"version": _VERSION, "steps": steps}, indent=1).encode())
+            replace_file(self.directory / _STATE, json.dumps(state, indent=1).encode())
 
 
 def key_of(*inputs: Any) -> str:
@@ -164,12 +164,3 @@ def _json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         return {}  # none yet, or written by something else
     return found if isinstance(found, dict) else {}
-
-
-def _record(fields: Any) -> StepRecord | None:
-    try:
-        record = StepRecord(**fields)
-    except TypeError:
-        return None
-    kinds = ((record.key, str), (record.seconds, int | float), (record.files, dict), (record.found, dict))
-    return record if all(isinstance(value, kind) for value, kind in kinds) else None

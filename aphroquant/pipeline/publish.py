@@ -6,7 +6,7 @@ import importlib.util
 import re
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,9 @@ from typing import Any
 from aphroquant.checkpoint.disk import check_parents, fsync, telling_disk_errors
 from aphroquant.checkpoint.leftovers import partial_path, remove_leftovers, replaced_path
 from aphroquant.errors import InputError, UsageError
-from aphroquant.provenance.records import CARD, OutputRecord
+from aphroquant.provenance.records import CARD, OutputRecord, find_records
 from aphroquant.recipes.models import Publish, Recipe
-from aphroquant.recipes.requests import resolved
+from aphroquant.recipes.requests import resolved, resolved_source
 
 _HUB = "hf://"
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
@@ -119,7 +119,13 @@ class FilesystemTarget(Target):
 
 def targets_of(recipe: Recipe, directory: Path | None) -> list[Target]:
     """The recipe's targets. UsageError for one that cannot be written to, as far as it can be known."""
-    return [_target(place, tuple(place.outputs or recipe.outputs), directory) for place in recipe.publish]
+    targets = [_target(place, tuple(place.outputs or recipe.outputs), directory) for place in recipe.publish]
+    source = Path(resolved_source(recipe.source or "", directory)).resolve()
+    for target in targets:
+        place = Path(target.place).resolve()
+        if isinstance(target, DirectoryTarget) and recipe.source and (place == source or place in source.parents):
+            raise UsageError(f"publish to {target.place}: holds the source model", hint="give a directory of its own")
+    return targets
 
 
 def _target(place: Publish, outputs: tuple[str, ...], directory: Path | None) -> Target:
@@ -134,9 +140,11 @@ def _target(place: Publish, outputs: tuple[str, ...], directory: Path | None) ->
     check_parents(path.resolve())
     if path.exists() and not path.is_dir():
         raise UsageError(f"publish to {path}: is not a directory")
-    if path.is_dir() and any(path.iterdir()) and not _is_published(path):
+    stranger = _stranger(path, outputs) if path.is_dir() else None
+    if stranger is not None:
         raise UsageError(
-            f"publish to {path}: has files in it that aphroquant has not published", hint="give a directory of its own"
+            f"publish to {path}: has files in it that aphroquant has not published, as {stranger}",
+            hint="what is published replaces the whole directory: give one of its own, or empty it",
         )
     return DirectoryTarget(str(path), outputs, place)
 
@@ -201,9 +209,36 @@ def _check_filesystem(url: str) -> None:
         raise UsageError(f"publish to {url}: {error}", hint=hint) from error
 
 
-def _is_published(directory: Path) -> bool:
-    return any(_records(directory)) or any(any(_records(path)) for path in directory.iterdir() if path.is_dir())
+def _stranger(directory: Path, outputs: Collection[str]) -> str | None:
+    """Something in it that is no part of an earlier publication of these outputs; None if there is nothing else."""
+    if _records(directory):
+        return _unrecorded(directory)
+    for path in sorted(directory.iterdir()):
+        if not (_is_folder(path) and path.name in outputs and _records(path)):
+            return path.name
+        strange = _unrecorded(path)
+        if strange is not None:
+            return f"{path.name}/{strange}"
+    return None
 
 
-def _records(directory: Path) -> Iterator[Path]:
-    return (path for path in directory.iterdir() if path.name.endswith("aphroquant.json"))
+def _unrecorded(directory: Path) -> str | None:
+    """A file that the records there do not name."""
+    known: set[str] = {CARD}
+    for record in _records(directory):
+        beside = (record.manifest_path, record.sums_path, record.signature_path)
+        known |= {record.path.name, *(path.name for path in beside), *record.hashes}
+    files = (path.relative_to(directory).as_posix() for path in sorted(directory.rglob("*")) if not _is_folder(path))
+    return next((name for name in files if name not in known), None)
+
+
+def _records(directory: Path) -> list[OutputRecord]:
+    """Of what an output's directory holds; none if it is something else."""
+    try:
+        return find_records(directory)
+    except InputError:
+        return []
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()

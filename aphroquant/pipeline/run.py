@@ -137,7 +137,7 @@ class _Run:
         if not stale:
             return
         for name in stale:
-            self.job.forget(f"convert {name}")
+            self.job.begin(f"convert {name}", self._requests[name].out)
         with self._step("convert") as told:
             begun = time.monotonic()
             results = convert_all([self._requests[name] for name in stale], progress=self._progress)
@@ -248,11 +248,17 @@ class _Run:
         output = self.recipe.outputs[name]
         if output.out is not None:
             return resolved(output.out, self.loaded.directory)
-        return self.job.directory / "outputs" / (f"{name}{_GGUF}" if output.to == "gguf" else name)
+        return self._folder / (f"{name}{_GGUF}" if output.to == "gguf" else name)
+
+    @property
+    def _folder(self) -> Path:
+        """Where outputs are that the recipe names no place for."""
+        return self.job.directory / "outputs"
 
     def _owned(self, request: ConversionRequest) -> ConversionRequest:
-        """What this job has made itself is replaced without being asked."""
-        return replace(request, overwrite=request.overwrite or self.job.made(request.out))
+        """What this job has made itself is replaced without being asked, and all that is in its own folder."""
+        inside = request.out.resolve().is_relative_to(self._folder.resolve())
+        return replace(request, overwrite=request.overwrite or inside or self.job.made(request.out))
 
 
 def _conversion_inputs(request: ConversionRequest, job: Job) -> dict[str, Any]:

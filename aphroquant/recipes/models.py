@@ -8,13 +8,25 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
 
 from aphroquant.amounts import bytes_in
 
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*", re.ASCII)
 
 Text = Annotated[str, StringConstraints(min_length=1, strip_whitespace=True)]
+_MAX_NAME, _MAX_PATH = 255, 4000  # bytes that Linux takes, with room for the recipe's directory
+
+
+def _possible_place(place: str) -> str:
+    if "\0" in place:
+        raise ValueError("has a zero byte in it, which no path has")
+    if len(place.encode()) > _MAX_PATH or any(len(name.encode()) > _MAX_NAME for name in place.split("/")):
+        raise ValueError(f"is too long: a path has at most {_MAX_PATH} bytes, and {_MAX_NAME} between slashes")
+    return place
+
+
+Place = Annotated[Text, AfterValidator(_possible_place)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Bound = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=0)]
@@ -32,7 +44,7 @@ class _Section(BaseModel):
 class CalibrationSource(_Section):
     """One text to calibrate on."""
 
-    path: Text
+    path: Place
     """A text file, or JSONL with messages, text, or prompt and response; "default" is the bundled set."""
 
     weight: Annotated[float, Field(gt=0)] | None = None
@@ -58,7 +70,7 @@ class Calibration(_Section):
     packing: Literal["stream", "documents"] = "stream"
     """"stream" cuts windows anywhere; "documents" lets each begin where a text or conversation does."""
 
-    chat_template: Text | None = None
+    chat_template: Place | None = None
     """A Jinja file for conversations, in place of the model's own template; "none": contents joined as they are."""
 
     @model_validator(mode="after")
@@ -112,7 +124,7 @@ class Output(_Section):
     to: Text
     """awq, gptq, fp8, compressed-tensors, gguf, auto-round, hqq, modelopt, bitsandbytes, aqlm ..."""
 
-    out: Text | None = None
+    out: Place | None = None
     """The directory (for gguf also a file) to make. Default: outputs/NAME in the job's directory."""
 
     scheme: Text | None = None
@@ -166,7 +178,7 @@ class Output(_Section):
 class Evaluation(_Section):
     """How every output is measured against the source."""
 
-    texts: dict[str, Text] = {}
+    texts: dict[str, Place] = {}
     """Names and UTF-8 files; "default" is the bundled held-out text. Empty: that one."""
 
     windows: Annotated[int, Field(ge=1)] = 8
@@ -183,16 +195,16 @@ class Evaluation(_Section):
 class Report(_Section):
     """Copies of the reports, beside those in the job's directory."""
 
-    json_file: Annotated[Text | None, Field(alias="json")] = None
-    markdown: Text | None = None
-    junit: Text | None = None
-    html: Text | None = None
+    json_file: Annotated[Place | None, Field(alias="json")] = None
+    markdown: Place | None = None
+    junit: Place | None = None
+    html: Place | None = None
 
 
 class Publish(_Section):
     """Where outputs go that kept their gates."""
 
-    to: Text
+    to: Place
     """A directory, hf://org/name for the Hub, or any URL that fsspec knows (s3://bucket/path ...)."""
 
     outputs: tuple[Text, ...] = ()
@@ -213,7 +225,7 @@ class Recipe(_Section):
 
     name: Text | None = None
     description: Text | None = None
-    source: Text | None = None
+    source: Place | None = None
     """A directory, a .gguf file or a Hub id. Shipped recipes have none: it is given when they are run."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"

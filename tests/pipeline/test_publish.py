@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import fsspec
 import pytest
 
-from aphroquant.errors import InputError
+from aphroquant.errors import InputError, UsageError
 from aphroquant.pipeline.publish import targets_of
 from aphroquant.recipes.loading import load_recipe
 
@@ -19,16 +20,15 @@ def outputs(tmp_path: Path) -> dict[str, Path]:
     """A directory and a single file, as conversions make them."""
     awq, gguf = tmp_path / "made" / "awq", tmp_path / "made" / "model.gguf"
     awq.mkdir(parents=True)
-    for path in (awq / "config.json", awq / "aphroquant.json", gguf, Path(f"{gguf}.aphroquant.json")):
+    for path, record in ((awq / "config.json", awq / "aphroquant.json"), (gguf, Path(f"{gguf}.aphroquant.json"))):
         path.write_text(path.name)
+        record.write_text(json.dumps({"files": {path.name: {"sha256": "0" * 64}}}))
     (tmp_path / "made" / "of others").write_text("")
     return {"awq": awq, "gguf": gguf}
 
 
 def target(tmp_path: Path, to: str, **settings: Any) -> Any:
     recipe = {"outputs": {"awq": {"to": "awq"}, "gguf": {"to": "gguf"}}, "publish": [{"to": to, **settings}]}
-    import json
-
     (found,) = targets_of(load_recipe(json.dumps(recipe)), tmp_path)
     return found
 
@@ -50,6 +50,33 @@ def test_a_directory_is_complete_and_replaced_as_a_whole(outputs: dict[str, Path
     target(tmp_path, "released").publish({"awq": outputs["awq"]})
     assert sorted(path.name for path in released.iterdir()) == ["aphroquant.json", "config.json"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["made", "released"]
+
+
+@pytest.mark.parametrize("stranger", ["notes.txt", "awq/notes.txt", "gguf/other.gguf", "their model/config.json"])
+def test_a_directory_with_anything_else_in_it_is_not_replaced(
+    outputs: dict[str, Path], tmp_path: Path, stranger: str
+) -> None:
+    target(tmp_path, "released").publish(outputs)
+    target(tmp_path, "released")
+    path = tmp_path / "released" / stranger
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("{}")
+    with pytest.raises(UsageError, match="has files in it that aphroquant has not published, as "):
+        target(tmp_path, "released")
+
+
+def test_models_made_by_aphroquant_that_are_no_outputs_of_the_recipe_are_not_replaced(
+    outputs: dict[str, Path], tmp_path: Path
+) -> None:
+    target(tmp_path, "models").publish({"another": outputs["awq"], "awq": outputs["awq"]})
+    with pytest.raises(UsageError, match="as another"):
+        target(tmp_path, "models")
+
+
+def test_the_source_is_not_replaced(outputs: dict[str, Path], tmp_path: Path) -> None:
+    recipe = {"source": "made/awq", "outputs": {"a": {"to": "gptq"}}, "publish": [{"to": "made/awq"}]}
+    with pytest.raises(UsageError, match="holds the source model"):
+        targets_of(load_recipe(json.dumps(recipe)), tmp_path)
 
 
 def test_any_file_system_that_fsspec_knows_is_a_target(outputs: dict[str, Path], tmp_path: Path) -> None:

@@ -190,11 +190,40 @@ def test_what_others_have_made_is_not_replaced(recipe: Recipe, tiny_checkpoint: 
 
 
 def test_a_damaged_state_means_that_steps_are_done_again(recipe: Recipe, tmp_path: Path) -> None:
-    path = recipe(outputs={"fp8": {"to": "fp8", "out": "out", "overwrite": True}}, evaluation=None, gates={})
+    path = recipe(outputs={"fp8": {"to": "fp8"}}, evaluation=None, gates={})
     run(path)
-    for content in ("{", "[]", '{"version": 1, "steps": {"convert fp8": {"key": 3}}}', '{"version": 9}'):
-        (tmp_path / "job" / "state.json").write_text(content)
+    state = tmp_path / "job" / "state.json"
+    whole = state.read_text()
+    steps = json.loads(whole)["steps"]
+    changed = {name: {**record, "found": {}} for name, record in steps.items()}
+    for content in (
+        whole[:300],
+        "[]",
+        '{"version": 9}',
+        '{"version": 2, "steps": [1]}',
+        json.dumps({**json.loads(whole), "steps": changed}),
+    ):
+        state.write_text(content)
         assert statuses(run(path))["convert"] == "done"
+    assert statuses(run(path))["convert fp8"] == "cached"
+
+
+def test_a_run_killed_between_an_output_and_its_record_goes_on(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = recipe(outputs={"fp8": {"to": "fp8", "out": "out"}}, evaluation=None, gates={})
+
+    class Killed(BaseException):
+        pass
+
+    def killed(job: Job, paths: object) -> dict[str, str]:
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Job, "records_of", killed)
+        run(path)
+    assert open_checkpoint(tmp_path / "out").format_name
+    assert statuses(run(path))["convert"] == "done"
 
 
 def test_missing_texts_and_impossible_targets_are_found_before_any_work(recipe: Recipe, tmp_path: Path) -> None:
@@ -203,6 +232,7 @@ def test_missing_texts_and_impossible_targets_are_found_before_any_work(recipe: 
     for changes, message in (
         ({"evaluation": {"texts": {"wiki": "none.txt"}}}, r"evaluation.texts.wiki: there is no file"),
         ({"publish": [{"to": "full"}]}, "has files in it that aphroquant has not published"),
+        ({"publish": [{"to": "."}]}, "holds the source model|has files in it"),
         ({"publish": [{"to": "hf://no"}]}, "is no repository of the Hub"),
         ({"publish": [{"to": "nothing://x"}]}, "publish to nothing://x"),
     ):

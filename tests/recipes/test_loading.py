@@ -37,6 +37,9 @@ SMALL = "outputs:\n  awq:\n    to: awq\n"
         ("a: !!python/object/apply:os.system ['true']\n", "could not determine a constructor", None),
         ("a: &a [*a]\n", "nested too deeply", None),
         ("[" * 3000, "", None),
+        (SMALL + "publish:\n  - {to: \"a\\0b\"}\n", "line 5: publish[0].to: has a zero byte", None),
+        (SMALL + "    out: " + "x" * 256 + "\n", "line 4: outputs.awq.out: is too long", None),
+        (SMALL + "evaluation: {texts: {wiki: " + "x/" * 2001 + "}}\n", "evaluation.texts.wiki: is too long", None),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_said_with_line_and_key(text: str, message: str, hint: str | None) -> None:

@@ -72,7 +72,7 @@ def test_outputs_of_one_pass_take_the_most_text_that_an_effort_asks_for() -> Non
 
 @pytest.mark.parametrize("name", shipped_names())
 def test_a_shipped_recipe_converts(tiny_checkpoint: Tiny, tmp_path: Path, name: str) -> None:
-    source = tiny_checkpoint("llama", hidden_size=256, intermediate_size=512)
+    source = tiny_checkpoint("llama", hidden_size=256, intermediate_size=256, num_hidden_layers=1)
     recipe = read_recipe(name).recipe
     small = recipe.calibration.model_copy(update={"samples": 2, "seq_len": 32})
     quick = {key: output.model_copy(update=_few_steps(output)) for key, output in recipe.outputs.items()}
