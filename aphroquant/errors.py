@@ -86,6 +86,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in _OUT_OF_MEMORY)
 
 
+def is_disk_full(error: BaseException) -> bool:
+    """Whether the system refused to write more: a full disk, a quota or a limit on files."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
 def out_of_memory() -> ResourceError:
     """The error for it where nothing better is known."""
     return ResourceError(

@@ -122,6 +122,8 @@ def _read(tokenizer: PreTrainedTokenizerBase, path: Path, template: str | None) 
     bundled = str(path) == DEFAULT
     files = _default_files("calibration") if bundled else [Path(path)]
     documents = [document for file in files for document in read_documents(file, tokenizer, template)]
+    if not any(document.strip() for document in documents):
+        raise InputError(f"{path}: holds no text", hint="give another text")
     return _Text(str(path), documents, tuple(DataSource(_shown(file, bundled), _sha256(file)) for file in files))
 
 

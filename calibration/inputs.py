@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from aphroquant.calibration.statistics import InputStatistics
+from aphroquant.errors import InputError
 from aphroquant.kernels.reference.linear import E2M1_MAX, input_scheme, quantize_dequantize
 from aphroquant.schemes import ActivationScheme, LookupScheme, QuantizedWeight, Scheme
 
@@ -52,6 +53,8 @@ def _input_scale(scheme: Scheme, largest: Tensor) -> Tensor:
     assert inputs is not None
     if _is_float4(inputs):
         ratio = float(largest) / (E2M1_MAX * E4M3_MAX)
+        if not math.isfinite(ratio):
+            raise InputError("an input is too large, or not finite: there is no scale for it")
         exponent = max(_LOWEST_EXPONENT, math.ceil(math.log2(ratio))) if ratio > 0 else 0
         return torch.tensor(2.0**exponent, dtype=torch.float64, device=largest.device)
     return fp8_scale(largest) if inputs.kind == "float" else _positive(largest.float() / (2 ** (inputs.bits - 1) - 1))

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from aphroquant.errors import ResourceError, UsageError, is_out_of_memory
-
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+from aphroquant.errors import ResourceError, UsageError, is_disk_full, is_out_of_memory
 
 
 @contextmanager
@@ -22,7 +19,7 @@ def telling_disk_errors(target: Path, written: Callable[[], int]) -> Iterator[No
     try:
         yield
     except OSError as error:
-        if error.errno in _FULL:
+        if is_disk_full(error):
             raise ResourceError(
                 f"{target}: the disk is full after {size_text(written())} of tensors",
                 hint="free some space or give another --out; no part of the output was left",

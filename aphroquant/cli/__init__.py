@@ -10,7 +10,14 @@ from typing import Any
 import click
 
 from aphroquant.cli.lazy import LazyGroup
-from aphroquant.errors import EXIT_INTERRUPTED, AphroquantError, is_out_of_memory, out_of_memory
+from aphroquant.errors import (
+    EXIT_INTERRUPTED,
+    AphroquantError,
+    ResourceError,
+    is_disk_full,
+    is_out_of_memory,
+    out_of_memory,
+)
 
 COMMANDS = {
     "convert": "Quantize a checkpoint.",
@@ -65,10 +72,21 @@ def run(args: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left: nothing more to say
         return 0
     except (MemoryError, RuntimeError, OSError) as error:
+        if is_disk_full(error):
+            return _told_of_full_disk()
         if not is_out_of_memory(error):
             raise
         return _told(out_of_memory())
     return result if isinstance(result, int) else 0
+
+
+def _told_of_full_disk() -> int:
+    """The exit code where what is written by the way, such as standard output, finds no room."""
+    try:
+        sys.stdout.flush()
+    except OSError:  # it would fail once more when Python ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return _told(ResourceError("the disk is full", hint="free some space, or send the output elsewhere"))
 
 
 def _told(error: AphroquantError) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from aphroquant.errors import UsageError
+from aphroquant.errors import ResourceError, UsageError, is_disk_full
 
 STANDARD_OUTPUT = "-"
 
@@ -50,4 +50,6 @@ def write_json(target: str, report: dict[str, Any]) -> None:
     try:
         Path(target).write_text(text + "\n", encoding="utf-8")
     except OSError as error:
+        if is_disk_full(error):
+            raise ResourceError(f"--json {target}: the disk is full", hint="free some space or name another") from error
         raise UsageError(f"--json {target} cannot be written: {error.strerror or error}") from error

@@ -27,8 +27,14 @@ PIECE_ELEMENTS = 2**22  # few enough for the processor's caches, enough for its 
 
 
 def solve_in_pieces(plan: ConversionPlan, module: str) -> Solution:
-    """The solution of one module. InputError naming it if a weight is not finite."""
-    scheme = plan.schemes[module]
+    """The solution of one module. InputError naming it if a weight is not finite, or its square is not in float32."""
+    solution = _in_pieces(plan, plan.schemes[module], module)
+    if not math.isfinite(solution.relative_error):
+        raise InputError(f"{module}: its weights are too large: their squares do not fit into float32")
+    return solution
+
+
+def _in_pieces(plan: ConversionPlan, scheme: Scheme, module: str) -> Solution:
     if isinstance(scheme, FloatScheme) and scheme.granularity == "tensor":
         return joined(_per_tensor(plan, scheme, module), plan.modules[module])
     if isinstance(scheme, LookupScheme):

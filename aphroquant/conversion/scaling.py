@@ -27,6 +27,7 @@ from aphroquant.calibration.inputs import rounded_inputs
 from aphroquant.calibration.solution import quadratic_form
 from aphroquant.calibration.solvers import ChannelScaling
 from aphroquant.conversion.calibration_block import CalibrationBlock
+from aphroquant.conversion.dataless import naming_modules
 from aphroquant.errors import InputError
 from aphroquant.kernels.reference.matmul import linear as product
 from aphroquant.models.spec import DOWN, GATE, INPUT_NORM, POST_ATTENTION_NORM, UP, K, O, Q, V
@@ -107,7 +108,8 @@ class BlockScaler:
             candidate = awq.candidates(weights, magnitudes.mean(0), group_size=size, tie=tie)
         else:
             candidate = smoothquant.candidates(weights, magnitudes.amax(0), tie=tie)
-        return search_scales(weights, candidate, loss, roundings)
+        with naming_modules(", ".join(modules)):
+            return search_scales(weights, candidate, loss, roundings)
 
     def _output_loss(
         self, block: CalibrationBlock, names: Sequence[str], x: Tensor, forward: Callable[[Tensor], Tensor]

@@ -176,7 +176,7 @@ def resolve_solver(request: ConversionRequest, scheme: TargetScheme) -> Solver:
         able = [other.name for other in SOLVERS.values() if other.obstacle(scheme) is None and other.data != "needed"]
         raise UsageError(
             f"solver {solver.name} needs calibration, but samples = 0",
-            hint=f"only {' and '.join(able)} works without calibration data" if able else None,
+            hint=f"solvers that need no calibration data: {', '.join(able)}" if able else None,
         )
     return solver
 

@@ -101,7 +101,7 @@ def find_records(path: Path) -> list[OutputRecord]:
             f"{path}: no such file or directory", hint="give the directory or .gguf file that convert made"
         )
     own = OutputRecord(path)
-    found = [own] if own.exists else list(_of_files(path)) if path.is_dir() else []
+    found = [own] if own.exists else list(records_of_files(path)) if path.is_dir() else []
     if not found:
         raise InputError(
             f"{path}: there is no {own.manifest_path.name} and no {own.sums_path.name}: nothing says what it was",
@@ -110,7 +110,8 @@ def find_records(path: Path) -> list[OutputRecord]:
     return found
 
 
-def _of_files(directory: Path) -> Iterator[OutputRecord]:
+def records_of_files(directory: Path) -> Iterator[OutputRecord]:
+    """Those of the single files in a directory."""
     for path in sorted(directory.iterdir()):
         if path.name.endswith(MANIFEST_SUFFIX) and path.name != MANIFEST_SUFFIX:
             yield OutputRecord(path.with_name(path.name.removesuffix(MANIFEST_SUFFIX)))

@@ -18,7 +18,7 @@ import aphroquant
 from aphroquant.conversion.progress import Progress
 from aphroquant.errors import GateError, InputError
 from aphroquant.provenance.inputs import calibration_texts, changes, opened_source, recorded_request
-from aphroquant.provenance.records import CARD, OutputRecord
+from aphroquant.provenance.records import CARD, OutputRecord, records_of_files
 from aphroquant.provenance.verification import FileDifference, verify_files
 
 NOT_COMPARED = "timings, environment and metrics in aphroquant.json, README.md, SHA256SUMS"
@@ -61,9 +61,10 @@ def reproduce(
     """
     record = OutputRecord(Path(path).expanduser())
     if not record.manifest_path.exists():
+        files = [str(found.path) for found in records_of_files(record.path)] if record.path.is_dir() else []
         raise InputError(
             f"{record.path}: there is no {record.manifest_path.name}, which would say how it was made",
-            hint="give what aphroquant convert has written",
+            hint=f"give the file itself: {' or '.join(files)}" if files else "give what aphroquant convert has written",
         )
     others = tuple(changes(record))
     if others and not any_versions:

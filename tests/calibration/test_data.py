@@ -64,6 +64,13 @@ def test_a_short_text_says_how_many_tokens_it_has(tokenizer: Any, tmp_path: Path
     assert f"--samples {tokens // 4}" in (caught.value.hint or "")
 
 
+@pytest.mark.parametrize(("name", "text"), [("empty.txt", ""), ("blank.txt", " \n\n"), ("empty.jsonl", "")])
+def test_a_file_without_text_is_named(tokenizer: Any, tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(InputError, match=rf"{name}: holds no text"):
+        calibration_windows(tokenizer, [tmp_path / name], samples=1, seq_len=2, seed=0)
+
+
 def test_jsonl_records_of_every_kind_are_read(tokenizer: Any, tmp_path: Path) -> None:
     path = tmp_path / "records.jsonl"
     records = [

@@ -117,3 +117,16 @@ def test_other_errors_are_not_taken_for_it(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("aphroquant.checkpoint.open_checkpoint", fail)
     with pytest.raises(RuntimeError, match="cannot be multiplied"):
         run(["inspect", "x"])
+
+
+@pytest.mark.parametrize("command", ["inspect", "inspect --json -", "inspect --json /dev/full"])
+def test_no_room_for_what_is_printed_ends_in_a_sentence(tiny_checkpoint: Tiny, command: str) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("there is no /dev/full on this system")
+    name, *options = command.split()
+    arguments = [sys.executable, "-m", "aphroquant", name, str(tiny_checkpoint("llama")), *options]
+    with Path("/dev/full").open("w") as full:
+        ended = subprocess.run(arguments, stdout=full, stderr=subprocess.PIPE, text=True, check=False, timeout=TIMEOUT)
+    assert ended.returncode == 5
+    assert "the disk is full\nhint: " in ended.stderr
+    assert "Traceback" not in ended.stderr

@@ -63,6 +63,26 @@ def test_a_weight_too_large_for_its_scale_is_named(source: Path) -> None:
         aphroquant.convert(source, to="gptq", out=source.parent / "out", samples=0)
 
 
+def test_a_weight_too_large_for_a_search_of_channel_scales_is_named(source: Path) -> None:
+    change(source, lambda tensors: tensors["model.layers.1.mlp.up_proj.weight"].fill_(1e30))
+    with pytest.raises(InputError, match=r": model\.layers\.1\.mlp\.\w+(, [\w.]+)?: a weight is too large"):
+        aphroquant.convert(source, to="gptq", out=source.parent / "out", **QUICK)
+
+
+def test_an_input_too_large_for_its_scale_is_named(source: Path) -> None:
+    change(source, lambda tensors: tensors["model.layers.1.mlp.up_proj.weight"].fill_(1e36))
+    with pytest.raises(InputError, match=r"model\.layers\.1\.mlp\.down_proj: .* is (too large|not finite)"):
+        aphroquant.convert(source, to="modelopt", scheme="nvfp4", out=source.parent / "out", **QUICK)
+
+
+@pytest.mark.parametrize(("target", "options"), [("fp8", {}), ("compressed-tensors", {"scheme": "nvfp4a16"})])
+def test_weights_whose_squares_overflow_are_named(source: Path, target: str, options: dict[str, Any]) -> None:
+    change(source, lambda tensors: tensors["model.layers.1.mlp.up_proj.weight"].mul_(1e36))
+    with pytest.raises(InputError, match=r": model\.layers\.1\.mlp\.up_proj: its weights are too large"):
+        aphroquant.convert(source, to=target, solver="mse", out=source.parent / "out", **options)
+    assert [path.name for path in source.parent.iterdir()] == ["source"]
+
+
 @pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.mlp.up_proj.weight"])
 def test_a_missing_tensor_is_found_even_by_a_dry_run(source: Path, name: str) -> None:
     change(source, lambda tensors: tensors.pop(name))

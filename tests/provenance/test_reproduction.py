@@ -143,3 +143,9 @@ def test_the_command_says_what_was_and_was_not_compared(output: Path, capsys: py
     edit(output, lambda content: content["request"].update(group_size=32))
     assert run(["reproduce", str(output), "--json", "-"]) == 4
     assert json.loads(capsys.readouterr().out)["is_same"] is False
+
+
+def test_a_directory_of_single_files_names_them(gguf: Path) -> None:
+    with pytest.raises(InputError) as caught:
+        reproduce(gguf.parent)
+    assert caught.value.hint == f"give the file itself: {gguf}"

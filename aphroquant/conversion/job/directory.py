@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
 import os
@@ -26,10 +25,9 @@ from aphroquant.conversion.job.record import (
     remove_partial,
     write_record,
 )
-from aphroquant.errors import InputError, ResourceError, UsageError, is_out_of_memory
+from aphroquant.errors import InputError, ResourceError, UsageError, is_disk_full, is_out_of_memory
 
 _SETTINGS = "job.json"
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def default_job(out: Path) -> Path:
@@ -209,7 +207,7 @@ class JobDirectory:
         try:
             yield
         except OSError as error:
-            if error.errno in _FULL:
+            if is_disk_full(error):
                 raise ResourceError(
                     f"{self.path}: the disk is full, and the last of the work cannot be kept",
                     hint="free some space; the same command then goes on",
