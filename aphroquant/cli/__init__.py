@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from aphroquant.errors import (
     EXIT_INTERRUPTED,
     AphroquantError,
     ResourceError,
+    UsageError,
     is_disk_full,
     is_out_of_memory,
     out_of_memory,
@@ -74,6 +76,8 @@ def run(args: Sequence[str] | None = None) -> int:
     except (MemoryError, RuntimeError, OSError) as error:
         if is_disk_full(error):
             return _told_of_full_disk()
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+            return _told(UsageError(f"{str(error.filename)[:60]}... is too long for the name of a file"))
         if not is_out_of_memory(error):
             raise
         return _told(out_of_memory())

@@ -14,7 +14,7 @@ import click
 
 from aphroquant.cli.convert import conversion_progress, removing_on_sigterm
 from aphroquant.conversion.progress import Progress
-from aphroquant.errors import AphroquantError
+from aphroquant.errors import AphroquantError, UsageError
 
 if TYPE_CHECKING:
     from aphroquant.pipeline.result import PipelineResult, StepResult
@@ -135,7 +135,10 @@ def _progress() -> Iterator[Progress]:
 def _tell(result: PipelineResult, directory: Path) -> None:
     from aphroquant.pipeline import github
 
-    github.write_summary(result)
+    try:
+        github.write_summary(result)
+    except UsageError as error:  # which is no reason to hide what came of the run, or to fail it
+        click.echo(f"warning: {error.message}", err=True)
     if github.runs_here():
         for line in github.annotation_lines(result):
             click.echo(line)

@@ -16,7 +16,6 @@ from aphroquant.provenance.records import OutputRecord
 from aphroquant.recipes.loading import LoadedRecipe
 from aphroquant.recipes.requests import resolved
 from aphroquant.reporting import Report, Step, candidate, render
-from aphroquant.reporting.report import renamed
 
 
 def json_report(result: PipelineResult) -> str:
@@ -38,11 +37,10 @@ def html_report(result: PipelineResult) -> str | None:
     }
     if not measured:
         return None
-    names = {str(output.place): name for name, output in result.outputs.items()}
     page = Report(
         title=f"{result.name}: {result.source}",
         candidates=tuple(measured.values()),
-        comparisons=tuple(renamed(Comparison.from_dict(each), names) for each in result.comparisons),
+        comparisons=tuple(map(Comparison.from_dict, result.comparisons)),
         steps=tuple(Step(step.title, step.seconds) for step in result.steps if step.status == "done"),
         environment={key: str(value) for key, value in result.environment.items()},
     )

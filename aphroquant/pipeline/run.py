@@ -31,6 +31,7 @@ from aphroquant.provenance.records import CARD, OutputRecord
 from aphroquant.recipes.loading import LoadedRecipe, require_source
 from aphroquant.recipes.models import gates_of
 from aphroquant.recipes.requests import check_files, requests_of, resolved
+from aphroquant.reporting.report import renamed
 
 OnStep = Callable[[StepResult], None]
 _GGUF = ".gguf"
@@ -188,7 +189,8 @@ class _Run:
                     self.result.outputs[name].evaluation = found
                     self.job.record(f"evaluate {name}", StepRecord(keys[name], seconds, {}, found))
                 told("; ".join(f"{name} {_figures(self.result.outputs[name].evaluation)}" for name in stale))
-            compared = [comparison.to_dict() for comparison in run.comparisons]
+            names = {str(place): name for name, place in places.items()}
+            compared = [renamed(comparison, names).to_dict() for comparison in run.comparisons]
             self.job.record("compare", StepRecord(key_of(keys), 0.0, {}, {"comparisons": compared}))
         record = self.job.done("compare", key_of(keys))  # none, if only some were measured in this run
         self.result.comparisons = list(record.found["comparisons"]) if record is not None else []
@@ -266,7 +268,7 @@ def _conversion_inputs(request: ConversionRequest, job: Job) -> dict[str, Any]:
     arguments = {key: value for key, value in request_arguments(request).items() if key != "source"}
     texts = [*request.calibration, *([request.chat_template] if request.chat_template else [])]
     hashes = [job.sha256(path) if path.is_file() else str(path) for path in texts]
-    return {**arguments, "calibration": hashes, "chat_template": None, "out": str(request.out)}
+    return {**arguments, "calibration": hashes, "chat_template": None, "out": str(request.out.resolve())}
 
 
 def _versions() -> dict[str, str | None]:

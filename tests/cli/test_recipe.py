@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -44,3 +45,26 @@ def test_show_prints_a_recipe_its_defaults_and_the_schema(capsys: pytest.Capture
     assert run(["recipe", "show"]) == 2
     assert run(["recipe", "list"]) == 0
     assert "release-set" in capsys.readouterr().out
+
+
+def test_a_name_too_long_for_a_file_is_told_in_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["pipeline", "run", "x" * 300]) == 2
+    assert "is too long for the name of a file" in capsys.readouterr().err
+
+
+def test_a_summary_that_cannot_be_written_hides_no_result(
+    tiny_checkpoint: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "no" / "file"))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"source: {tiny_checkpoint('llama')}\noutputs: {{hqq: {{to: hqq, bits: 2, group_size: 32}}}}\n"
+        "calibration: {samples: 0}\nevaluation: {windows: 1, window_len: 32}\ngates: {max_kld: 0}\n"
+    )
+    assert run(["pipeline", "run", str(recipe), "--job", str(tmp_path / "job")]) == 4
+    told = capsys.readouterr().err
+    assert "warning: GITHUB_STEP_SUMMARY=" in told
+    assert "the quality gate failed: hqq" in told

@@ -76,7 +76,9 @@ def test_a_pipeline_converts_verifies_measures_gates_publishes_and_reports(recip
     assert record["metrics"]["mean_kld"] == report["outputs"]["awq"]["evaluation"]["mean_kld"]
 
 
-def test_what_has_not_changed_is_not_done_again(recipe: Recipe, tmp_path: Path) -> None:
+def test_what_has_not_changed_is_not_done_again(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     published = [{"to": "released"}]
     run(recipe(publish=published))
     again = run(recipe(publish=published))
@@ -85,6 +87,11 @@ def test_what_has_not_changed_is_not_done_again(recipe: Recipe, tmp_path: Path) 
     } == {"cached"}
     assert again.passed
     assert len(again.comparisons) == 3
+    monkeypatch.chdir(tmp_path.parent)  # paths are relative to elsewhere, and name the same places
+    job = Path(tmp_path.name, "job")
+    elsewhere = run_pipeline(read_recipe(Path(tmp_path.name, "recipe.yaml")), job, publishes=False)
+    assert {step.status for step in elsewhere.steps if step.name in ("convert", "verify", "evaluate")} == {"cached"}
+    assert {each[key] for each in elsewhere.comparisons for key in ("first", "second")} == {"awq", "gptq", "gguf"}
     changed = {**QUICK["outputs"], "gptq": {"to": "gptq", "group_size": 32, "bits": 8}}
     third = run(recipe(outputs=changed, publish=published))
     found = statuses(third)
