@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -16,7 +16,7 @@ from aphroquant.conversion.manifest import request_arguments
 from aphroquant.conversion.progress import Progress
 from aphroquant.conversion.request import ConversionRequest
 from aphroquant.conversion.run import convert_all
-from aphroquant.errors import AphroquantError, GateError
+from aphroquant.errors import AphroquantError, GateError, InputError
 from aphroquant.evaluation.result import Evaluation
 from aphroquant.pipeline.gates import checks_of, read_baseline, regressions
 from aphroquant.pipeline.job import Job, StepRecord, key_of
@@ -107,8 +107,6 @@ class _Run:
         missing: list[str] = []
         check_files(self.recipe, self.loaded.directory, missing.append)
         if missing:
-            from aphroquant.errors import InputError
-
             raise InputError(f"{self.loaded.name}: {missing[0]}")
         places = {name: self._place(name) for name in self.recipe.outputs}
         requests = requests_of(self.recipe, places, self.loaded.directory)
@@ -129,7 +127,7 @@ class _Run:
         stale = []
         for name in self._requests:
             record = self.job.done(f"convert {name}", self._keys[name])
-            if record is None:
+            if record is None or not _is_recorded(self.result.outputs[name].place, record.files):
                 stale.append(name)
                 continue
             self._made[name] = record.files
@@ -281,6 +279,14 @@ def _written_files(place: Path) -> list[Path]:
     """Those that no later step changes: figures are written into the manifest, the card and the check sums."""
     record = OutputRecord(place)
     return [record.directory / name for name in record.hashes]
+
+
+def _is_recorded(place: Path, files: Collection[str]) -> bool:
+    """Whether an output's manifest is there and whole enough to name these files."""
+    try:
+        return {str(path.resolve()) for path in _written_files(place)} == set(files)
+    except InputError:
+        return False
 
 
 def _all_files(place: Path) -> list[Path]:

@@ -213,6 +213,11 @@ def test_a_damaged_state_means_that_steps_are_done_again(recipe: Recipe, tmp_pat
         state.write_text(content)
         assert statuses(run(path))["convert"] == "done"
     assert statuses(run(path))["convert fp8"] == "cached"
+    manifest = tmp_path / "job" / "outputs" / "fp8" / "aphroquant.json"
+    for damage in (lambda: manifest.write_text("{"), lambda: manifest.write_text('{"files": 3}'), manifest.unlink):
+        damage()
+        assert statuses(run(path))["convert"] == "done"
+        assert json.loads(manifest.read_text())["files"]
 
 
 def test_a_run_killed_between_an_output_and_its_record_goes_on(
