@@ -12,6 +12,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +62,13 @@ class Conversion(ABC):
         self.shares = False  # the numbers of its blocks with other outputs
         self.started = time.monotonic()
 
-    @abstractmethod
     def preview(self) -> ConversionResult:
-        """What `run` would make."""
+        """What would be made."""
+        return replace(self._result(done=False), dry_run=True, seconds=0.0, peak_memory_bytes=0)
+
+    @abstractmethod
+    def _result(self, *, done: bool) -> ConversionResult:
+        """What was made, or is planned."""
 
     @property
     @abstractmethod
@@ -81,9 +86,9 @@ class Conversion(ABC):
         """The directory or file that it makes."""
 
     @property
-    @abstractmethod
     def num_bytes(self) -> int:
         """Bytes of all tensors that it writes."""
+        return self.plan.num_bytes
 
     @property
     def read_late(self) -> Sequence[str]:
@@ -104,11 +109,11 @@ class Conversion(ABC):
 
     def take(self, solved: SolvedBlock) -> None:
         """Write a block of `solved_plan`."""
-        raise NotImplementedError
+        raise AssertionError("without a plan to be solved nothing is solved")
 
     def distilled(self, report: dict[str, Any], seconds: float) -> None:
         """Told of a model that was trained as a whole, before its blocks come."""
-        raise NotImplementedError
+        raise AssertionError("without a plan to be solved nothing is trained")
 
     @abstractmethod
     def write_rest(self, statistics: Mapping[str, InputStatistics]) -> None:

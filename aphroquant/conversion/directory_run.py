@@ -86,16 +86,9 @@ class DirectoryConversion(Conversion):
             self.plan = self._make_plan()
             self.writer = CheckpointWriter(request.out, overwrite=request.overwrite, hashed=True)
 
-    def preview(self) -> ConversionResult:
-        return replace(self._result(done=False), dry_run=True, seconds=0.0, peak_memory_bytes=0)
-
     @property
     def place(self) -> Path:
         return self.writer.directory
-
-    @property
-    def num_bytes(self) -> int:
-        return self.plan.num_bytes
 
     @property
     def read_late(self) -> Sequence[str]:

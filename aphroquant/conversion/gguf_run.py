@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -75,16 +74,9 @@ class GgufConversion(Conversion):
         """Of the file that is planned, its header included."""
         return self._writer.planned_bytes(self.plan.tensors)
 
-    def preview(self) -> ConversionResult:
-        return replace(self._result(done=False), dry_run=True, seconds=0.0, peak_memory_bytes=0)
-
     @property
     def place(self) -> Path:
         return self.plan.path
-
-    @property
-    def num_bytes(self) -> int:
-        return self.plan.num_bytes
 
     @property
     def calibrates(self) -> bool:
