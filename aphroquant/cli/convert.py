@@ -195,9 +195,12 @@ def command(
         raise UsageError("--job and --no-job contradict each other", hint="give one of them")
     if print_recipe:
         from aphroquant.conversion.arguments import make_request
+        from aphroquant.conversion.asked import check_asked
         from aphroquant.recipes.printing import recipe_text
 
-        click.echo(recipe_text(make_request(source, **options), threads), nl=False)
+        request = make_request(source, **options)
+        check_asked(request)
+        click.echo(recipe_text(request, threads), nl=False)
         return
     from aphroquant.conversion import convert
 

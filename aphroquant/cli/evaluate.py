@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from aphroquant.cli.json_report import STANDARD_OUTPUT, check_html_target, check_json_target, write_json
+from aphroquant.errors import UsageError
 
 if TYPE_CHECKING:
     from aphroquant.evaluation import Drift, Evaluation, EvaluationRun, GateCheck, TaskSettings
@@ -102,7 +103,7 @@ def command(
     for model in models if record else ():
         check_recordable(model)  # found before the work
     limits = Bounds(**bounds)
-    settings = None if tasks is None else _task_settings(tasks, task_path, task_limit, fewshot)
+    settings = _task_settings(tasks, task_path, task_limit, fewshot)
     if drift:
         check_drift(open_checkpoint(against), drift_tokens)
     with _progress(_stages(len(models))) as on_progress:
@@ -137,8 +138,13 @@ def command(
     require_all(dict(zip(names, checks, strict=True)))
 
 
-def _task_settings(tasks: str, path: Path | None, limit: int | None, fewshot: int | None) -> TaskSettings:
-    """The tasks of a list with commas, each certain to exist."""
+def _task_settings(tasks: str | None, path: Path | None, limit: int | None, fewshot: int | None) -> TaskSettings | None:
+    """The tasks of a list with commas, each certain to exist. UsageError for what says how to run them without one."""
+    if tasks is None:
+        for option, value in (("--task-path", path), ("--task-limit", limit), ("--fewshot", fewshot)):
+            if value is not None:
+                raise UsageError(f"{option} {value} is for tasks, and none is asked for", hint="name them with --tasks")
+        return None
     from aphroquant.evaluation.tasks import TaskSettings, check_tasks
 
     settings = TaskSettings(tuple(name.strip() for name in tasks.split(",") if name.strip()), path, limit, fewshot)

@@ -32,8 +32,7 @@ from aphroquant.conversion.manifest import manifest
 from aphroquant.conversion.progress import Progress
 from aphroquant.conversion.request import ConversionRequest
 from aphroquant.conversion.result import ConversionResult
-from aphroquant.conversion.soundness import check_carried, check_complete
-from aphroquant.errors import UsageError
+from aphroquant.conversion.soundness import check_carried, check_complete, check_output_place
 from aphroquant.provenance.card import model_card
 from aphroquant.provenance.checksums import sums_text
 from aphroquant.provenance.records import CARD, OutputRecord
@@ -65,7 +64,7 @@ class GgufConversion(Conversion):
             if not keeps_numbers(checkpoint, reason):
                 self.allocate()
             self.plan = make_gguf_plan(checkpoint, self.resolved, reason)
-            self._check_output()
+            check_output_place(checkpoint, self.plan.path)
             self._writer = self._make_writer()
             self._tell_plan()
 
@@ -148,14 +147,6 @@ class GgufConversion(Conversion):
             writer.add_rows(piece.name, piece.start, rows.encoded)
             self._squared = [mine + its for mine, its in zip(self._squared, rows.squares, strict=True)]
             self._num_rescaled += rows.rescaled
-
-    def _check_output(self) -> None:
-        path, source = self.plan.path.expanduser().resolve(), self.checkpoint.path.resolve()
-        if path == source:
-            raise UsageError(
-                f"--out {self.plan.path} is the source, which a conversion leaves as it is",
-                hint="give another --out",
-            )
 
     def _make_writer(self) -> GgufWriter:
         options: dict[str, Any] = {"overwrite": self.request.overwrite}

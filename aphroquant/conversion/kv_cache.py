@@ -65,8 +65,8 @@ def with_cache_scheme(target: Format, checkpoint: Checkpoint) -> Format:
     return target.with_cache_scheme(FP8_PER_TENSOR) if complete else target
 
 
-def check_kv_scales(checkpoint: Checkpoint, request: ConversionRequest) -> None:
-    """UsageError if scales of the cache are asked for and cannot be found or stored."""
+def check_kv_scales_asked(request: ConversionRequest) -> None:
+    """UsageError if scales of the cache are asked for that the target has no place for, or without calibration."""
     if not request.kv_scales:
         return
     if request.to not in _HOLDERS:
@@ -76,8 +76,13 @@ def check_kv_scales(checkpoint: Checkpoint, request: ConversionRequest) -> None:
         )
     if request.samples == 0:
         raise UsageError("--kv-scales needs calibration, but samples = 0", hint="give --samples a number")
+
+
+def check_kv_scales(checkpoint: Checkpoint, request: ConversionRequest) -> None:
+    """UsageError if scales of the cache are asked for and cannot be found or stored."""
+    check_kv_scales_asked(request)
     stored = next((name for name in checkpoint.tensors if is_kv_scale(name)), None)
-    if stored is not None:
+    if request.kv_scales and stored is not None:
         raise UsageError(
             f"--kv-scales: {checkpoint.source} has scales of its own, {stored} among them",
             hint="leave --kv-scales out: they are carried over",

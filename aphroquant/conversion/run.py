@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Literal
 
@@ -12,16 +13,16 @@ from aphroquant.conversion.arguments import make_request
 from aphroquant.conversion.conversion import Conversion
 from aphroquant.conversion.directory_run import DirectoryConversion
 from aphroquant.conversion.gguf_run import GgufConversion
-from aphroquant.conversion.loss import (
-    LossError,
-    refuse_loss,
-)
+from aphroquant.conversion.job.job import Place
+from aphroquant.conversion.loss import LossError, refuse_loss
 from aphroquant.conversion.progress import Progress
 from aphroquant.conversion.request import ConversionRequest
 from aphroquant.conversion.result import ConversionResult
 from aphroquant.conversion.rotated import RotatedCheckpoint
 from aphroquant.conversion.rules import ModuleRule
 from aphroquant.conversion.targets import can_be_quantized_for
+from aphroquant.conversion.team.cluster import connected
+from aphroquant.conversion.team.hiring import check_workers
 from aphroquant.conversion.together import LossOfOneError, check_together, run_together
 from aphroquant.errors import UsageError
 
@@ -128,7 +129,17 @@ def convert_all(
     The `job` of all of them is beside the first that calibrates, if no place is given.
     """
     assert requests and len({request.source for request in requests}) == 1
-    checkpoint, say = opened_source(requests), progress or Progress()
+    check_workers(workers, requests[0].device, max(request.samples for request in requests))
+    place = Path(job) if isinstance(job, str) else job
+    with nullcontext() if dry_run else connected(workers):
+        return _converted(requests, place, workers, dry_run, progress or Progress())
+
+
+def _converted(
+    requests: Sequence[ConversionRequest], place: Place, workers: int | str, dry_run: bool, say: Progress
+) -> list[ConversionResult]:
+    """Planned and run; again from the beginning where the source's own numbers turn out not to do for an output."""
+    checkpoint = opened_source(requests)
     reasons: list[str | None] = [None] * len(requests)
     while True:
         conversions = []
@@ -142,7 +153,6 @@ def convert_all(
             check_together(conversions)
             if dry_run:
                 return [conversion.preview() for conversion in conversions]
-            place = Path(job) if isinstance(job, str) else job
             return run_together(conversions, checkpoint, say, place, workers=workers)
         except LossError as error:
             index = error.index if isinstance(error, LossOfOneError) else len(conversions)

@@ -19,13 +19,18 @@ _DAMAGED = "the file is damaged, or the model was trained badly; aphroquant insp
 
 
 def check_output_place(checkpoint: Checkpoint, out: Path) -> None:
-    """UsageError if the output would replace the source, or a directory that the source is in."""
+    """UsageError if the output would replace the source, or a directory that it is in, or lie inside of it."""
     source, target = checkpoint.path.resolve(), out.expanduser().resolve()
     if target == source or target in source.parents:
-        raise UsageError(
-            f"--out {out} holds the source {checkpoint.source}, which a conversion leaves as it is",
-            hint="give another --out",
-        )
+        where = "is" if source.is_file() and target == source else "holds"
+    elif source in target.parents:
+        where = "is inside"
+    else:
+        return
+    raise UsageError(
+        f"--out {out} {where} the source {checkpoint.source}, which a conversion leaves as it is",
+        hint=f"give a place outside of it, as {source.with_name(f'{source.stem}-quantized{target.suffix}')}",
+    )
 
 
 def check_complete(checkpoint: Checkpoint) -> None:

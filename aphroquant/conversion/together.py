@@ -45,7 +45,10 @@ def run_together(
     *,
     workers: int | str = 1,
 ) -> list[ConversionResult]:
-    """Write all of them; results in their order. `place` is that of the job."""
+    """Write all of them; results in their order. `place` is that of the job.
+
+    A cluster that `workers` names is one that this process is connected to.
+    """
     for conversion in conversions:
         conversion.check()
     calibrating = [conversion for conversion in conversions if conversion.calibrates]

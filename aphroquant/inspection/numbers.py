@@ -19,7 +19,7 @@ from aphroquant.schemes import (
 ENOUGH = 4096  # weights; below it, shares of them say little
 IMPLAUSIBLE_RMS = 100.0  # trained layers lie between 1e-4 and 10
 TINY_RMS = 1e-9
-MANY_SUBNORMAL = 0.01
+MANY_COARSE = 0.01
 MANY_SATURATED = 0.01
 LITTLE_RANGE = 0.25
 FEW_ENTRIES = 0.5
@@ -65,9 +65,10 @@ def _scale_findings(found: Profile, name: str, scales: Scales, is_gguf: bool) ->
         what = f"{scales.lost} of {scales.count} scales are zero, although codes of their groups are not"
         advice = "those weights read as zero; scales that float16 cannot hold need bfloat16 or float32"
         yield ("info" if is_gguf else "error"), "scales-zero", what, advice
-    if scales.subnormal > MANY_SUBNORMAL * scales.count:
-        what = f"{scales.subnormal / scales.count:.0%} of the numbers are subnormal, down to {scales.smallest:.2g}"
-        yield "warning", "scales-subnormal", what, "they have lost digits; bfloat16 or float32 scales would keep them"
+    if scales.coarse > MANY_COARSE * scales.count:
+        what = f"{scales.coarse / scales.count:.0%} of the numbers are subnormal, down to {scales.smallest:.2g}"
+        other = "a type of 16 bits" if is_gguf else "bfloat16 or float32 scales"
+        yield "warning", "scales-subnormal", what, f"they have lost digits; {other} would keep them"
 
 
 def _must_be_positive(found: Profile, name: str) -> bool:

@@ -33,7 +33,7 @@ class Scales:
     count: int = 0
     not_finite: int = 0
     negative: int = 0
-    subnormal: int = 0
+    coarse: int = 0  # subnormal, and rounded so coarsely that it moves weights
     lost: int = 0  # zero, although codes of its group are not
     smallest: float = math.inf  # of the positive ones
     largest: float = 0.0
@@ -126,7 +126,17 @@ def _add_scales(found: Profile, piece: QuantizedWeight, *, is_first: bool) -> No
             entry.smallest = min(entry.smallest, float(positive.min()))
             entry.largest = max(entry.largest, float(positive.max()))
         if tensor.dtype in (torch.float16, torch.bfloat16, torch.float32):
-            entry.subnormal += int((positive < torch.finfo(tensor.dtype).smallest_normal).sum())
+            entry.coarse += int((positive < _coarse_below(tensor.dtype, found.scheme)).sum())
+
+
+def _coarse_below(dtype: torch.dtype, scheme: Scheme) -> float:
+    """Below it the rounding of a subnormal scale moves a weight by more than half a step, as rounding its code does.
+
+    Of K-quants, whose factors are subnormal nearly always, the integers make up for it down to the last two factors.
+    """
+    limits = torch.finfo(dtype)
+    bits = 2 if isinstance(scheme, KQuantScheme) else getattr(scheme, "bits", 8)
+    return float(min(limits.smallest_normal, limits.smallest_normal * limits.eps * 2 ** (bits - 1)))
 
 
 def _count_fp8(found: Profile, codes: Tensor) -> None:

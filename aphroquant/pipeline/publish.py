@@ -123,8 +123,12 @@ def targets_of(recipe: Recipe, directory: Path | None) -> list[Target]:
     source = Path(resolved_source(recipe.source or "", directory)).resolve()
     for target in targets:
         place = Path(target.place).resolve()
-        if isinstance(target, DirectoryTarget) and recipe.source and (place == source or place in source.parents):
+        if not isinstance(target, DirectoryTarget) or not recipe.source:
+            continue
+        if place == source or place in source.parents:
             raise UsageError(f"publish to {target.place}: holds the source model", hint="give a directory of its own")
+        if source in place.parents:
+            raise UsageError(f"publish to {target.place}: is inside the source model", hint="give a place outside")
     return targets
 
 

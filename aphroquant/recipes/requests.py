@@ -8,6 +8,7 @@ from pathlib import Path
 from aphroquant.calibration.data import DEFAULT
 from aphroquant.calibration.effort import find_effort
 from aphroquant.calibration.records import NO_TEMPLATE
+from aphroquant.conversion.asked import check_asked
 from aphroquant.conversion.request import ConversionRequest
 from aphroquant.conversion.rules import ModuleRule
 from aphroquant.conversion.targets import check_known
@@ -27,6 +28,7 @@ def requests_of(recipe: Recipe, places: Mapping[str, Path], directory: Path | No
     for name, output in recipe.outputs.items():
         try:
             found[name] = _request(recipe, output, places[name], directory, samples if output.calibrates else 0)
+            check_asked(found[name])
         except AphroquantError as error:
             raise type(error)(f"outputs.{name}: {error.message}", hint=error.hint) from error
     return found

@@ -13,6 +13,8 @@ from torch import Tensor
 from aphroquant.formats.gguf.grids import affine_codes, fit_affine, fit_symmetric, symmetric_codes
 from aphroquant.schemes import KQuantScheme
 
+_SMALLEST_NORMAL = torch.finfo(torch.float16).smallest_normal
+
 
 def encode_affine(x: Tensor, weights: Tensor, scheme: KQuantScheme) -> dict[str, Tensor]:
     """Q2_K, Q4_K and Q5_K."""
@@ -40,8 +42,8 @@ class _AffineSuperBlocks:
         self.levels, self.limit = 2**scheme.bits - 1, 2**scheme.scale_bits - 1
         scale, minimum = fit_affine(x.flatten(0, 1), weights.flatten(0, 1), self.levels)
         scale, depth = scale.view(x.shape[:2]), -minimum.view(x.shape[:2])
-        self.d = _as_half(scale.amax(dim=-1, keepdim=True) / self.limit)
-        self.dmin = _as_half(depth.amax(dim=-1, keepdim=True) / self.limit)
+        self.d = _reaching(scale.amax(dim=-1, keepdim=True) / self.limit)
+        self.dmin = _reaching(depth.amax(dim=-1, keepdim=True) / self.limit)
         self.scales = _integers(scale, self.d, 0, self.limit)
         self.mins = _integers(depth, self.dmin, 0, self.limit)
 
@@ -109,7 +111,7 @@ class _SymmetricSuperBlocks:
         self.lowest = -(2 ** (scheme.scale_bits - 1))
         scale = fit_symmetric(x.flatten(0, 1), weights.flatten(0, 1), -self.zero, self.zero - 1).view(x.shape[:2])
         extreme = scale.gather(-1, scale.abs().argmax(dim=-1, keepdim=True))
-        self.d = _as_half(extreme / self.lowest)
+        self.d = _reaching(extreme / self.lowest)
         self.scales = _integers(scale, self.d, self.lowest, -self.lowest - 1)
 
     def try_neighbours(self) -> None:
@@ -151,6 +153,17 @@ def _sub_blocks(x: Tensor, scheme: KQuantScheme) -> Tensor:
 def _as_half(x: Tensor) -> Tensor:
     """float32 that float16 can hold."""
     return x.half().float()
+
+
+def _reaching(x: Tensor) -> Tensor:
+    """float32 that float16 can hold, of at least the magnitude of x where float16 is coarse.
+
+    Of small weights nearly all factors are subnormal. One that is rounded to less, or to zero, would leave the largest
+    sub-block out of its integers' reach; one that is greater makes them a little smaller.
+    """
+    near = x.half()
+    away = (near.view(torch.int16) + 1).view(torch.float16)  # the next number, of the same sign
+    return torch.where((near.abs() < x.abs()) & (x.abs() < _SMALLEST_NORMAL), away, near).float()
 
 
 def _integers(x: Tensor, factor: Tensor, low: int, high: int) -> Tensor:

@@ -152,6 +152,14 @@ def test_mistakes_are_told_with_their_exit_code(
     assert out == ""
 
 
+@pytest.mark.parametrize("option", ["--fewshot", "--task-limit", "--task-path"])
+def test_settings_of_tasks_without_tasks_are_a_mistake(
+    option: str, model: Path, base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["eval", str(model), "--against", str(base), option, "5"]) == 2
+    assert f"{option} 5 is for tasks, and none is asked for" in capsys.readouterr().err
+
+
 def test_a_model_that_is_not_there_is_an_input_error(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["eval", "/nowhere/model", "--against", str(base)]) == 3
     assert "/nowhere/model" in capsys.readouterr().err

@@ -246,7 +246,7 @@ def test_an_existing_file_stays_without_overwrite(tiny_checkpoint: Tiny, tmp_pat
     assert (tmp_path / "a.gguf").read_text() == "mine"
     converted(tiny_checkpoint("llama"), tmp_path / "a.gguf", overwrite=True)
     assert open_checkpoint(tmp_path / "a.gguf").spec.num_layers == 2
-    with pytest.raises(UsageError, match="is the source, which a conversion leaves as it is"):
+    with pytest.raises(UsageError, match=r"is the source .*, which a conversion leaves as it is"):
         converted(tmp_path / "a.gguf", tmp_path / "a.gguf", overwrite=True)
 
 

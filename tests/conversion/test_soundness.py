@@ -105,6 +105,15 @@ def test_the_source_is_never_overwritten(source: Path, place: str) -> None:
     assert (source / "model.safetensors").exists()
 
 
+@pytest.mark.parametrize(("to", "place"), [("awq", "out"), ("gguf", "deeper/model.gguf"), ("gguf", "deeper")])
+def test_nothing_is_written_into_the_source(source: Path, to: str, place: str) -> None:
+    before = sorted(source.rglob("*"))
+    with pytest.raises(UsageError, match=r"is inside the source .*, which a conversion leaves as it is") as caught:
+        aphroquant.convert(source, to=to, out=source / place, **WITHOUT_DATA)
+    assert f"as {source}-quantized" in str(caught.value.hint)
+    assert sorted(source.rglob("*")) == before
+
+
 def test_a_family_of_unknown_shape_is_still_repacked(source: Path, tmp_path: Path) -> None:
     quantized = tmp_path / "quantized"
     aphroquant.convert(source, to="gptq", out=quantized, samples=0)

@@ -62,6 +62,16 @@ def test_errors_on_normal_numbers_are_below_llama_cpps(name: str) -> None:
     assert error < LLAMA_CPP[name], f"{error:.6f}"
 
 
+@pytest.mark.parametrize("name", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"])
+@pytest.mark.parametrize(("size", "times"), [(1e-3, 1.05), (1e-4, 1.1), (1e-5, 1.5)])
+def test_subnormal_factors_of_small_weights_cost_little(name: str, size: float, times: float) -> None:
+    """The largest weight of a block of Q6_K is 4096 factors, and float16 begins at 6e-8."""
+    dense = torch.randn(16, 512)
+    dense /= dense.abs().max()
+    whole, small = (quantize(block_type(name), dense * by).dequantize() / by for by in (1.0, size))
+    assert rmse(small, dense) < times * rmse(whole, dense)
+
+
 @pytest.mark.parametrize("name", GGUF_PY)
 @pytest.mark.parametrize("kind", ["heavy tails", "positive", "one outlier", "tiny"])
 def test_errors_are_at_most_gguf_pys_on_odd_weights(name: str, kind: str) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+import aphroquant
 from aphroquant.checkpoint import open_checkpoint
 from aphroquant.cli import run
 from aphroquant.formats.packing import AWQ_ORDER
@@ -78,6 +79,27 @@ def test_a_sound_dense_model_raises_no_alarm(tiny_checkpoint: Make, family: str)
 @pytest.mark.sample_model
 def test_the_sample_model_raises_no_alarm(sample_model: Path) -> None:
     assert verify(open_checkpoint(sample_model)).findings == ()
+
+
+@pytest.mark.parametrize(("size", "types"), [(2e-3, "q6_k"), (4e-3, "q8_0"), (1e-3, "q4_k_m")])
+def test_subnormal_scales_that_have_all_the_digits_their_codes_need_raise_no_alarm(
+    tiny_checkpoint: Make, damage: Make, tmp_path: Path, size: float, types: str
+) -> None:
+    source = tiny_checkpoint("llama", hidden_size=256, intermediate_size=256)
+    smaller = damage(source, lambda tensors: tensors[f"{UP}.weight"].mul_(size / tensors[f"{UP}.weight"].abs().max()))
+    aphroquant.convert(smaller, to="gguf", scheme=types, out=tmp_path / "out.gguf")
+    assert found(tmp_path / "out.gguf", "error") == []
+    assert "scales-subnormal" not in [finding.check for finding in found(tmp_path / "out.gguf", "warning")]
+
+
+@pytest.mark.parametrize(("largest", "warns"), [(1e-4, False), (1e-6, True)])
+def test_scales_that_have_lost_digits_are_told(quantized: Make, damage: Make, largest: float, warns: bool) -> None:
+    """Of 4 bits: float16 has 1e-4/8 to one part in two hundred, and 1e-6/8 to a half."""
+    path = damage(
+        quantized("gptq", SYMMETRIC),
+        lambda tensors: tensors[f"{UP}.scales"].mul_(largest / 8 / tensors[f"{UP}.scales"].float().max()),
+    )
+    assert ("scales-subnormal" in [finding.check for finding in found(path, "warning")]) is warns
 
 
 def test_a_scale_that_is_no_number_is_an_error_that_names_file_and_tensor(

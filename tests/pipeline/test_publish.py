@@ -74,9 +74,10 @@ def test_models_made_by_aphroquant_that_are_no_outputs_of_the_recipe_are_not_rep
 
 
 def test_the_source_is_not_replaced(outputs: dict[str, Path], tmp_path: Path) -> None:
-    recipe = {"source": "made/awq", "outputs": {"a": {"to": "gptq"}}, "publish": [{"to": "made/awq"}]}
-    with pytest.raises(UsageError, match="holds the source model"):
-        targets_of(load_recipe(json.dumps(recipe)), tmp_path)
+    for place, message in (("made/awq", "holds the source model"), ("made/awq/released", "is inside the source model")):
+        recipe = {"source": "made/awq", "outputs": {"a": {"to": "gptq"}}, "publish": [{"to": place}]}
+        with pytest.raises(UsageError, match=message):
+            targets_of(load_recipe(json.dumps(recipe)), tmp_path)
 
 
 def test_any_file_system_that_fsspec_knows_is_a_target(outputs: dict[str, Path], tmp_path: Path) -> None:

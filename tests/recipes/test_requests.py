@@ -103,6 +103,34 @@ def test_convert_and_its_printed_recipe_write_the_same_bytes(
     assert first == ((out / "model.safetensors").read_bytes(), (out / "config.json").read_bytes())
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--to gptq --kv-scales", "--kv-scales: readers of gptq look for no scales"),
+        ("--to fp8 --kv-scales --samples 0", "--kv-scales needs calibration"),
+        ("--to awq --bits 3", "awq holds 4 bits, not 3"),
+        ("--to gguf --scheme q9", "gguf has no scheme 'q9'"),
+        ("--to gptq --samples 0 --solver gptq", "solver gptq needs calibration, but samples = 0"),
+    ],
+)
+def test_no_recipe_is_printed_that_could_not_be_carried_out(
+    flags: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["convert", "source", *flags.split(), "--out", "out", "--print-recipe"]) == 2
+    printed = capsys.readouterr()
+    assert message in printed.err
+    assert not printed.out
+
+
+def test_a_recipe_that_no_source_could_make_possible_is_not_valid(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("source: org/model\noutputs: {a: {to: fp8, calibrates: false, kv_scales: true}}\n")
+    assert run(["recipe", "validate", str(recipe)]) == 2
+    assert "outputs.a: --kv-scales needs calibration" in capsys.readouterr().err
+
+
 def test_a_recipe_gets_a_source_in_place_of_its_own() -> None:
     text = "# why\nsource: a\noutputs: {a: {to: awq}}\n"
     assert load_recipe(with_source(text, "org/b: #c")).source == "org/b: #c"

@@ -60,23 +60,36 @@ class ClusterTeam(Team):
 
 
 @contextmanager
-def clustered(wanted: str) -> Iterator[Team]:
-    """The team of "ray" (this machine), "ray:N" (N workers on it), or "ray://HOST:PORT" (a cluster)."""
+def connected(wanted: str | int) -> Iterator[None]:
+    """With the cluster of "ray" (this machine), "ray:N" (N workers on it), or "ray://HOST:PORT", if it is one of them.
+
+    UsageError if Ray is not installed, or nothing answers there.
+    """
+    if not is_cluster(wanted):
+        yield
+        return
     try:
         import ray
     except ImportError as error:
         raise UsageError(f"--workers {wanted} needs Ray", hint="pip install 'aphroquant[ray]'") from error
     if ray.is_initialized():
-        yield ClusterTeam(ray, _num_threads(ray))
+        yield
         return
     try:
-        ray.init(log_to_driver=False, **_place(wanted))
+        ray.init(log_to_driver=False, **_place(str(wanted)))
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise UsageError(f"--workers {wanted}: no Ray cluster answers: {str(error).splitlines()[0]}") from error
     try:
-        yield ClusterTeam(ray, _num_threads(ray))
+        yield
     finally:
         ray.shutdown()
+
+
+def cluster_team() -> Team:
+    """That of the cluster which this process is connected to."""
+    import ray
+
+    return ClusterTeam(ray, _num_threads(ray))
 
 
 def is_cluster(wanted: str | int) -> bool:

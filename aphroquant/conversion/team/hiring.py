@@ -17,9 +17,10 @@ import torch
 
 from aphroquant import errors
 from aphroquant.conversion.conversion import Conversion
-from aphroquant.conversion.team.cluster import clustered, is_cluster
+from aphroquant.conversion.team.cluster import cluster_team, is_cluster
 from aphroquant.conversion.team.orders import READY, Orders
 from aphroquant.conversion.team.team import ALONE, MAX_WORKERS, Team
+from aphroquant.devices import torch_device
 from aphroquant.errors import AphroquantError, ResourceError, UsageError
 
 AUTO = "auto"
@@ -46,12 +47,21 @@ def num_workers(wanted: str | int, device: torch.device, num_windows: int) -> in
     return count
 
 
+def check_workers(wanted: str | int, device: str, num_windows: int) -> None:
+    """What `num_workers` refuses, before anything is read. `num_windows` is 0 if there is no calibration text."""
+    if str(wanted) != "1":  # which needs no device to be found
+        num_workers(wanted, torch_device(device), num_windows or MAX_WORKERS)
+
+
 def hired(
     wanted: str | int, conversions: Sequence[Conversion], windows: torch.Tensor, device: torch.device, *, observes: bool
 ) -> AbstractContextManager[Team]:
-    """The team that `--workers` names, this process being its first. What ends a worker is raised here."""
+    """The team that `--workers` names, this process being its first. What ends a worker is raised here.
+
+    With a cluster this process has to be connected.
+    """
     if is_cluster(wanted):
-        return clustered(str(wanted))
+        return nullcontext(cluster_team())
     count = num_workers(wanted, device, len(windows))
     return nullcontext(ALONE) if count == 1 else _processes(count, conversions, windows, device, observes=observes)
 

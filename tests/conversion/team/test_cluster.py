@@ -37,10 +37,10 @@ def test_a_cluster_solves_the_same_layers(tiny_checkpoint: Tiny, tmp_path: Path,
 
 
 def test_without_ray_the_way_to_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    from aphroquant.conversion.team.cluster import clustered
+    from aphroquant.conversion.team.cluster import connected
 
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(UsageError, match="--workers ray:2 needs Ray") as caught, clustered("ray:2"):
+    with pytest.raises(UsageError, match="--workers ray:2 needs Ray") as caught, connected("ray:2"):
         pass
     assert caught.value.hint == "pip install 'aphroquant[ray]'"
 

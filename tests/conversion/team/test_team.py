@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -136,6 +137,16 @@ def test_a_killed_worker_ends_the_conversion_which_goes_on_with_any_number_of_th
 def test_more_workers_than_there_is_work_for_are_refused(workers: str | int, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         hiring.num_workers(workers, torch.device("cpu"), 4)
+
+
+@pytest.mark.parametrize("workers", [0, MAX_WORKERS + 1, "ray:none", "ray"])
+def test_workers_that_cannot_be_are_refused_before_the_text_is_read(
+    tiny_checkpoint: Tiny, tmp_path: Path, workers: str | int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    asked = requests(tiny_checkpoint("llama"), tmp_path, tmp_path / "none.txt", {"out": INTEGERS})
+    with pytest.raises(UsageError, match=f"--workers {workers}"):
+        convert_all(asked, workers=workers)
 
 
 def test_auto_is_one_worker_on_a_cpu() -> None:
