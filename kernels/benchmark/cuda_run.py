@@ -20,11 +20,12 @@ from aphroquant.kernels.benchmark.measure import (
     product_dtype,
     weight_bytes,
 )
-from aphroquant.kernels.benchmark.peers import Peer, find_peers
+from aphroquant.kernels.benchmark.peers import Peer, QuantizedInputs, find_peers
 from aphroquant.kernels.cuda.backend import fallback_reason, prepare
+from aphroquant.kernels.cuda.float8.linear import CudaFloat8Linear
 from aphroquant.kernels.cuda.timing import num_copies, read_bandwidth, time_replays, time_rotated
 from aphroquant.kernels.random_weights import random_weight
-from aphroquant.schemes import IntegerScheme, QuantizedWeight, Scheme
+from aphroquant.schemes import FloatScheme, IntegerScheme, QuantizedWeight, Scheme
 
 Run = Callable[[Tensor], Tensor]
 
@@ -50,12 +51,27 @@ def measure_cuda(
         weight = QuantizedWeight(scheme, {**weight.tensors, **scales}, weight.shape)
     name = "aphroquant" if fallback_reason(scheme, dtype) is None else "aphroquant (dequantize and multiply)"
     yield from _measure(shape, Peer(name, partial(_own, dtype=dtype)), weight, rows, dtype, ceilings)
+    if isinstance(scheme, FloatScheme) and fallback_reason(scheme, dtype) is None:
+        given = Peer("aphroquant (inputs quantized before)", partial(_own_given_codes, dtype=dtype))
+        if CudaFloat8Linear(weight, None).takes_codes:
+            yield from _measure(shape, given, weight, rows, dtype, ceilings)
     for peer in find_peers(scheme, dtype, peers):
         yield from _measure(shape, peer, weight, rows, dtype, ceilings)
 
 
 def _own(weight: QuantizedWeight, dtype: torch.dtype) -> Run:
     return prepare(weight, None, dtype)
+
+
+def _own_given_codes(weight: QuantizedWeight, dtype: torch.dtype) -> Run:
+    """What the layer does with inputs that a fused kernel in front of it quantized."""
+    layer, quantized = CudaFloat8Linear(weight, None), QuantizedInputs()
+
+    def run(x: Tensor) -> Tensor:
+        codes, scales = quantized(x)
+        return layer.multiply_codes(codes, scales.reshape(-1), dtype)
+
+    return run
 
 
 def _measure(

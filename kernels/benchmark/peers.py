@@ -48,6 +48,8 @@ def find_peers(scheme: Scheme, dtype: torch.dtype, folder: Path | None) -> Itera
         yield Peer("torch._scaled_mm (inputs quantized before)", _scaled_mm)
         if folder is not None and load_vllm(folder):
             yield Peer("vLLM CUTLASS (inputs quantized before)", partial(_cutlass, dtype=dtype))
+            if hasattr(_operators(), "dynamic_per_token_scaled_fp8_quant"):
+                yield Peer("vLLM CUTLASS", partial(_quantize_and_cutlass, dtype=dtype))
     if folder is not None and aqlm_peer.takes(scheme, folder):
         yield Peer("aqlm package", partial(aqlm_peer.prepare, folder=folder, dtype=dtype))
     if not _plain_int4(scheme):
@@ -180,8 +182,8 @@ def _mslk(weight: QuantizedWeight) -> Run:
     return lambda x: operators.bf16i4bf16_shuffled(x, packed, scales, zeros)
 
 
-class _QuantizedInputs:
-    """Rows in FP8 with a scale each, made once for an input and kept: the peers' own timings leave this out."""
+class QuantizedInputs:
+    """Rows in FP8 with a scale each, made once for an input and kept: left out of what is timed."""
 
     def __init__(self) -> None:
         self._kept: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
@@ -194,7 +196,7 @@ class _QuantizedInputs:
 
 
 def _scaled_mm(weight: QuantizedWeight) -> Run:
-    codes, scales, quantized = weight["codes"].clone(), weight["scales"].float().reshape(1, -1), _QuantizedInputs()
+    codes, scales, quantized = weight["codes"].clone(), weight["scales"].float().reshape(1, -1), QuantizedInputs()
 
     def run(x: Tensor) -> Tensor:
         rows, row_scales = quantized(x)
@@ -206,7 +208,22 @@ def _scaled_mm(weight: QuantizedWeight) -> Run:
 
 
 def _cutlass(weight: QuantizedWeight, dtype: torch.dtype) -> Run:
-    codes, scales, quantized = weight["codes"].clone(), weight["scales"].float().reshape(1, -1), _QuantizedInputs()
+    return _cutlass_with(QuantizedInputs(), weight, dtype)
+
+
+def _quantize_and_cutlass(weight: QuantizedWeight, dtype: torch.dtype) -> Run:
+    def quantized(x: Tensor) -> tuple[Tensor, Tensor]:
+        codes, scales = torch.empty_like(x, dtype=torch.float8_e4m3fn), x.new_empty(x.shape[0], 1, dtype=torch.float32)
+        _operators().dynamic_per_token_scaled_fp8_quant(codes, x, scales, None)
+        return codes, scales
+
+    return _cutlass_with(quantized, weight, dtype)
+
+
+def _cutlass_with(
+    quantized: Callable[[Tensor], tuple[Tensor, Tensor]], weight: QuantizedWeight, dtype: torch.dtype
+) -> Run:
+    codes, scales = weight["codes"].clone(), weight["scales"].float().reshape(1, -1)
 
     def run(x: Tensor) -> Tensor:
         rows, row_scales = quantized(x)

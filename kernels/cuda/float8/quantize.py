@@ -9,12 +9,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from aphroquant.kernels.cuda.fused.elements import element_macro, vector_width
+from aphroquant.kernels.cuda.fused.elements import element_macro, row_threads, vector_width
 from aphroquant.kernels.cuda.launcher import cuda_kernel
+from aphroquant.kernels.cuda.variants import Macro
 
 GROUP = 128  # columns that share a scale
 _THREADS = 256
 _GROUP_THREADS = 16
+_MAX_KEPT = 4  # vectors of a row that a thread keeps in registers
 _ALIGNMENT = 16  # bytes at which the matrix units' copies begin
 
 
@@ -51,11 +53,21 @@ def quantize_tokens(
     elif granularity is Granularity.TOKEN:
         scale = torch.empty(tokens, dtype=torch.float32, device=x.device)
     assert scale is not None
-    macros = element_macro(x.dtype) | {"MODE": int(granularity), "VECTOR": vector_width(columns), "THREADS": _THREADS}
+    macros = quantize_macros(x.dtype, granularity, columns)
     cuda_kernel("float8_quantize.cu", "float8_quantize", macros).launch(
         grid=(tokens, blocks, 1),
-        block=(_THREADS, 1, 1),
+        block=(int(macros["THREADS"]), 1, 1),
         args=[x, codes, scale, c_int32(columns), c_int32(stride), c_int32(padded_tokens)],
         programmatic=True,
     )
     return Float8Tokens(codes, scale)
+
+
+def quantize_macros(dtype: torch.dtype, granularity: Granularity, columns: int) -> dict[str, Macro]:
+    """Those of float8_quantize.cuh for rows of that size."""
+    vector, threads, kept = vector_width(columns), _THREADS, 0
+    if granularity is Granularity.TOKEN:
+        threads = row_threads(columns)
+        kept = -(-columns // (vector * threads))
+    kept = kept if kept <= _MAX_KEPT else 0
+    return {**element_macro(dtype), "MODE": int(granularity), "VECTOR": vector, "THREADS": threads, "KEPT": kept}

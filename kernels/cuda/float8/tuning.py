@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import lru_cache, partial
 
 import torch
@@ -30,33 +31,49 @@ def problems() -> Iterator[Problem]:
 
 
 def candidates(problem: Problem) -> list[Float8Tile]:
-    """Tiles that fill the GPU about once, or many times over."""
+    """Tiles that fill the GPU about once, or are taken one after another."""
     has_blocks = problem.kind == SCALES_OF_BLOCKS
-    found = [tile for tile in _all_tiles(problem.tokens) if fits(tile, problem.in_features, has_blocks)]
-    return [tile for tile in found if tile.persistent or _is_sensible(tile, problem)]
+    return [tile for tile in _tiles(problem) if fits(tile, problem.in_features, has_blocks)]
 
 
-def _all_tiles(tokens: int) -> list[Float8Tile]:
-    if tokens <= _FEW:
-        width = next(width for width in (16, 32, 64) if tokens <= width)
-        rows, places = ((1, 1), (2, 1)), ((1, 8), (1, 6), (2, 4), (3, 3))
-        return [
-            Float8Tile(width, *shape, stages, split, blocks=blocks)
-            for shape, split, (blocks, stages) in itertools.product(rows, (1, 2, 4), places)
-        ]
+def _tiles(problem: Problem) -> Iterator[Float8Tile]:
+    if problem.tokens <= _FEW:
+        yield from (tile for tile in _narrow_tiles(problem.tokens) if _fills(tile, problem))
+        return
+    if problem.tokens <= _BATCH:
+        yield from (tile for tile in _medium_tiles() if _fills(tile, problem))
+    for tile in _lasting_tiles():
+        if _num_blocks(tile, problem) > _MULTIPROCESSORS:
+            yield tile
+
+
+def _narrow_tiles(tokens: int) -> Iterator[Float8Tile]:
+    width = next(width for width in (16, 32, 64) if tokens <= width)
+    rows, places = ((1, 1), (2, 1)), ((1, 8), (1, 6), (2, 4), (3, 3))
+    for shape, split, (blocks, stages) in itertools.product(rows, (1, 2, 4), places):
+        yield Float8Tile(width, *shape, stages, split, blocks=blocks)
+
+
+def _medium_tiles() -> Iterator[Float8Tile]:
     shapes = ((2, 1, 128, 5), (2, 1, 256, 4), (2, 1, 256, 3), (3, 1, 128, 4), (2, 2, 128, 3), (2, 1, 64, 6))
-    large = tokens > _BATCH
-    return [
-        Float8Tile(width, warpgroups, tiles, stages, split, multicast, persistent=large)
-        for (warpgroups, tiles, width, stages), split, multicast in itertools.product(
-            shapes, (1,) if large else (1, 2), (1, 2)
-        )
-    ]
+    for (warpgroups, tiles, width, stages), split, multicast in itertools.product(shapes, (1, 2), (1, 2)):
+        yield Float8Tile(width, warpgroups, tiles, stages, split, multicast)
 
 
-def _is_sensible(tile: Float8Tile, problem: Problem) -> bool:
-    blocks = -(-problem.out_features // tile.rows) * -(-problem.tokens // tile.tokens) * tile.split
-    return 0.45 * _MULTIPROCESSORS <= blocks <= 2 * _MULTIPROCESSORS * tile.blocks
+def _lasting_tiles() -> Iterator[Float8Tile]:
+    shapes = ((2, 1, 128, 5), (2, 1, 256, 4), (3, 1, 128, 4), (2, 2, 128, 4))
+    for (warpgroups, tiles, width, stages), multicast in itertools.product(shapes, (1, 2)):
+        for group, lead in itertools.product((4, 8, 16), (0, 2, 3) if warpgroups == 2 else (0,)):
+            tile = Float8Tile(width, warpgroups, tiles, stages, multicast=multicast, persistent=True)
+            yield replace(tile, token_group=group, lead=lead)
+
+
+def _num_blocks(tile: Float8Tile, problem: Problem) -> int:
+    return -(-problem.out_features // tile.rows) * -(-problem.tokens // tile.tokens) * tile.split
+
+
+def _fills(tile: Float8Tile, problem: Problem) -> bool:
+    return 0.45 * _MULTIPROCESSORS <= _num_blocks(tile, problem) <= 2 * _MULTIPROCESSORS * tile.blocks
 
 
 def calls(problem: Problem, tile: Float8Tile, count: int) -> Sequence[Callable[[], Tensor]]:

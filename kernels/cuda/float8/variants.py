@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from aphroquant.kernels.cuda.float8.quantize import Granularity, quantize_macros
 from aphroquant.kernels.cuda.float8.wgmma import ENTRY, SOURCE, Float8Tile
 from aphroquant.kernels.cuda.variants import KernelVariant
 
@@ -24,7 +25,12 @@ VARIANTS = (
     *(_multiply(tile, None) for tile in _TILES),
     *(_multiply(tile, 128) for tile in _TILES[:3]),
     *(
-        KernelVariant("float8_quantize.cu", "float8_quantize", {"MODE": mode, "VECTOR": 8}, no_sass=("LDL", "STL"))
-        for mode in range(3)
+        KernelVariant(
+            "float8_quantize.cu",
+            "float8_quantize",
+            quantize_macros(torch.bfloat16, granularity, columns),
+            no_sass=("LDL", "STL"),
+        )
+        for granularity, columns in ((*((kind, 4096) for kind in Granularity), (Granularity.TOKEN, 28672)))
     ),
 )

@@ -22,7 +22,7 @@ class Float8Tile:
     """How the kernel cuts a product: a block multiplies warpgroups * tiles * 64 rows of the weight with `tokens`.
 
     `split` blocks share the columns of a tile, `multicast` blocks their tokens; `persistent` ones take tile after tile,
-    `token_group` tiles of tokens side by side.
+    `token_group` tiles of tokens side by side, the first of two warpgroups `lead` steps ahead.
     """
 
     tokens: int
@@ -34,6 +34,7 @@ class Float8Tile:
     persistent: bool = False
     blocks: int = 1
     token_group: int = 4
+    lead: int = 0
 
     @property
     def rows(self) -> int:
@@ -56,6 +57,7 @@ class Float8Tile:
             "PERSISTENT": self.persistent,
             "BLOCKS": self.blocks,
             "TOKEN_GROUP": self.token_group,
+            "LEAD": self.lead,
         }
         return macros if block_rows is None else macros | {"SCALES": 1, "SCALE_ROWS": block_rows}
 
@@ -81,6 +83,7 @@ class _Problem(ctypes.Structure):
         ("steps", c_int32),
         ("row_tiles", c_int32),
         ("token_tiles", c_int32),
+        ("first_row_tile", c_int32),
         ("token_stride", c_int32),
         ("row_stride", c_int32),
         ("padded_tokens", c_int32),
@@ -121,6 +124,7 @@ def float8_multiply(
         -(-columns // STEP),
         row_tiles,
         token_tiles,
+        0,
         int(token_scales.numel() > 1),
         int(row_scales.numel() > 1),
         token_scales.shape[-1] if block_rows is not None else 0,

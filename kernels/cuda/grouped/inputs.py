@@ -8,8 +8,7 @@ from ctypes import c_int32, c_void_p
 import torch
 from torch import Tensor
 
-from aphroquant.kernels.cuda.float8.quantize import GROUP, Float8Tokens, Granularity
-from aphroquant.kernels.cuda.fused.elements import element_macro, vector_width
+from aphroquant.kernels.cuda.float8.quantize import GROUP, Float8Tokens, Granularity, quantize_macros
 from aphroquant.kernels.cuda.grouped.routing import CudaTokenGroups
 from aphroquant.kernels.cuda.launcher import cuda_kernel
 
@@ -112,15 +111,10 @@ def quantize_inputs(
         stride,
         groups.line_length,
     )
-    macros = element_macro(x.dtype) | {
-        "MODE": int(granularity),
-        "VECTOR": vector_width(columns),
-        "THREADS": _THREADS,
-        "HAS_ROWS": int(not in_order),
-    }
+    macros = quantize_macros(x.dtype, granularity, columns) | {"HAS_ROWS": int(not in_order)}
     cuda_kernel("grouped_quantize.cu", "grouped_quantize", macros).launch(
         grid=(pairs, blocks, 1),
-        block=(_THREADS, 1, 1),
+        block=(int(macros["THREADS"]), 1, 1),
         args=[quantize],
         programmatic=True,
     )

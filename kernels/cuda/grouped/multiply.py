@@ -37,6 +37,7 @@ class _Extent(ctypes.Structure):
         ("steps", c_int32),
         ("row_tiles", c_int32),
         ("token_tiles", c_int32),
+        ("first_row_tile", c_int32),
         ("groups", GroupTiles),
     )
 
@@ -207,7 +208,7 @@ def _macros(groups: CudaTokenGroups) -> dict[str, Macro]:
 
 
 def _extent(rows: int, x: Tensor, steps: int, tile: WgmmaTile | Float8Tile, groups: CudaTokenGroups) -> _Extent:
-    return _Extent(rows, x.shape[0], steps, -(-rows // tile.rows), 0, groups.tiles_of(tile.tokens))
+    return _Extent(rows, x.shape[0], steps, -(-rows // tile.rows), 0, 0, groups.tiles_of(tile.tokens))
 
 
 def _num_blocks(

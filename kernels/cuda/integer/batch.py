@@ -11,8 +11,9 @@ from aphroquant.kernels.cuda.device import gpu
 from aphroquant.kernels.cuda.integer.mma import mma_multiply
 from aphroquant.kernels.cuda.integer.packing import PackedInteger
 from aphroquant.kernels.cuda.integer.problem import scale_exponent
+from aphroquant.kernels.cuda.integer.row_parts import multiply_parts
 from aphroquant.kernels.cuda.integer.tiles import choose_mma_tile, choose_wgmma_tile
-from aphroquant.kernels.cuda.integer.wgmma import WgmmaTile, wgmma_multiply
+from aphroquant.kernels.cuda.integer.wgmma import WgmmaTile
 from aphroquant.kernels.cuda.launcher import cuda_kernel
 
 _ALIGNMENT = 8  # 16-bit inputs: rows begin at multiples of 16 bytes
@@ -40,7 +41,7 @@ class BatchLinear:
             out = x.new_empty(x.shape[0], packed.out_features)
         exponent = self._exponents[x.dtype]
         if device.capability == (9, 0):
-            return wgmma_multiply(packed, x, self.bias, self._wgmma_tile(x), exponent, out)
+            return multiply_parts(packed, x, self.bias, self._wgmma_tile(x), exponent, out)
         mma = choose_mma_tile(packed, x.shape[0], device.multiprocessors)
         return mma_multiply(packed, x, self.bias, mma, exponent, out)
 

@@ -26,7 +26,8 @@ from aphroquant.kernels.cuda.integer.decode_plan import (
 )
 from aphroquant.kernels.cuda.integer.measured import DECODE, WGMMA, kind_of
 from aphroquant.kernels.cuda.integer.packing import CHUNK, COLUMNS, ROWS, PackedInteger, pack
-from aphroquant.kernels.cuda.integer.wgmma import WgmmaTile, wgmma_multiply
+from aphroquant.kernels.cuda.integer.row_parts import multiply_parts, row_parts
+from aphroquant.kernels.cuda.integer.wgmma import WgmmaTile
 from aphroquant.kernels.cuda.lookup.kinds import schemes_by_kind
 from aphroquant.kernels.cuda.lookup.linear import pack_any
 from aphroquant.kernels.cuda.tuning import Problem, Tunable
@@ -169,15 +170,17 @@ def _medium_tiles(problem: Problem, multiprocessors: int) -> Iterator[WgmmaTile]
             yield tile
     for tile in (WgmmaTile(problem.tokens, chunks=1), WgmmaTile(128, tiles=2, chunks=1)):
         if _num_blocks(problem, tile) > multiprocessors:
-            yield replace(tile, persistent=True)
+            yield from (replace(tile, persistent=True, cut=cut) for cut in (False, True))
 
 
 def _wide_tiles(problem: Problem) -> Iterator[WgmmaTile]:
     for width, warpgroups, multicast in ((256, 2, 1), (256, 2, 2), (128, 3, 1), (128, 3, 2)):
         tile = WgmmaTile(width, warpgroups, chunks=1, multicast=multicast, persistent=True)
-        yield tile
-        if problem.tokens > 4 * width:
-            yield replace(tile, token_group=16)
+        leads = (0, 2, 4) if warpgroups == 2 else (0,)
+        groups = (4, 16) if problem.tokens > 4 * width else (4,)
+        for lead, group in itertools.product(leads, groups):
+            yield replace(tile, lead=lead, token_group=group)
+        yield replace(tile, cut=True)
     if problem.tokens == 2 * _BATCH:
         yield from (WgmmaTile(128, 2), WgmmaTile(128, 3), WgmmaTile(128, 2, 2, split=2))
 
@@ -204,11 +207,14 @@ def _with_most_stages(tile: WgmmaTile, packed: PackedInteger, problem: Problem) 
 
 def _wgmma_calls(problem: Problem, tile: WgmmaTile, count: int) -> list[Callable[[], Tensor]]:
     x = _inputs(problem.tokens, problem.in_features)
-    return [partial(wgmma_multiply, packed, x, None, tile) for packed in _packed_of(problem, count)]
+    return [partial(multiply_parts, packed, x, None, tile) for packed in _packed_of(problem, count)]
 
 
 def _wgmma_sources(problem: Problem, tile: WgmmaTile) -> list[tuple[str, dict[str, Macro]]]:
-    return [(wgmma.SOURCE, tile.macros(_sample(problem.kind), _DTYPE))]
+    multiprocessors = gpu(torch.cuda.current_device()).multiprocessors
+    columns = ceil_div(problem.in_features, COLUMNS) * COLUMNS
+    parts = row_parts(problem.out_features, columns, problem.tokens, tile, multiprocessors)
+    return [(wgmma.SOURCE, own.macros(_sample(problem.kind), _DTYPE)) for _, own in parts]
 
 
 TUNABLES = (

@@ -23,7 +23,8 @@ class WgmmaTile:
     """How the kernel cuts a product: a block multiplies warpgroups * tiles * 64 rows of the weight with `tokens`.
 
     `split` blocks share the columns of a tile, `multicast` blocks their tokens; `persistent` ones take tile after tile,
-    `token_group` tiles of tokens side by side.
+    `token_group` tiles of tokens side by side, the first of two warpgroups `lead` steps ahead. `cut`: rows that do not
+    fill the GPU once more go to a launch of their own.
     """
 
     tokens: int
@@ -37,6 +38,8 @@ class WgmmaTile:
     persistent: bool = False
     blocks: int = 1
     token_group: int = 4
+    lead: int = 0
+    cut: bool = False
 
     @property
     def rows(self) -> int:
@@ -58,6 +61,7 @@ class WgmmaTile:
             "PERSISTENT": self.persistent,
             "BLOCKS": self.blocks,
             "TOKEN_GROUP": self.token_group,
+            "LEAD": self.lead,
         }
 
     def stage_bytes(self, packed: PackedInteger) -> int:
@@ -85,6 +89,7 @@ class _Problem(ctypes.Structure):
         ("steps", c_int32),
         ("row_tiles", c_int32),
         ("token_tiles", c_int32),
+        ("first_row_tile", c_int32),
         ("weights", PackedWeights),
         ("values", c_void_p),
         ("bias", c_void_p),
@@ -99,21 +104,25 @@ def wgmma_multiply(
     exponent: int = 0,
     out: Tensor | None = None,
     multiprocessors: int | None = None,
+    rows: range | None = None,
 ) -> Tensor:
     """x [T, columns in packed order] -> [T, N]; columns that x lacks are 0. `exponent`: of `scale_exponent`.
 
     The rows of x begin at multiples of 16 bytes; bias is float32. Persistent blocks fill `multiprocessors`, or all.
+    `rows`: of the weight, the only ones that are multiplied; from one multiple of tile.rows to another, or to the end.
     """
     tokens = x.shape[0]
     if out is None:
         out = x.new_empty(tokens, packed.out_features)
-    row_tiles, token_tiles = -(-packed.out_features // tile.rows), -(-tokens // tile.tokens)
+    rows = rows or range(packed.out_features)
+    row_tiles, token_tiles = -(-len(rows) // tile.rows), -(-tokens // tile.tokens)
     problem = _Problem(
         packed.out_features,
         tokens,
         packed.padded_columns // (CHUNK * tile.chunks),
         row_tiles,
         token_tiles,
+        rows.start // tile.rows,
         PackedWeights.of(packed, exponent, x.dtype),
         out.data_ptr(),
         0 if bias is None else bias.data_ptr(),

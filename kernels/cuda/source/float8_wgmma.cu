@@ -117,6 +117,7 @@ __device__ __forceinline__ void accumulate_blocks(const BlockPart& block, Ring& 
         float row_scales[TILES];
 #pragma unroll
         for (int tile = 0; tile < TILES; ++tile) row_scales[tile] = lines[tile][step];
+        give_lead(block, ring, warpgroup);
         mbarrier_wait(block.full(ring.stage), ring.phase);
         int accumulate = 0;
         multiply_stage(block, ring.stage, warpgroup, part, accumulate);
@@ -134,6 +135,7 @@ __device__ __forceinline__ void accumulate_all(const BlockPart& block, Ring& rin
                                                float (&sums)[TILES][COUNT]) {
     int accumulate = 0, used = -1;
     for (int step = block.first_step; step < block.end_step; ++step, ring.advance()) {
+        give_lead(block, ring, warpgroup);
         mbarrier_wait(block.full(ring.stage), ring.phase);
         multiply_stage(block, ring.stage, warpgroup, sums, accumulate);
         wgmma_wait<1>();
@@ -214,6 +216,7 @@ __device__ __forceinline__ void consume(const BlockPart& block, const Problem& p
     if (SCALES == 0) grid_dependency_wait();  // the tokens' scales are of the kernel in front
     for (Tiles tiles(problem.extent); tiles.more(); tiles.next()) {
         const Place place = tiles.place(block.sharer);
+        await_lead(ring, warpgroup);
         const int tokens = place.end_token(problem.extent) - place.token();
         const Accumulate accumulate{block, ring, problem, place, warpgroup};
         if constexpr (SCALES == 1) {

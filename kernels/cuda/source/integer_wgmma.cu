@@ -182,6 +182,7 @@ __device__ __forceinline__ void accumulate_tile(const BlockPart& block, const Pr
 #endif
     for (int step = block.first_step; step < block.end_step; ++step, ring.advance()) {
         const int stage = ring.stage;
+        give_lead(block, ring, warpgroup);
         mbarrier_wait(block.full(stage), ring.phase);
         const uint8_t* weights =
             block.memory + kWeightStart + stage * kWeightBytes + warpgroup * TILES * kSuperRowBytes;
@@ -248,6 +249,7 @@ __device__ __forceinline__ void consume(const BlockPart& block, const Problem& p
     float sums[TILES][kAccumulators];
     for (Tiles tiles(problem.extent); tiles.more(); tiles.next()) {
         const Place place = tiles.place(block.sharer);
+        await_lead(ring, warpgroup);
         for_tokens<TOKENS>(place.end_token(problem.extent) - place.token(), sums, Accumulate{block, problem, ring, warpgroup});
         if (kScalesSums) scale_sums(problem, place, warpgroup, sums);
         put_out(problem.output, problem.extent, block, sums, warpgroup, place);

@@ -28,12 +28,16 @@
 #ifndef TOKEN_GROUP
 #define TOKEN_GROUP 4  // tiles of tokens that are worked on side by side, so that L2 holds their inputs
 #endif
+#ifndef LEAD
+#define LEAD 0  // steps by which the first of two warpgroups is ahead: one multiplies while the other stores
+#endif
 #ifndef BLOCKS
 #define BLOCKS 1  // on a multiprocessor
 #endif
 
 static_assert(SPLIT == 1 || !PERSISTENT, "a split tile is summed up once");
 static_assert(TOKENS % 16 == 0 && TOKENS % (8 * MULTICAST) == 0 && TOKENS <= 256, "whole swizzled rows");
+static_assert(LEAD == 0 || (WARPGROUPS == 2 && PERSISTENT && LEAD < STAGES), "both are in the same ring of stages");
 static_assert(TOKENS % SPLIT == 0, "each block of a cluster sums up as many tokens");
 static_assert(SPLIT * MULTICAST <= 8, "the largest cluster that every GPU can place");
 

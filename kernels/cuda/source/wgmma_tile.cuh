@@ -41,6 +41,7 @@ static_assert(kSharedBytes <= 227 * 1024 / BLOCKS - (BLOCKS > 1 ? 1024 : 0), "mo
 struct Extent {
     int rows, tokens, steps;  // steps: stages that the columns fill
     int row_tiles, token_tiles;
+    int first_row_tile;  // those before are multiplied by another launch
 #if GROUPED
     GroupTiles groups;  // in place of token_tiles; rows are those of one expert
 #endif
@@ -58,8 +59,9 @@ struct Extent {
 struct Ring {
     int stage = 0;
     uint32_t phase = 0;
+    bool is_first_round = true;
     __device__ __forceinline__ void advance() {
-        if (++stage == STAGES) stage = 0, phase ^= 1;
+        if (++stage == STAGES) stage = 0, phase ^= 1, is_first_round = false;
     }
 };
 
@@ -106,6 +108,18 @@ struct BlockPart {
     }
 };
 
+// Two warpgroups that store at the same time leave the tensor cores idle. So the second starts LEAD steps behind the first;
+// as the tensor cores serve both alike, it stays behind. Before each tile:
+__device__ __forceinline__ void await_lead(const Ring& ring, int warpgroup) {
+    if (LEAD > 0 && warpgroup == 1 && ring.is_first_round && ring.stage == 0) named_barrier_sync(14, kConsumers);
+}
+
+// Before each step:
+__device__ __forceinline__ void give_lead(const BlockPart& block, const Ring& ring, int warpgroup) {
+    const int steps = block.end_step - block.first_step, lead = LEAD < steps ? LEAD : steps - 1;
+    if (LEAD > 0 && warpgroup == 0 && ring.is_first_round && ring.stage == lead) named_barrier_arrive(14, kConsumers);
+}
+
 // The tiles of a cluster, one after another: groups of token tiles, in them all row tiles, in them the group's tokens.
 struct Tiles {
     const Extent& extent;
@@ -123,7 +137,8 @@ struct Tiles {
     __device__ __forceinline__ Place place(uint32_t sharer) const {
         const int size = clusters_of_rows * TOKEN_GROUP, group = index / size, rest = index % size;
         const int left = token_tiles - group * TOKEN_GROUP, width = left < TOKEN_GROUP ? left : TOKEN_GROUP;
-        return Place(rest / width * MULTICAST + static_cast<int>(sharer), group * TOKEN_GROUP + rest % width, extent);
+        const int row_tile = extent.first_row_tile + rest / width * MULTICAST + static_cast<int>(sharer);
+        return Place(row_tile, group * TOKEN_GROUP + rest % width, extent);
     }
 };
 

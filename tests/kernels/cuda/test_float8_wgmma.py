@@ -40,6 +40,14 @@ def test_scales_of_blocks(device: torch.device) -> None:
     assert relative_error(out, left @ right.T) < TOLERANCE
 
 
+def test_one_warpgroup_stores_while_the_other_multiplies(device: torch.device) -> None:
+    weight, x = codes(264, 400, device), codes(35, 400, device)
+    one = torch.ones(1, device=device)
+    tile = Float8Tile(16, stages=3, persistent=True, lead=2)
+    out = float8_multiply(weight, one, x, one, tile, torch.bfloat16, multiprocessors=2)
+    assert relative_error(out, x.cpu().double() @ weight.cpu().double().T) < TOLERANCE
+
+
 @pytest.mark.parametrize("columns", [64, 301])
 @pytest.mark.parametrize("granularity", list(Granularity))
 def test_activations_are_rounded_to_the_nearest_code(

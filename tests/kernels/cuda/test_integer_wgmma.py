@@ -7,6 +7,7 @@ import torch
 
 from aphroquant.kernels.cuda.integer.packing import pack_groups, unpack
 from aphroquant.kernels.cuda.integer.problem import scale_exponent
+from aphroquant.kernels.cuda.integer.row_parts import row_parts
 from aphroquant.kernels.cuda.integer.wgmma import WgmmaTile, wgmma_multiply
 
 # Relative error in the norm: what rounding weights and outputs does, and no more.
@@ -55,6 +56,11 @@ def test_blocks_take_tile_after_tile(device: torch.device) -> None:
     check((130, 200, 40), WgmmaTile(16, warpgroups=1, chunks=1, stages=3, persistent=True), device, group_size=None)
 
 
+def test_one_warpgroup_stores_while_the_other_multiplies(device: torch.device) -> None:
+    check((260, 200, 40), WgmmaTile(16, chunks=1, stages=3, persistent=True, lead=2), device)
+    check((128, 64, 16), WgmmaTile(16, chunks=1, stages=3, persistent=True, lead=2), device)  # one step a tile
+
+
 @pytest.mark.parametrize("group_size", [64, 128, 256])
 @pytest.mark.parametrize(
     ("kind", "scale_dtype", "dtype"),
@@ -70,3 +76,40 @@ def test_scales_of_large_groups_are_exact(
 def test_offsets_and_small_groups_scale_the_codes(device: torch.device) -> None:
     check((64, 256, 5), WgmmaTile(16, warpgroups=1, stages=2), device, kind="offsets", scale_dtype=torch.float16)
     check((64, 256, 5), WgmmaTile(16, warpgroups=1, stages=2), device, group_size=16)
+
+
+def test_a_part_of_the_rows_leaves_the_others_alone(device: torch.device) -> None:
+    packed = pack_groups(
+        4,
+        torch.randint(0, 16, (300, 128), dtype=torch.uint8, device=device),
+        torch.rand(300, 1, device=device).to(torch.bfloat16),
+        128,
+    )
+    x = torch.randn(16, 128, device=device).to(torch.bfloat16)
+    expected = x.cpu().double() @ unpack(packed, torch.float64).cpu().T
+    for rows, tile in ((range(128), WgmmaTile(16, stages=2)), (range(128, 300), WgmmaTile(16, warpgroups=1, stages=2))):
+        out = torch.full((16, 300), torch.nan, dtype=torch.bfloat16, device=device)
+        wgmma_multiply(packed, x, None, tile, out=out, rows=rows)
+        found = out.cpu().double()[:, rows.start : rows.stop]
+        error = (found - expected[:, rows.start : rows.stop]).norm() / expected[:, rows.start : rows.stop].norm()
+        assert error < TOLERANCE[torch.bfloat16]
+        assert int(out.isnan().sum()) == 16 * (300 - len(rows))
+
+
+@pytest.mark.parametrize(("rows", "tokens"), [(51200, 256), (57344, 256), (6144, 1024), (51211, 256)])
+@pytest.mark.parametrize("multicast", [1, 2])
+def test_rows_are_cut_where_the_gpu_is_full(rows: int, tokens: int, multicast: int) -> None:
+    tile = WgmmaTile(256, chunks=1, persistent=True, multicast=multicast, cut=True)
+    (first, kept), (rest, small) = row_parts(rows, 4096, tokens, tile, 132)
+    assert kept == tile
+    assert (first.start, first.stop, rest.stop) == (0, rest.start, rows)
+    assert first.stop % (tile.rows * multicast) == 0 == rest.start % small.rows
+    rounds = len(first) // tile.rows * (tokens // 256) / 132
+    assert 0.96 * round(rounds) <= rounds <= round(rounds)
+    assert -(-len(rest) // small.rows) * (tokens // small.tokens) * small.split <= 132
+
+
+@pytest.mark.parametrize(("rows", "tokens"), [(4096, 256), (128, 32), (132 * 128, 256)])
+def test_rows_that_do_not_fill_the_gpu_or_fill_it_evenly_are_not_cut(rows: int, tokens: int) -> None:
+    tile = WgmmaTile(256, chunks=1, persistent=True, cut=True)
+    assert row_parts(rows, 4096, tokens, tile, 132) == [(range(rows), tile)]

@@ -10,7 +10,8 @@ from aphroquant.kernels.cuda.device import obstacle
 from aphroquant.kernels.cuda.float8.linear import CudaFloat8Linear, unsupported
 from aphroquant.kernels.cuda.integer.batch import BatchLinear
 from aphroquant.kernels.cuda.integer.packing import PackedInteger, pack, pack_groups, unpack
-from aphroquant.kernels.cuda.integer.wgmma import WgmmaTile, wgmma_multiply
+from aphroquant.kernels.cuda.integer.row_parts import multiply_parts
+from aphroquant.kernels.cuda.integer.wgmma import WgmmaTile
 from aphroquant.kernels.random_weights import random_weight
 from aphroquant.kernels.reference.linear import quantize_dequantize
 from aphroquant.schemes import ActivationScheme, FloatScheme, IntegerScheme, QuantizedWeight, Scheme
@@ -98,18 +99,20 @@ def packed_weight(rows: int, columns: int) -> PackedInteger:
         WgmmaTile(256, chunks=1, multicast=2, persistent=True),
         WgmmaTile(128, tiles=2, chunks=1, steps=2, multicast=4, persistent=True),
         WgmmaTile(192, chunks=1, stages=3, persistent=True),
+        WgmmaTile(256, chunks=1, stages=4, multicast=2, persistent=True, lead=3),
         WgmmaTile(16, warpgroups=1, split=8, blocks=2),
+        WgmmaTile(64, warpgroups=1, persistent=True, cut=True),
     ],
     ids=str,
 )
 def test_every_cut_gives_the_product(tile: WgmmaTile) -> None:
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("wgmma needs a Hopper GPU")
-    packed, x = packed_weight(968, 2048), torch.randn(530, 2048, device="cuda").to(torch.bfloat16)
-    out = torch.full((530, 968), torch.nan, dtype=torch.bfloat16, device="cuda")
-    wgmma_multiply(packed, x, None, tile, out=out)
+    packed, x = packed_weight(1468, 2048), torch.randn(530, 2048, device="cuda").to(torch.bfloat16)
+    out = torch.full((530, 1468), torch.nan, dtype=torch.bfloat16, device="cuda")
+    multiply_parts(packed, x, None, tile, out=out)
     assert relative_error(out, x.double() @ unpack(packed, torch.float64).T) < TOLERANCE[torch.bfloat16]
-    assert torch.equal(wgmma_multiply(packed, x, None, tile), out)
+    assert torch.equal(multiply_parts(packed, x, None, tile), out)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
