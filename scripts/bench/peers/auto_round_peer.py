@@ -6,21 +6,22 @@ from pathlib import Path
 from typing import Any
 
 from auto_round import AutoRound  # type: ignore[import-not-found]
-from exchange import lift, serve
+from exchange import lift, serve, windows_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 def quantize(request: dict[str, Any]) -> None:
     model = AutoModelForCausalLM.from_pretrained(request["base"], dtype="auto")
+    windows = windows_of(request)
     rounding = AutoRound(
         model,
         AutoTokenizer.from_pretrained(request["base"]),
         bits=request["bits"],
         group_size=request["group_size"],
         sym=request["symmetric"],
-        dataset=[window[None] for window in request["token_ids"]],
-        nsamples=len(request["token_ids"]),
-        seqlen=request["token_ids"].shape[1],
+        dataset=[window[None] for window in windows],
+        nsamples=len(windows),
+        seqlen=windows.shape[1],
         device_map=request["device"],
         enable_torch_compile=False,
     )
@@ -29,4 +30,4 @@ def quantize(request: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    serve(quantize)
+    serve(quantize, "auto-round", "torch")

@@ -27,4 +27,4 @@ def quantize(request: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    serve(quantize)
+    serve(quantize, "hqq", "torch")
