@@ -50,6 +50,7 @@ PEERS = {
     "llama.cpp-q4_k": _llama_cpp(4, "Q4_K_M"),
     "llama.cpp-q3_k": _llama_cpp(3, "Q3_K_M"),
     "llama.cpp-q2_k": _llama_cpp(2, "Q2_K"),
+    "aqlm-style-2x8": Peer("development", "aqlm_peer.py", (2,)),
 }
 
 
