@@ -29,7 +29,7 @@ from cpu import cpu_name  # noqa: E402
 from fetch_sample import calibration_text, evaluation_text, sample_model  # noqa: E402
 from off_grid import write_off_grid  # noqa: E402
 from quality_peers import PEERS, PeerError, Quantized, Spent, quantize, watched  # noqa: E402
-from quality_rows import FIGURES, Results, Row  # noqa: E402
+from quality_rows import FIGURES, OtherConditionsError, Results, Row  # noqa: E402
 
 from aphroquant import __version__  # noqa: E402
 from aphroquant.calibration.data import calibration_windows  # noqa: E402
@@ -185,6 +185,8 @@ def main(
                 click.echo(str(error), err=True)
                 failed += 1
                 continue
+            except OtherConditionsError as error:
+                raise click.UsageError(str(error)) from error
             kept.keep(row)
             measured.append(row)
             _show(row)

@@ -32,6 +32,10 @@ class Row:
     texts: Mapping[str, Mapping[str, float]]
 
 
+class OtherConditionsError(Exception):
+    """A row is there already, and was measured with other settings."""
+
+
 class Results:
     """A folder of rows. Without one, nothing is kept and nothing is found."""
 
@@ -41,14 +45,14 @@ class Results:
             folder.mkdir(parents=True, exist_ok=True)
 
     def find(self, bits: str, name: str, conditions: Mapping[str, Any]) -> Row | None:
-        """The row, if it was measured under these conditions; ValueError if it was under others."""
+        """The row, if it is there. OtherConditionsError if it was measured with other settings."""
         path = self._path(bits, name)
         if path is None or not path.exists():
             return None
         row = read_row(path)
-        if dict(row.conditions) != dict(conditions):
-            raise ValueError(
-                f"{path} was measured with {dict(row.conditions)}, not {dict(conditions)}: remove it first"
+        if row.conditions != conditions:
+            raise OtherConditionsError(
+                f"{path} was measured with {row.conditions}, not with {conditions}: move it away"
             )
         return row
 

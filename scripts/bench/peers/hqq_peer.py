@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 def quantize(request: dict[str, Any]) -> None:
     model = AutoModelForCausalLM.from_pretrained(request["base"], dtype=torch.float32).eval()
     config = BaseQuantizeConfig(nbits=request["bits"], group_size=request["group_size"])
-    AutoHQQHFModel.quantize_model(model, quant_config=config, compute_dtype=torch.float32, device=request["device"])
+    AutoHQQHFModel.quantize_model(model, quant_config=config, compute_dtype=torch.float16, device=request["device"])
     place = Path(request["out"])
     AutoHQQHFModel.save_to_safetensors(model, str(place), num_blocks_per_file=1000)
     # Its own files have the settings in each layer and none in config.json: transformers' form is put there.
