@@ -165,7 +165,7 @@ def main(
     kept = Results(results)
     with tempfile.TemporaryDirectory() as scratch:
         bench = Bench(
-            folder=keep or Path(scratch),
+            folder=(keep or Path(scratch)).resolve(),
             to=to,
             group_size=group_size,
             seed=seed,

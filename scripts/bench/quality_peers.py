@@ -87,7 +87,7 @@ def quantize(name: str, request: Mapping[str, Any], *, here: bool) -> Quantized:
     path, answer = Path(f"{request['out']}.request.json"), Path(f"{request['out']}.answer.json")
     path.write_text(json.dumps({**request, **peer.settings, "answer": str(answer)}))
     before = _source(peer.source, path, Path(request["base"])) if peer.source else Spent(0.0, 0.0, 0)
-    spent = watched([str(python), str(WORKERS / peer.worker), str(path)])
+    spent = watched([str(python), str(WORKERS / peer.worker), str(path)], folder=path.parent)
     path.unlink()
     return Quantized(before.and_then(spent), json.loads(answer.read_text()))
 
@@ -103,11 +103,12 @@ def _source(worker: str, request: Path, base: Path) -> Spent:
     return Spent(*json.loads(record.read_text()))
 
 
-def watched(command: Sequence[str]) -> Spent:
-    """Run it to its end. PeerError if it fails."""
+def watched(command: Sequence[str], folder: Path | None = None) -> Spent:
+    """Run it to its end, in the folder, where libraries may leave logs. PeerError if it fails."""
     started = time.monotonic()
     process = subprocess.Popen(
         command,
+        cwd=folder,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         env=os.environ | {"GPTQMODEL_CPU_WORKERS": "2"},  # its default fails on machines of few processors
