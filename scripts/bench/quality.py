@@ -93,10 +93,11 @@ class Bench:
 
     def _measured(self, width: str, name: str, out: Path, made: Quantized | None) -> Row:
         texts, bits_per_weight = {}, 0.0
+        model = next(out.glob("*.gguf"), out)
         for text in self.texts:
             report = out.with_name(f"{out.name}.{text.stem}.json")
             arguments = ["--against", str(self.base), "--text", str(text), "--device", self.device]
-            _aphroquant("eval", str(out), *arguments, "--no-noise-floor", "--json", str(report))
+            _aphroquant("eval", str(model), *arguments, "--no-noise-floor", "--json", str(report))
             evaluation = json.loads(report.read_text())
             texts[text.stem] = {figure: evaluation[figure] for figure in FIGURES}
             bits_per_weight = evaluation["size"]["linear_bits_per_weight"]

@@ -56,8 +56,10 @@ ENVIRONMENTS = {
         Environment("auto-round", "0.16.1", (TORCH, "auto-round==0.16.1")),
         Environment("autoawq", "0.2.9", (TORCH, "transformers==4.51.3", "accelerate", "datasets", "zstandard"),
                     ("autoawq==0.2.9",)),  # bare: it requires triton, which a CPU has no use for
-        # 7.7.0 needs torch >= 2.14.1, whose default build brings gigabytes of CUDA
-        Environment("gptqmodel", "7.6.0", (TORCH, "gptqmodel==7.6.0", "optimum==2.3.0", "transformers==5.23.0")),
+        # bare: it asks for torch >= 2.14.1, whose default build brings gigabytes of CUDA, and runs with this one
+        Environment("gptqmodel", "7.7.0", (TORCH, "optimum==2.3.0", "transformers==5.23.0", "accelerate", "datasets",
+                    "defuser", "device-smi", "dill", "logbar", "ninja", "pillow", "protobuf", "pyarrow", "pypcre",
+                    "threadpoolctl", "tokenicer", "torchao==0.18.0"), ("gptqmodel==7.7.0",)),
         Environment("hqq", "0.2.8.post1", (TORCH, "hqq==0.2.8.post1", "transformers==5.23.0", "accelerate")),
         Environment("llama-cpp-python", "0.3.36", ("llama-cpp-python==0.3.36", "safetensors")),
         Environment("llmcompressor", "0.14.0", (TORCH, "llmcompressor==0.14.0")),

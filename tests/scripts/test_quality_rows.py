@@ -38,7 +38,13 @@ def test_rows_of_several_folders_make_one_table_by_width_and_divergence(tmp_path
     Results(tmp_path / "there").keep(better)
     Results(tmp_path / "there").keep(replace(ROW, bits="2"))
     lines = list(table(read_rows(tmp_path / "here", tmp_path / "there")))
-    assert [line.split("|")[1].strip() for line in lines[2:7]] == ["**4 bit**", "better", "rtn", "**2 bit**", "rtn"]
+    assert [line.split("|")[1].strip() for line in lines[2:7]] == [
+        "**4 bit**",
+        "`better`",
+        "`rtn`",
+        "**2 bit**",
+        "`rtn`",
+    ]
     assert all(line.count("|") == lines[0].count("|") for line in lines[:7])
     assert "| 0.500 +- 0.010 | 5.00 | 70.0% | 25.0 | 1.0 | 1.5 | 0.5 GiB | 2 |" in lines[4]
     assert lines[-1] == "Machines: 1 a GPU; 2 2 cores."
