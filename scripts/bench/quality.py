@@ -51,6 +51,7 @@ class Bench:
     to: str
     group_size: int
     seed: int
+    samples: int | None
     calibration: Path
     texts: Sequence[Path]
     device: str
@@ -63,7 +64,9 @@ class Bench:
 
     def conditions(self) -> dict[str, Any]:
         """What two rows must have in common to stand in one table."""
-        shared = {"format": self.to, "group_size": self.group_size, "seed": self.seed}
+        shared: dict[str, Any] = {"format": self.to, "group_size": self.group_size, "seed": self.seed}
+        if self.samples is not None:
+            shared["samples"] = self.samples
         return shared | {"calibration": self.calibration.name, "texts": [text.name for text in self.texts]}
 
     def row(self, width: str, name: str) -> Row:
@@ -80,11 +83,21 @@ class Bench:
         numbers = ["--scheme", width] if self.by_schemes else _integers(width, self.group_size)
         report = out.with_name(f"{out.name}.convert.json")
         files = ["--out", str(out), "--json", str(report), "--overwrite"]
-        setting = ["--to", self.to, *numbers, "--device", self.device, *_choice(name, self.calibration, self.seed)]
+        setting = ["--to", self.to, *numbers, "--device", self.device, *self._choice(name)]
         return Quantized(_aphroquant("convert", str(self.base), *files, *setting), {"versions": _versions()})
 
+    def _choice(self, row: str) -> list[str]:
+        """The options that make a row."""
+        if row == PLAIN:
+            return ["--solver", "rtn", "--samples", "0"]
+        name = row.removesuffix(ROTATED)
+        choice = ["--effort", name] if name in EFFORTS else ["--solver", name]
+        rotation = ["--rotate"] if name != row else []
+        samples = [] if self.samples is None else ["--samples", str(self.samples)]
+        return [*choice, *rotation, *samples, "--calibration", str(self.calibration), "--seed", str(self.seed)]
+
     def _by_peer(self, width: str, name: str, out: Path) -> Quantized:
-        samples = find_effort(DEFAULT_EFFORT).samples
+        samples = self.samples or find_effort(DEFAULT_EFFORT).samples
         tokenizer = open_checkpoint(self.base).tokenizer()
         windows = calibration_windows(tokenizer, [self.calibration], samples=samples, seq_len=SEQ_LEN, seed=self.seed)
         request = {"base": str(self.base), "out": str(out), "bits": int(width.rstrip("s")), "device": self._on()}
@@ -141,6 +154,9 @@ class Bench:
 @click.option("--schemes", help="Schemes of the format by name, instead of bits: nvfp4a16,mxfp4a16.")
 @click.option("--group-size", default=64, show_default=True)
 @click.option("--seed", default=0, show_default=True)
+@click.option(
+    "--samples", type=click.IntRange(1), help="Calibration windows of every row. Default: as many as each takes."
+)
 @click.option("--calibration", type=click.Path(path_type=Path), help="Default: State of the Union addresses.")
 @click.option("--text", "texts", multiple=True, type=click.Path(path_type=Path), help="Further evaluation texts.")
 @click.option("--checkpoint", "others", multiple=True, metavar="NAME=DIR", help="Measure what is there already, too.")
@@ -155,6 +171,7 @@ def main(
     schemes: str | None,
     group_size: int,
     seed: int,
+    samples: int | None,
     calibration: Path | None,
     texts: tuple[Path, ...],
     others: tuple[str, ...],
@@ -170,6 +187,7 @@ def main(
             to=to,
             group_size=group_size,
             seed=seed,
+            samples=samples,
             calibration=calibration or calibration_text(),
             texts=[evaluation_text(), *texts],
             device=device,
@@ -211,16 +229,6 @@ def _cells(widths: Sequence[str], names: Sequence[str], by_schemes: bool) -> Ite
 def _integers(width: str, group_size: int) -> list[str]:
     sign = "--symmetric" if width.endswith("s") else "--asymmetric"
     return ["--bits", width.rstrip("s"), "--group-size", str(group_size), sign]
-
-
-def _choice(row: str, calibration: Path, seed: int) -> list[str]:
-    """The options that make a row."""
-    if row == PLAIN:
-        return ["--solver", "rtn", "--samples", "0"]
-    name = row.removesuffix(ROTATED)
-    choice = ["--effort", name] if name in EFFORTS else ["--solver", name]
-    rotation = ["--rotate"] if name != row else []
-    return [*choice, *rotation, "--calibration", str(calibration), "--seed", str(seed)]
 
 
 def _aphroquant(*arguments: str) -> Spent:
