@@ -59,7 +59,7 @@ ENVIRONMENTS = {
         # bare: it asks for torch >= 2.14.1, whose default build brings gigabytes of CUDA, and runs with this one
         Environment("gptqmodel", "7.7.0", (TORCH, "optimum==2.3.0", "transformers==5.23.0", "accelerate", "datasets",
                     "defuser", "device-smi", "dill", "logbar", "ninja", "pillow", "protobuf", "pyarrow", "pypcre",
-                    "threadpoolctl", "tokenicer", "torchao==0.18.0"), ("gptqmodel==7.7.0",)),
+                    "requests", "threadpoolctl", "tokenicer", "torchao==0.18.0"), ("gptqmodel==7.7.0",)),
         Environment("hqq", "0.2.8.post1", (TORCH, "hqq==0.2.8.post1", "transformers==5.23.0", "accelerate")),
         Environment("llama-cpp-python", "0.3.36", ("llama-cpp-python==0.3.36", "safetensors")),
         Environment("llmcompressor", "0.14.0", (TORCH, "llmcompressor==0.14.0")),
