@@ -31,6 +31,20 @@ class Row:
     gpu_memory_mib: float | None
     texts: Mapping[str, Mapping[str, float]]
 
+    @property
+    def width(self) -> int:
+        """Whole bits: 4 of `4`, `4s` and `q4_k_m`."""
+        return int(next(filter(str.isdigit, self.bits)))
+
+    @property
+    def symmetric(self) -> bool:
+        return self.bits.endswith("s")
+
+    @property
+    def title(self) -> str:
+        """The row, and the scheme where it is no number of bits."""
+        return self.name if self.bits.rstrip("s").isdigit() else f"{self.name} {self.bits}"
+
 
 class OtherConditionsError(Exception):
     """A row is there already, and was measured with other settings."""
@@ -75,7 +89,7 @@ def read_row(path: Path) -> Row:
 def read_rows(*folders: Path) -> list[Row]:
     """All rows, sorted by width and then by KL divergence."""
     rows = [read_row(path) for folder in folders for path in sorted(folder.glob("*.json"))]
-    return sorted(rows, key=lambda row: (-int(row.bits.rstrip("s")), row.bits, mean_kld(row)))
+    return sorted(rows, key=lambda row: (-row.width, row.symmetric, mean_kld(row)))
 
 
 def mean_kld(row: Row) -> float:

@@ -34,24 +34,19 @@ def table(rows: Sequence[Row]) -> Iterator[str]:
     machines = list(dict.fromkeys(row.machine for row in rows))
     yield _line(COLUMNS)
     yield "|" + "---|" * len(COLUMNS)
-    width = None
+    section = None
     for row in rows:
-        if row.bits != width:
-            width = row.bits
-            yield _line([f"**{_named(width)}**", *[""] * (len(COLUMNS) - 1)])
+        if section != (section := f"**{row.width} bit{' symmetric' if row.symmetric else ''}**"):
+            yield _line([section, *[""] * (len(COLUMNS) - 1)])
         yield _line(_cells(row, machines.index(row.machine) + 1))
     yield ""
     yield "Machines: " + "; ".join(f"{number} {machine}" for number, machine in enumerate(machines, 1)) + "."
 
 
-def _named(bits: str) -> str:
-    return bits.rstrip("s") + (" bit symmetric" if bits.endswith("s") else " bit")
-
-
 def _cells(row: Row, machine: int) -> list[str]:
     figures = next(iter(row.texts.values()))
     return [
-        f"`{row.name}`",
+        f"`{row.title}`",
         next(iter(row.versions.values()), ""),
         f"{row.bits_per_weight:.2f}",
         f"{figures['mean_kld']:.3f} +- {figures['mean_kld_stderr']:.3f}",

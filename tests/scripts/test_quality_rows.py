@@ -48,3 +48,11 @@ def test_rows_of_several_folders_make_one_table_by_width_and_divergence(tmp_path
     assert all(line.count("|") == lines[0].count("|") for line in lines[:7])
     assert "| 0.500 +- 0.010 | 5.00 | 70.0% | 25.0 | 1.0 | 1.5 | 0.5 GiB | 2 |" in lines[4]
     assert lines[-1] == "Machines: 1 a GPU; 2 2 cores."
+
+
+def test_rows_of_named_schemes_stand_with_those_of_their_width(tmp_path: Path) -> None:
+    for bits in ("4", "q4_k_m", "4s", "q2_k"):
+        Results(tmp_path).keep(replace(ROW, bits=bits))
+    lines = list(table(read_rows(tmp_path)))
+    titles = [line.split("|")[1].strip() for line in lines[2:9]]
+    assert titles == ["**4 bit**", "`rtn`", "`rtn q4_k_m`", "**4 bit symmetric**", "`rtn`", "**2 bit**", "`rtn q2_k`"]
