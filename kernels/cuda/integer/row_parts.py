@@ -12,6 +12,7 @@ from torch import Tensor
 
 from aphroquant.kernels.cuda.device import gpu
 from aphroquant.kernels.cuda.integer.packing import CHUNK, PackedInteger
+from aphroquant.kernels.cuda.integer.tiles import with_fewer_stages
 from aphroquant.kernels.cuda.integer.wgmma import WgmmaTile, wgmma_multiply
 
 _REST_TOKENS, _REST_ROWS = 128, 128
@@ -37,7 +38,8 @@ def multiply_parts(
         out = x.new_empty(x.shape[0], packed.out_features)
     size = (packed.out_features, packed.padded_columns, x.shape[0])
     for rows, own in row_parts(*size, tile, gpu(x.get_device()).multiprocessors):
-        wgmma_multiply(packed, x, bias, own, exponent, out, rows=rows)
+        fitting = own if own == tile else with_fewer_stages(own, packed) or own
+        wgmma_multiply(packed, x, bias, fitting, exponent, out, rows=rows)
     return out
 
 

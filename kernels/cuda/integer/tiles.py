@@ -29,7 +29,7 @@ def choose_wgmma_tile(packed: PackedInteger, tokens: int, device: int) -> WgmmaT
     """For a Hopper GPU: as measured for such codes, or else for those of 4 bits, with as many stages as fit."""
     measured = up_to_measured(tokens)
     tile = measured_tile(packed, measured, device, _SHARED_BYTES) or _measured_for_four_bits(packed, measured, device)
-    fitting = None if tile is None else _with_stages(tile, packed)
+    fitting = None if tile is None else with_fewer_stages(tile, packed)
     return fitting or estimate(packed, tokens, gpu(device).multiprocessors)
 
 
@@ -42,7 +42,7 @@ def _measured_for_four_bits(packed: PackedInteger, tokens: int, device: int) -> 
     return tuned(WGMMA, WgmmaTile, Problem(kind_of(4), packed.out_features, packed.in_features, tokens), device)
 
 
-def _with_stages(tile: WgmmaTile, packed: PackedInteger) -> WgmmaTile | None:
+def with_fewer_stages(tile: WgmmaTile, packed: PackedInteger) -> WgmmaTile | None:
     """With fewer stages, where its own are too large for this weight."""
     fewer = (replace(tile, stages=stages) for stages in range(tile.stages, 1, -1))
     return next((tile for tile in fewer if fits(tile, packed)), None)
