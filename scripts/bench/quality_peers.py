@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -84,6 +85,7 @@ def quantize(name: str, request: Mapping[str, Any], *, here: bool) -> Quantized:
     """Run one. With `here`, in the environment that runs this."""
     peer = PEERS[name]
     python = Path(sys.executable) if here else interpreter(peer.package)
+    shutil.rmtree(request["out"], ignore_errors=True)  # what a run left that was cut off
     path, answer = Path(f"{request['out']}.request.json"), Path(f"{request['out']}.answer.json")
     path.write_text(json.dumps({**request, **peer.settings, "answer": str(answer)}))
     before = _source(peer.source, path, Path(request["base"])) if peer.source else Spent(0.0, 0.0, 0)
