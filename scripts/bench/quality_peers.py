@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -97,12 +98,16 @@ def quantize(name: str, request: Mapping[str, Any], *, here: bool) -> Quantized:
 def _source(worker: str, request: Path, base: Path) -> Spent:
     """Make the dense GGUF file and the importance matrix beside the base, once for all rows; each counts the cost."""
     record = base.with_name("llama.cpp.json")
-    if not record.exists():
-        options = ["--scheme", "f32", "--samples", "0", "--no-job", "--overwrite"]
-        convert = ["convert", str(base), "--to", "gguf", *options, "--out", str(base.with_name("base.gguf"))]
-        file = watched([sys.executable, "-m", "aphroquant", *convert])
-        record.write_text(json.dumps(file.and_then(watched([sys.executable, str(WORKERS / worker), str(request)]))))
-    return Spent(*json.loads(record.read_text()))
+    windows = sha256(str(json.loads(request.read_text())["token_ids"]).encode()).hexdigest()
+    known = json.loads(record.read_text()) if record.exists() else {}
+    if known.get("windows") == windows:
+        return Spent(*known["spent"])
+    options = ["--scheme", "f32", "--samples", "0", "--no-job", "--overwrite"]
+    convert = ["convert", str(base), "--to", "gguf", *options, "--out", str(base.with_name("base.gguf"))]
+    file = watched([sys.executable, "-m", "aphroquant", *convert])
+    spent = file.and_then(watched([sys.executable, str(WORKERS / worker), str(request)]))
+    record.write_text(json.dumps({"windows": windows, "spent": spent}))
+    return spent
 
 
 def watched(command: Sequence[str], folder: Path | None = None) -> Spent:
