@@ -45,8 +45,8 @@ def main() -> int:
     rows = {
         "bytes": (found.outputs[0].file_bytes, written),
         "peak_bytes": (found.estimate.peak_bytes, made.peak_bytes),
-        "seconds": (found.estimate.seconds, made.seconds),
-        "cpu_seconds": (found.estimate.cpu_seconds, made.cpu_seconds),
+        "seconds": (found.estimate.seconds, made.whole.seconds),
+        "cpu_seconds": (found.estimate.cpu_seconds, made.whole.cpu_seconds),
     }
     for name, (planned, real) in rows.items():
         print(f"{name:<11} planned {planned:>14,.1f}  was {real:>14,.1f}  {planned / real - 1:+.1%}")

@@ -14,8 +14,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from aphroquant.engine.types import EngineConfig, GenerationRequest, SamplingParams
-from aphroquant.errors import RequestError, UsageError
+from aphroquant.engine.types import (
+    NOT_NUMBERS,
+    NOT_NUMBERS_HINT,
+    EngineConfig,
+    GenerationRequest,
+    SamplingParams,
+)
+from aphroquant.errors import AphroquantError, InputError, RequestError, UsageError
 
 if TYPE_CHECKING:
     from aphroquant.engine.engine import Engine
@@ -115,10 +121,16 @@ class Conversation:
                 self._engine.abort(request.request_id)
             for delta in self._engine.step():
                 if delta.error is not None:
-                    raise RequestError(delta.error, status=500)
+                    raise self._failure(delta.error)
                 pieces.append(delta.text)
                 yield delta.text
         self._turns += [question, {"role": "assistant", "content": "".join(pieces)}]
+
+    def _failure(self, error: str) -> AphroquantError:
+        """What ended an answer: a model that computes no numbers is a file that cannot be used."""
+        if error == NOT_NUMBERS:
+            return InputError(f"{self._engine.config.model}: {error}", hint=NOT_NUMBERS_HINT)
+        return RequestError(error, status=500)
 
 
 def _converse(conversation: Conversation) -> None:
@@ -153,8 +165,10 @@ def _answer(conversation: Conversation, text: str) -> None:
     with _interrupts() as pressed:
         try:
             _write(conversation.answer(text, pressed.is_set))
-        except RequestError as error:
+        except AphroquantError as error:
             click.echo(f"error: {error.message}", err=True)
+            if error.hint is not None:
+                click.echo(f"hint: {error.hint}", err=True)
 
 
 def _write(pieces: Iterator[str]) -> None:

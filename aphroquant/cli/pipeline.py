@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -63,13 +63,15 @@ def run(
     from aphroquant.pipeline.gates import share_of
     from aphroquant.pipeline.run import require_gates, run_pipeline
     from aphroquant.recipes.loading import read_recipe
+    from aphroquant.reporting.words import duration
 
     share, loaded = share_of(max_regression), read_recipe(recipe)
     if source is not None:
         loaded = _with_source(loaded, source)
     _use_threads(loaded.recipe.threads)
-    log, directory = _Log(), job or Path(f"{loaded.name}.job")
+    log, directory, begun = _Log(), job or Path(f"{loaded.name}.job"), time.monotonic()
     with removing_on_sigterm(), _progress() as progress:
+        failed: list[PipelineResult] = []
         try:
             result = run_pipeline(
                 loaded,
@@ -80,11 +82,17 @@ def run(
                 progress=progress,
                 on_step=log.step,
                 on_start=log.start,
+                on_failure=failed.append,
             )
         except AphroquantError as error:
-            _annotate_error(error)
+            _tell_github_of_failure(error, failed)
             raise
-    _tell(result, directory)
+    _tell_github(result)
+    verdict = "passed" if result.passed else "FAILED"
+    took = duration(time.monotonic() - begun)
+    click.echo(
+        f"{result.name}: {verdict} after {took}; {len(result.outputs)} outputs; report in {directory / 'report'}"
+    )
     require_gates(result)
 
 
@@ -132,7 +140,8 @@ def _progress() -> Iterator[Progress]:
         yield bars
 
 
-def _tell(result: PipelineResult, directory: Path) -> None:
+def _tell_github(result: PipelineResult) -> None:
+    """Annotations and the step's summary, where there is anyone to read them."""
     from aphroquant.pipeline import github
 
     try:
@@ -142,14 +151,15 @@ def _tell(result: PipelineResult, directory: Path) -> None:
     if github.runs_here():
         for line in github.annotation_lines(result):
             click.echo(line)
-    verdict = "passed" if result.passed else "FAILED"
-    click.echo(f"{result.name}: {verdict}; {len(result.outputs)} outputs; report in {directory / 'report'}")
 
 
-def _annotate_error(error: AphroquantError) -> None:
+def _tell_github_of_failure(error: AphroquantError, failed: Sequence[PipelineResult]) -> None:
+    """Of the run as far as it came, or of the error alone if it did not begin."""
     from aphroquant.pipeline import github
 
-    if github.runs_here():
+    if failed:
+        _tell_github(failed[0])
+    elif github.runs_here():
         click.echo(github.command("error", "aphroquant pipeline", error.message))
 
 

@@ -23,6 +23,7 @@ from aphroquant.checkpoint.hashes import FileRecord
 from aphroquant.conversion.allocation.choosing import choose_widths
 from aphroquant.conversion.blocks import SolvedBlock
 from aphroquant.conversion.gguf_plan import GgufPlan
+from aphroquant.conversion.job.choices import ChoiceKeeper
 from aphroquant.conversion.plan import ConversionPlan
 from aphroquant.conversion.progress import Progress
 from aphroquant.conversion.repack import RepackPlan
@@ -36,7 +37,7 @@ class Conversion(ABC):
     `reason` is why the source's own numbers cannot stay, when that is known already: then they are quantized anew.
     `plan` is there as soon as the conversion is.
     `resolved` is the request with the bits of each layer in its rules, where they were to be chosen.
-    Without `measures` (a dry run) widths that are to be chosen are guessed.
+    Without `measures` (a dry run) widths that are to be chosen are guessed; `choices` keeps those that were measured.
     """
 
     plan: ConversionPlan | RepackPlan | GgufPlan
@@ -49,13 +50,14 @@ class Conversion(ABC):
         *,
         reason: str | None = None,
         measures: bool = True,
+        choices: ChoiceKeeper | None = None,
     ) -> None:
         self.request = self.resolved = request
         self.checkpoint = checkpoint
         self.progress = progress
         self.reason = reason
         self.allocation: dict[str, Any] = {}
-        self._measures = measures
+        self._measures, self._choices = measures, choices
         self.timings: dict[str, float] = {}
         self.warnings: list[str] = []
         self.notes: list[str] = []
@@ -128,7 +130,9 @@ class Conversion(ABC):
         if not self.request.is_allocated:
             return
         with self.timed("allocation"):
-            found = choose_widths(self.checkpoint, self.request, self.progress, measures=self._measures)
+            found = choose_widths(
+                self.checkpoint, self.request, self.progress, measures=self._measures, keeper=self._choices
+            )
         self.resolved, self.allocation = found
         bits, widths = self.allocation["bits_per_weight"], self.allocation["widths"]
         told = ", ".join(f"{count} layers {label}" for label, count in widths.items())

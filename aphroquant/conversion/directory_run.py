@@ -25,6 +25,7 @@ from aphroquant.conversion.ahead import in_order
 from aphroquant.conversion.blocks import SolvedBlock, solve_without_data
 from aphroquant.conversion.conversion import Conversion, peak_memory
 from aphroquant.conversion.fused import unequal_groups
+from aphroquant.conversion.job.choices import ChoiceKeeper
 from aphroquant.conversion.kv_cache import FP8_PER_TENSOR, in_targets_shape, with_cache_scheme, written_names
 from aphroquant.conversion.loss import (
     DENSE_OUTCOME,
@@ -71,8 +72,9 @@ class DirectoryConversion(Conversion):
         *,
         reason: str | None = None,
         measures: bool = True,
+        choices: ChoiceKeeper | None = None,
     ) -> None:
-        super().__init__(request, checkpoint, progress, reason=reason, measures=measures)
+        super().__init__(request, checkpoint, progress, reason=reason, measures=measures, choices=choices)
         self.modules: dict[str, dict[str, Any]] = {}
         self.scaling: dict[str, dict[str, Any]] = {}
         self.refinement: dict[str, dict[str, Any]] = {}

@@ -22,6 +22,7 @@ from aphroquant.conversion.conversion import Conversion
 from aphroquant.conversion.gguf_plan import GgufPlan, keeps_numbers, make_gguf_plan
 from aphroquant.conversion.gguf_rows import encoded_rows, pieces
 from aphroquant.conversion.gguf_types import label
+from aphroquant.conversion.job.choices import ChoiceKeeper
 from aphroquant.conversion.loss import (
     DENSE_OUTCOME,
     repacked,
@@ -55,8 +56,9 @@ class GgufConversion(Conversion):
         *,
         reason: str | None = None,
         measures: bool = True,
+        choices: ChoiceKeeper | None = None,
     ) -> None:
-        super().__init__(request, checkpoint, progress, reason=reason, measures=measures)
+        super().__init__(request, checkpoint, progress, reason=reason, measures=measures, choices=choices)
         self._num_rescaled = 0
         self._squared = [0.0, 0.0]  # of errors, and of the weights that have them
         with self.timed("plan"):
@@ -174,7 +176,7 @@ class GgufConversion(Conversion):
             self.note(f"{self.checkpoint.format_name} to gguf without loss: the numbers stay as they are")
         if stand_ins := plan.stand_ins:
             kinds = ", ".join(sorted({plan.types[module] for module in stand_ins}))
-            self.note(f"{len(stand_ins)} layers are {kinds}, whose rows are no whole blocks of what was asked for")
+            self.note(f"{len(stand_ins)} layers are {kinds}: their rows are no whole blocks of what was asked for")
         quantizing = [module for module in plan.exact if _quantizes_inputs(self.checkpoint, module)]
         if quantizing:
             self.note(f"the source quantizes the inputs of {len(quantizing)} layers, which a GGUF file says nothing of")

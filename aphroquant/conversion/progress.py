@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from aphroquant.conversion.request import ConversionRequest
-
 
 class Progress:
     """Called as the work goes on. This one says nothing."""
@@ -23,9 +18,9 @@ class Progress:
     def warn(self, text: str) -> None:
         """Something that makes the result worse than it should be."""
 
-    def of(self, request: ConversionRequest, num_outputs: int) -> Progress:
+    def of(self, name: str) -> Progress:
         """The same for one of several outputs, whose notes and warnings say which it is."""
-        return self if num_outputs == 1 else _OfOutput(self, request.out.name)
+        return _OfOutput(self, name)
 
 
 class _OfOutput(Progress):

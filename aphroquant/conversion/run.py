@@ -13,6 +13,8 @@ from aphroquant.conversion.arguments import make_request
 from aphroquant.conversion.conversion import Conversion
 from aphroquant.conversion.directory_run import DirectoryConversion
 from aphroquant.conversion.gguf_run import GgufConversion
+from aphroquant.conversion.job.choices import ChoiceKeeper, KeptChoices
+from aphroquant.conversion.job.directory import default_job
 from aphroquant.conversion.job.job import Place
 from aphroquant.conversion.loss import LossError, refuse_loss
 from aphroquant.conversion.progress import Progress
@@ -121,46 +123,59 @@ def convert_all(
     workers: int | str = 1,
     dry_run: bool = False,
     progress: Progress | None = None,
+    names: Sequence[str] = (),
 ) -> list[ConversionResult]:
     """Several outputs of one source from one pass over it; results in the order of `requests`.
 
     Those that calibrate must agree on text, samples, seq_len, seed and device; all on the rotation, if there is one.
     Each output is what it would be alone.
-    The `job` of all of them is beside the first that calibrates, if no place is given.
+    The `job` of all of them is beside the first that calibrates, if no place is given. `names` are what notes and
+    warnings call the outputs; left out, those of their files.
     """
     assert requests and len({request.source for request in requests}) == 1
     check_workers(workers, requests[0].device, max(request.samples for request in requests))
     place = Path(job) if isinstance(job, str) else job
     with nullcontext() if dry_run else connected(workers):
-        return _converted(requests, place, workers, dry_run, progress or Progress())
+        return _converted(requests, place, workers, dry_run, progress or Progress(), names)
 
 
 def _converted(
-    requests: Sequence[ConversionRequest], place: Place, workers: int | str, dry_run: bool, say: Progress
+    requests: Sequence[ConversionRequest],
+    place: Place,
+    workers: int | str,
+    dry_run: bool,
+    say: Progress,
+    names: Sequence[str],
 ) -> list[ConversionResult]:
     """Planned and run; again from the beginning where the source's own numbers turn out not to do for an output."""
     checkpoint = opened_source(requests)
+    tellers = [say.of(name) for name in names or [request.out.name for request in requests]]
+    if len(requests) == 1:
+        tellers = [say]
     reasons: list[str | None] = [None] * len(requests)
+    choices = ChoiceKeeper() if place is False else KeptChoices(place or default_job(requests[0].out))
     while True:
         conversions = []
         try:
             for index, request in enumerate(requests):
                 conversions.append(
                     planned_conversion(
-                        request, checkpoint, say.of(request, len(requests)), reasons[index], measures=not dry_run
+                        request, checkpoint, tellers[index], reasons[index], measures=not dry_run, choices=choices
                     )
                 )
             check_together(conversions)
             if dry_run:
                 return [conversion.preview() for conversion in conversions]
-            return run_together(conversions, checkpoint, say, place, workers=workers)
+            results = run_together(conversions, checkpoint, say, place, workers=workers)
+            choices.finish()
+            return results
         except LossError as error:
             index = error.index if isinstance(error, LossOfOneError) else len(conversions)
             request = requests[index]
             if not request.requantize or not can_be_quantized_for(request.to):
                 raise refuse_loss(checkpoint, request, error.message) from error
             told = f"the source is quantized already and is quantized anew, with a loss, because {error.message}"
-            say.of(request, len(requests)).note(told)
+            tellers[index].note(told)
             reasons[index] = error.message
 
 
@@ -173,13 +188,19 @@ def opened_source(requests: Sequence[ConversionRequest]) -> Checkpoint:
 
 
 def planned_conversion(
-    request: ConversionRequest, checkpoint: Checkpoint, progress: Progress, reason: str | None, *, measures: bool
+    request: ConversionRequest,
+    checkpoint: Checkpoint,
+    progress: Progress,
+    reason: str | None,
+    *,
+    measures: bool,
+    choices: ChoiceKeeper | None = None,
 ) -> Conversion:
     """A conversion that is checked and not begun. `reason` is why the source's own numbers cannot stay, if known.
 
-    Without `measures` bits that are to be chosen are guessed."""
+    Without `measures` bits that are to be chosen are guessed; `choices` keeps those that were measured."""
     kind = GgufConversion if request.to == "gguf" else DirectoryConversion
-    conversion = kind(request, checkpoint, progress, reason=reason, measures=measures)
+    conversion = kind(request, checkpoint, progress, reason=reason, measures=measures, choices=choices)
     if isinstance(checkpoint, RotatedCheckpoint):
         conversion.note(checkpoint.description)
     return conversion

@@ -20,7 +20,15 @@ from aphroquant.engine.loading import LoadedModel, load_model
 from aphroquant.engine.sampling import RankedLogprobs, Sampled
 from aphroquant.engine.scheduler import Scheduled, Scheduler
 from aphroquant.engine.sequence import State
-from aphroquant.engine.types import Delta, EngineConfig, EngineStats, FinishReason, GenerationRequest, TokenLogprobs
+from aphroquant.engine.types import (
+    NOT_NUMBERS,
+    Delta,
+    EngineConfig,
+    EngineStats,
+    FinishReason,
+    GenerationRequest,
+    TokenLogprobs,
+)
 from aphroquant.errors import RequestError
 
 logger = logging.getLogger(__name__)
@@ -177,7 +185,7 @@ class Engine:
 
     def _accept(self, choice: Choice, sampled: Sampled | None) -> Delta:
         if sampled is None:
-            return self._fail(choice, "the model's logits are not numbers (NaN or infinite)")
+            return self._fail(choice, NOT_NUMBERS)
         self._num_generated_tokens += 1
         text, finish_reason = choice.accept(sampled.token)
         if finish_reason is not None:

@@ -11,6 +11,14 @@ from aphroquant.errors import RequestError, UsageError
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
+
+# An error of a request's delta, and what to do about it.
+NOT_NUMBERS = "the model's logits are not numbers (NaN or infinite)"
+NOT_NUMBERS_HINT = (
+    "aphroquant inspect --verify tells whether its weights are damaged; sound ones may overflow in 16 bits on a GPU: "
+    "try --device cpu"
+)
+
 MAX_N = 128
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16

@@ -62,7 +62,30 @@ class GateCheck(NamedTuple):
         """The bound and the text that it is of."""
         return f"{self.name} {self.bound:g}" + ("" if self.text is None else f" on {self.text}")
 
+    @property
+    def is_relative(self) -> bool:
+        """Whether the bound is what an earlier release had, and `note` says what that was."""
+        return self.name.endswith("_vs_baseline")
 
+    @property
+    def sentence(self) -> str:
+        """How the figure stands to the bound: mean KLD 0.2 is above max_kld 0.1."""
+        against = "is below" if self.name.startswith("min") else "is above"
+        return f"{_WORDS.get(self.name, self.name)} {self.value:.4g} {'keeps' if self.passed else against} {self.label}"
+
+
+_WORDS: Mapping[str, str] = {
+    "max_non_finite": "share of logits that are not finite",
+    "max_kld": "mean KLD",
+    "max_p99_kld": "p99 KLD",
+    "max_p999_kld": "p99.9 KLD",
+    "min_top1": "top-1 agreement",
+    "max_ppl_ratio": "perplexity ratio",
+    "kld_vs_baseline": "mean KLD",
+    "p99_kld_vs_baseline": "p99 KLD",
+    "top1_changes_vs_baseline": "share of changed top-1 tokens",
+    "bytes_vs_baseline": "size in bytes",
+}
 _FIGURES: dict[str, Callable[[Figures], float]] = {
     "max_kld": lambda result: result.mean_kld,
     "max_p99_kld": lambda result: result.p99_kld,
@@ -126,7 +149,7 @@ def require_all(checks: Mapping[str, Sequence[GateCheck]]) -> None:
     """The same for several models by name."""
     failed = {name: [check for check in of_one if not check.passed] for name, of_one in checks.items()}
     missed = [
-        (f"{name}: " if name else "") + ", ".join(f"{check.label} (is {check.value:.4g})" for check in of_one)
+        (f"{name}: " if name else "") + ", ".join(check.sentence for check in of_one)
         for name, of_one in failed.items()
         if of_one
     ]

@@ -47,6 +47,11 @@ class _Rows(NamedTuple):
         return self.model.logits(self.hidden[rows])[:, :vocab_size]
 
 
+def stage_names(num_models: int) -> list[str]:
+    """What progress calls the passes over so many candidates."""
+    return ["model"] if num_models == 1 else [f"model {number}" for number in range(1, num_models + 1)]
+
+
 def measure(
     base: Checkpoint,
     candidates: Sequence[Checkpoint],
@@ -63,8 +68,7 @@ def measure(
     batches = [Batch(batch), *([Batch(floor_batch(batch), FLOOR_DTYPE)] if with_floor else [])]
     reference, *rounded = _states(base, batches, partial(progress, "base"), device)
     models = []
-    for number, candidate in enumerate(candidates, 1):
-        stage = "model" if len(candidates) == 1 else f"model {number}"
+    for stage, candidate in zip(stage_names(len(candidates)), candidates, strict=True):
         models += _states(candidate, batches[:1], partial(progress, stage), device)
     positions = _compare(reference, models, targets, vocab_size, partial(progress, "logits"))
     _check_base(base, positions[0])

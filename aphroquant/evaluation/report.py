@@ -154,7 +154,11 @@ def protocol_line(result: Evaluation) -> str:
 
 def notes(result: Evaluation, checks: Sequence[GateCheck]) -> list[str]:
     """What makes figures or verdicts doubtful, one sentence each."""
-    found = [f"{check.label}: {check.note}" for check in checks if check.note and check.text is None]
+    found = [
+        f"{check.label}: {check.note}"
+        for check in checks
+        if check.note and check.text is None and not check.is_relative
+    ]
     return found + [
         f"{result.model} was calibrated on {name}: there it looks better than it is" for name in result.calibrated_on
     ]

@@ -56,7 +56,8 @@ def refuse_calibration_texts(checkpoint: Checkpoint, texts: Sequence[EvaluationT
         raise UsageError(
             f"{checkpoint.source} was calibrated on {names[0]}, as its {MANIFEST} says: on that text it looks better "
             "than it is",
-            hint="give a text that calibration never saw, or --allow-calibration-text to measure on it all the same",
+            hint="give a text that calibration never saw, or allow it: --allow-calibration-text, in a recipe "
+            "evaluation.allow_calibration_text",
         )
 
 

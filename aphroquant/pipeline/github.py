@@ -18,11 +18,13 @@ def runs_here(environment: Mapping[str, str] = os.environ) -> bool:
 def annotation_lines(result: PipelineResult) -> Iterator[str]:
     """A line for every bound that was missed, every step that failed, and everything else to know."""
     for name, check in result.failed_checks:
-        told = f"{check.label}: is {check.value:.6g}" + ("" if check.note is None else f" ({check.note})")
+        told = check.sentence + ("" if check.note is None else f" ({check.note})")
         yield command("error", f"{name} missed a gate", told)
-    for step in result.steps:
-        if step.status == "failed" and step.name != "gate":
-            yield command("error", f"{step.title} failed", step.message)
+    broken = [step for step in result.steps if step.status == "failed" and step.name != "gate"]
+    for step in broken:
+        yield command("error", f"{step.title} failed", step.message)
+    if result.error is not None and not broken:
+        yield command("error", f"{result.name} failed", result.error)
     for name, output in result.outputs.items():
         for warning in output.conversion.get("warnings", ()):
             yield command("warning", name, str(warning))

@@ -49,7 +49,7 @@ def _gates(output: OutputResult) -> ElementTree.Element:
 
 def _gate_case(output: OutputResult, check: GateCheck) -> ElementTree.Element:
     case = _case(f"aphroquant.gates.{output.name}", check.label, 0.0)
-    told = f"{check.label}: is {check.value:.6g}" + ("" if check.note is None else f"; {check.note}")
+    told = check.sentence + ("" if check.note is None else f"; {check.note}")
     if check.passed:
         ElementTree.SubElement(case, "system-out").text = _text(told)
     else:

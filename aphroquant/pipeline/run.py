@@ -17,6 +17,7 @@ from aphroquant.conversion.progress import Progress
 from aphroquant.conversion.request import ConversionRequest
 from aphroquant.conversion.run import convert_all
 from aphroquant.errors import AphroquantError, GateError, InputError
+from aphroquant.evaluation.gate import GateCheck
 from aphroquant.evaluation.result import Evaluation
 from aphroquant.pipeline.gates import checks_of, read_baseline, regressions
 from aphroquant.pipeline.job import Job, StepRecord, key_of
@@ -47,12 +48,13 @@ def run_pipeline(
     progress: Progress | None = None,
     on_step: OnStep | None = None,
     on_start: Callable[[str], None] | None = None,
+    on_failure: Callable[[PipelineResult], None] | None = None,
 ) -> PipelineResult:
     """Carry a recipe out in the directory `job`, and write its reports there.
 
     Gates that are missed are in the result, and keep it from being published; they raise nothing. Whatever else goes
-    wrong is raised, after the reports were written. `baseline` is an earlier report that no figure may be worse than
-    by more than the share `max_regression`.
+    wrong is raised, after the reports were written and `on_failure` was called with what there is. `baseline` is an
+    earlier report that no figure may be worse than by more than the share `max_regression`.
     """
     require_source(loaded.recipe, loaded.name)
     with Job(job) as opened:
@@ -64,6 +66,8 @@ def run_pipeline(
         except AphroquantError as error:
             run.result.error = error.message
             write_reports(run.result, opened.directory, loaded)
+            if on_failure is not None:
+                on_failure(run.result)
             raise
         return run.result
 
@@ -115,6 +119,8 @@ class _Run:
         checkpoint = open_checkpoint(first.source)
         self.result.environment = environment(first.device)
         planned = plan(list(self._requests.values()), tries=False).outputs
+        if self.recipe.evaluation is not None and any(output.calibrates for output in planned):
+            Measuring(self.recipe, self.loaded.directory, self.job).check(first.calibration)
         source = {name: self.job.sha256(path) for name, path in checkpoint.files().items()}
         for (name, request), output in zip(self._requests.items(), planned, strict=True):
             self._keys[name] = key_of(_versions(), _conversion_inputs(request, self.job), source)
@@ -132,14 +138,15 @@ class _Run:
                 continue
             self._made[name] = record.files
             self.result.outputs[name].conversion = dict(record.found)
-            self._tell(StepResult("convert", "cached", record.seconds, f"{_size(record.found)}, unchanged", name))
+            self._tell(StepResult("convert", "cached", record.seconds, _size(record.found), name))
         if not stale:
             return
         for name in stale:
             self.job.begin(f"convert {name}", self._requests[name].out)
         with self._step("convert") as told:
             begun = time.monotonic()
-            results = convert_all([self._requests[name] for name in stale], progress=self._progress)
+            requests = [self._requests[name] for name in stale]
+            results = convert_all(requests, progress=self._progress, names=stale)
             seconds = time.monotonic() - begun
             for name, result in zip(stale, results, strict=True):
                 output = self.result.outputs[name]
@@ -147,7 +154,7 @@ class _Run:
                 self._made[name] = self.job.records_of(_written_files(output.place))
                 record = StepRecord(self._keys[name], seconds, self._made[name], output.conversion)
                 self.job.record(f"convert {name}", record)
-            told(", ".join(f"{name} {_size(self.result.outputs[name].conversion)}" for name in stale))
+            told("; ".join(f"{name} {_size(self.result.outputs[name].conversion)}" for name in stale))
 
     def _verify(self) -> None:
         for name, output in self.result.outputs.items():
@@ -206,7 +213,7 @@ class _Run:
             elif earlier is not None:
                 self.result.notes.append(f"{name} is new: the baseline has no output of that name")
             missed = [check for check in output.checks if not check.passed]
-            words = f"{len(output.checks)} bounds kept" if not missed else _missed(missed)
+            words = _missed(missed) if missed else _kept(output.checks)
             self._tell(StepResult("gate", "failed" if missed else "done", time.monotonic() - begun, words, name))
 
     def _publish(self, targets: Sequence[Target]) -> None:
@@ -219,7 +226,7 @@ class _Run:
             step, key = f"publish {target.place}", key_of(target.inputs, files)
             record = self.job.done(step, key)
             if record is not None and target.is_there(record.found):
-                self._tell(StepResult("publish", "cached", record.seconds, f"{target.place}, unchanged"))
+                self._tell(StepResult("publish", "cached", record.seconds, target.place))
             else:
                 with self._step("publish") as told:
                     begun = time.monotonic()
@@ -313,8 +320,14 @@ def _figures(evaluation: Mapping[str, Any] | None) -> str:
     return f"mean KLD {'not finite' if kld is None else f'{kld:.4f}'}, top-1 {top1:.1%}"
 
 
-def _missed(checks: Sequence[Any]) -> str:
-    return ", ".join(f"{check.label} (is {check.value:.4g})" for check in checks)
+def _missed(checks: Sequence[GateCheck]) -> str:
+    return ", ".join(check.sentence for check in checks)
+
+
+def _kept(checks: Sequence[GateCheck]) -> str:
+    """The first check is always there: that all logits are finite."""
+    count = len(checks) - 1
+    return f"all logits finite; {count or 'no'} bound{'' if count == 1 else 's'} {'kept' if count else 'given'}"
 
 
 def require_gates(result: PipelineResult) -> None:

@@ -21,6 +21,10 @@ def verify_output(place: Path) -> str:
     if not numbers.passed:
         first_error = next(finding for finding in numbers.findings if finding.severity == "error")
         raise GateError(f"{place}: {first_error.message}", hint=f"aphroquant inspect {place} --verify tells more")
-    doubts = numbers.count("warning")
-    told = f"{files.num_files} files, {size_text(files.num_bytes)} as written; {numbers.num_tensors} tensors sound"
-    return told + (f", {doubts} warning{'' if doubts == 1 else 's'}" if doubts else "")
+    num_files = f"{files.num_files} file{'' if files.num_files == 1 else 's'}"
+    told = f"{num_files}, {size_text(files.num_bytes)} as written; {numbers.num_tensors} tensors sound"
+    doubts = [finding for finding in numbers.findings if finding.severity == "warning"]
+    if not doubts:
+        return told
+    count = "a warning" if len(doubts) == 1 else f"{len(doubts)} warnings, the first"
+    return f"{told}; {count} of {doubts[0].subject}: {doubts[0].message}"

@@ -1,17 +1,19 @@
 """How long a conversion will last and what memory it will take, from trials on its first blocks.
 
 Work on a block is a part that does not depend on the text (factors, rounding, writing) and one that grows with it
-(forward passes, statistics). One block on few windows, one on more, and two on few tell both, and what comes but once;
-layers and windows are then counted. Memory does not grow with the layers, only with the windows.
+(forward passes, statistics). Where a conversion goes from block to block, each trial tells what one takes, without what
+comes but once: one on few windows and one on more tell both parts. What is done elsewhere (GGUF's encoders, repacking)
+follows from excerpts of one block and of more. Layers and windows are then counted. Memory does not grow with the
+layers, only with the windows.
 
-What is counted is processor time, which another program on the machine hardly changes; how much time on the clock
-that is, is the same for all trials together as for the whole.
+What is counted is processor time, which another program on the machine hardly changes; how much time on the clock that
+is, in the blocks and outside of them, is the same for the trials as for the whole.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -19,9 +21,10 @@ from typing import NamedTuple
 from aphroquant.checkpoint import Checkpoint
 from aphroquant.conversion.request import ConversionRequest
 from aphroquant.planning.excerpt import write_excerpt
-from aphroquant.planning.trial import Trial, try_conversion
+from aphroquant.planning.trial import Spent, Trial, try_conversion
 
 _FEW_TOKENS, _MORE_TOKENS = 4096, 12288  # below the first, temporary memory still grows with the text
+_MOST_BLOCKS, _FEW_BYTES = 9, 2**30  # of an excerpt for conversions without calibration
 
 
 @dataclass(frozen=True)
@@ -41,34 +44,54 @@ class Estimate:
 def estimate(
     checkpoint: Checkpoint, requests: Sequence[ConversionRequest], *, calibrates: bool, work: Path | None = None
 ) -> Estimate:
-    """Try the first one or two blocks, in a temporary directory in `work`."""
+    """Try the first blocks, in a temporary directory in `work`."""
     growth, num_layers = _growth(requests[0], calibrates), checkpoint.spec.num_layers
+    depth = min(num_layers, 2 if calibrates else _depth(checkpoint))
     with tempfile.TemporaryDirectory(prefix="aphroquant-plan-", dir=work) as folder:
-        one, two = Path(folder) / "one", Path(folder) / "two"
+        one, more = Path(folder) / "one", Path(folder) / "more"
         write_excerpt(checkpoint, 1, one)
-        write_excerpt(checkpoint, min(2, num_layers), two)
+        write_excerpt(checkpoint, depth, more)
         first = try_conversion(requests, one, growth.few, Path(folder) / "1")
-        deeper = try_conversion(requests, two, growth.few, Path(folder) / "2") if num_layers > 1 else first
-        longer = try_conversion(requests, one, growth.more, Path(folder) / "3") if growth.more > growth.few else first
+        deeper = try_conversion(requests, more, growth.few, Path(folder) / "2") if depth > 1 else first
+        longer = try_conversion(requests, more, growth.more, Path(folder) / "3") if growth.more > growth.few else deeper
 
     trials = first, deeper, longer
-    cpu = _of_all_layers(growth, num_layers, *(trial.cpu_seconds for trial in trials))
-    pace = sum(trial.seconds for trial in trials) / sum(trial.cpu_seconds for trial in trials)
-    on_gpu = max(first.gpu_bytes, deeper.gpu_bytes) + growth.added(first.gpu_bytes, longer.gpu_bytes)
+    rest = _rest(first, deeper, depth, num_layers)
+    blocks = _blocks(deeper, longer, growth, depth, num_layers)
+    on_gpu = max(first.gpu_bytes, deeper.gpu_bytes) + growth.added(deeper.gpu_bytes, longer.gpu_bytes)
     return Estimate(
-        seconds=cpu * pace,
-        cpu_seconds=cpu,
-        peak_bytes=int(max(first.peak_bytes, deeper.peak_bytes) + growth.added(first.peak_bytes, longer.peak_bytes)),
+        seconds=rest * _pace(trial.rest for trial in trials) + blocks * _pace(trial.blocks for trial in trials),
+        cpu_seconds=rest + blocks,
+        peak_bytes=int(max(first.peak_bytes, deeper.peak_bytes) + growth.added(deeper.peak_bytes, longer.peak_bytes)),
         gpu_bytes=int(on_gpu),
         trials=trials,
         left_out=_left_out(requests),
     )
 
 
-def _of_all_layers(growth: _Growth, num_layers: int, one: float, two: float, more: float) -> float:
-    """From what one block, two, and one on more windows take."""
-    block = max(0.0, two - one)
-    return max(0.0, one - block) + num_layers * (block + growth.added(one, more))
+def _depth(checkpoint: Checkpoint) -> int:
+    """Blocks of a trial that is over soon: so many that their time shows beside that of starting."""
+    return max(2, min(_MOST_BLOCKS, _FEW_BYTES * checkpoint.spec.num_layers // checkpoint.num_bytes))
+
+
+def _rest(first: Trial, deeper: Trial, depth: int, num_layers: int) -> float:
+    """Processor time outside of the blocks: what comes but once, and what each layer adds."""
+    one, more = first.rest.cpu_seconds, deeper.rest.cpu_seconds
+    each = max(0.0, more - one) / (depth - 1) if depth > 1 else 0.0
+    return one + (num_layers - 1) * each
+
+
+def _blocks(deeper: Trial, longer: Trial, growth: _Growth, depth: int, num_layers: int) -> float:
+    """Processor time of going through all blocks on all windows."""
+    few, more = deeper.block.cpu_seconds, longer.block.cpu_seconds
+    extra = max(0.0, deeper.blocks.cpu_seconds - depth * few)  # of the first block
+    return extra + num_layers * (few + growth.added(few, more))
+
+
+def _pace(spent: Iterable[Spent]) -> float:
+    """Time on the clock for each second of processors."""
+    seconds, cpu_seconds = map(sum, zip(*spent, strict=True))
+    return seconds / cpu_seconds if cpu_seconds > 0 else 1.0
 
 
 class _Growth(NamedTuple):

@@ -44,6 +44,7 @@ class OutputPlan:
     to: str
     scheme: str
     outcome: str
+    calibrates: bool
     num_modules: int
     bits_per_weight: float
     num_bytes: int
@@ -124,6 +125,7 @@ def _output(conversion: Conversion, checkpoint: Checkpoint, gpus: Sequence[Gpu],
         to=result.to,
         scheme=result.scheme,
         outcome=result.outcome,
+        calibrates=conversion.calibrates,
         num_modules=result.num_modules,
         bits_per_weight=result.bits_per_weight,
         num_bytes=result.num_bytes,

@@ -49,10 +49,10 @@ def _work(plan: Plan) -> Iterator[tuple[str, str]]:
         return
     found = plan.estimate
     but = f"; without {found.left_out}" if found.left_out else ""
-    tried = sum(trial.seconds for trial in found.trials)
+    tried = sum(trial.whole.seconds for trial in dict.fromkeys(found.trials))
     cpu = _duration(found.cpu_seconds)
     yield "time", f"{_duration(found.seconds)} on this machine as it is now, {cpu} of processors{but}"
-    yield "measured in", f"{tried:.0f} s, on one and two blocks"
+    yield "measured in", f"{tried:.0f} s, on the first blocks"
     yield "memory", f"{found.peak_bytes / 2**20:,.0f} MiB at most"
     if found.gpu_bytes:
         yield "GPU memory", f"{found.gpu_bytes / 2**20:,.0f} MiB at most"

@@ -191,6 +191,9 @@ class Evaluation(_Section):
     noise_floor: bool = True
     """Measure what bfloat16 alone changes in the source, so that a bound beyond it is told."""
 
+    allow_calibration_text: bool = False
+    """Measure also on a text that an output was calibrated on, where it looks better than it is."""
+
 
 class Report(_Section):
     """Copies of the reports, beside those in the job's directory."""

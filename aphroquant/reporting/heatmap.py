@@ -13,6 +13,7 @@ from aphroquant.reporting.words import figure, shortened
 LEVELS = 9  # colours, `h0` .. `h8` in the style sheet
 _ORDER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _LEFT, _TOP = 34, 58
+_OUTSIDE = 0.05  # of the errors, at each end of the colours
 
 
 def heat_map(candidate: Candidate) -> Markup | None:
@@ -59,18 +60,20 @@ def module_names(errors: Sequence[ModuleError]) -> list[str]:
 
 
 def _range(errors: Sequence[ModuleError]) -> tuple[float, float]:
-    """Powers of ten around all errors."""
-    logs = [math.log10(one.error) for one in errors if one.error > 0]
+    """Powers of ten around all errors but the least and the greatest: few outliers would leave one colour to all."""
+    logs = sorted(math.log10(one.error) for one in errors if one.error > 0)
     if not logs:
         return -1.0, 0.0
-    return min(logs), max(max(logs), min(logs) + 1e-6)
+    outside = int(_OUTSIDE * len(logs))
+    low, high = logs[outside], logs[-1 - outside]
+    return low, max(high, low + 1e-6)
 
 
 def _level(error: float, low: float, high: float) -> int:
     if error <= 0:
         return 0
     share = (math.log10(error) - low) / (high - low)
-    return min(LEVELS - 1, int(share * LEVELS))
+    return min(LEVELS - 1, max(0, int(share * LEVELS)))
 
 
 def _key(low: float, high: float) -> list[Markup]:
@@ -80,7 +83,7 @@ def _key(low: float, high: float) -> list[Markup]:
         element("rect", x=left + width * i, y=8, width=width, height=12, class_=f"heat h{i}") for i in range(LEVELS)
     ]
     ends = (
-        label(left - 6, 18, figure(10**low, 2), anchor="end"),
-        label(left + width * LEVELS + 6, 18, figure(10**high, 2), anchor="start"),
+        label(left - 6, 18, f"≤ {figure(10**low, 2)}", anchor="end"),
+        label(left + width * LEVELS + 6, 18, f"≥ {figure(10**high, 2)}", anchor="start"),
     )
     return [*squares, *ends]

@@ -80,7 +80,11 @@ def _cards(candidate: Candidate) -> Markup:
         ("p99.9 KL divergence", figure(result.p999_kld), f"largest {figure(result.max_kld)}"),
         ("top-1 agreement", percent(result.top1_agreement), ""),
         ("perplexity", figure(result.perplexity, 4), f"base {figure(result.base_perplexity, 4)}"),
-        ("size", megabytes(result.num_bytes), f"{result.bits_per_weight:.2f} bits per weight"),
+        (
+            "size",
+            megabytes(result.num_bytes),
+            f"bits / weight: {result.size.linear_bits_per_weight:.2f} of layers, {result.bits_per_weight:.2f} in all",
+        ),
     )
     entries = (
         element("div", element("dt", name), element("dd", value, element("small", more) if more else None))
@@ -90,8 +94,13 @@ def _cards(candidate: Candidate) -> Markup:
 
 
 def _candidates(report: Report) -> Markup:
-    doubts = dict.fromkeys(note for one in report.candidates for note in notes(one.evaluation, one.checks))
-    warned = element("ul", (element("li", note) for note in doubts), class_="notes") if doubts else None
+    doubts: dict[str, list[str]] = {}
+    for one in report.candidates:
+        for note in notes(one.evaluation, one.checks):
+            doubts.setdefault(note, []).append(one.name)
+    everyone = len(report.candidates)
+    told = [note if len(names) == everyone else f"{', '.join(names)}: {note}" for note, names in doubts.items()]
+    warned = element("ul", (element("li", note) for note in told), class_="notes") if told else None
     return _section("Candidates", tables.candidates_table(report), warned)
 
 
@@ -171,7 +180,10 @@ def _layers(report: Report) -> Markup | None:
     maps = [(one, drawing) for one in report.candidates if (drawing := heat_map(one)) is not None]
     if not maps:
         return None
-    text = "Squared and relative, as the conversion measured it. Each map has a scale of its own; right is worse."
+    text = (
+        "Squared and relative, as the conversion measured it. Each map has a scale of its own, from the twentieth that "
+        "is best to the twentieth that is worst; right is worse."
+    )
     figures = (_figure(one.name, text, drawing, None, tables.errors_table(one)) for one, drawing in maps)
     return _section("Error by layer and module", element("div", figures, class_="columns"))
 

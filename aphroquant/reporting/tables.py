@@ -9,6 +9,7 @@ from aphroquant.evaluation.gate import GateCheck
 from aphroquant.evaluation.intervals import Interval
 from aphroquant.evaluation.pairs import PairedDifference
 from aphroquant.evaluation.report import verdict
+from aphroquant.evaluation.result import Evaluation
 from aphroquant.reporting.heatmap import module_names
 from aphroquant.reporting.markup import Child, Markup, element
 from aphroquant.reporting.report import Candidate, Report, Step
@@ -32,7 +33,7 @@ def candidates_table(report: Report) -> Markup:
             element("span", one.name, element("small", one.made_by) if one.made_by else None, class_="model"),
             _outcome(one.passed),
             megabytes(one.evaluation.num_bytes),
-            f"{one.evaluation.bits_per_weight:.2f}",
+            _bits(one.evaluation),
             _mean(one.evaluation.mean_kld, one.evaluation.mean_kld_interval),
             figure(one.evaluation.p99_kld),
             figure(one.evaluation.p999_kld),
@@ -43,7 +44,7 @@ def candidates_table(report: Report) -> Markup:
         for one in report.candidates
     ]
     headings = (
-        "candidate", "gate", "size", "bits / weight", "mean KLD", "p99 KLD", "p99.9 KLD", "top-1 agreement",
+        "candidate", "gate", "size", "bits / weight of layers", "mean KLD", "p99 KLD", "p99.9 KLD", "top-1 agreement",
         "perplexity ratio", "Δp RMS",
     )  # fmt: skip
     return table(headings, rows, "Candidates; intervals are of 95 %, clustered by window")
@@ -57,7 +58,7 @@ def gates_table(candidates: Sequence[Candidate]) -> Markup:
             f"{one.name}: {_check_name(check)}" if several else _check_name(check),
             _outcome(check.passed),
             figure(check.value),
-            f"{'≥' if check.name.startswith('min') else '≤'} {check.bound:g}",
+            [f"{'≥' if check.name.startswith('min') else '≤'} {check.bound:g}", _small(_basis(check))],
         )
         for one in candidates
         for check in one.checks
@@ -190,8 +191,18 @@ def steps_table(steps: Sequence[tuple[str, Step]]) -> Markup:
     return table(("step", "time", "peak memory"), rows, "Time and memory of each step")
 
 
+def _basis(check: GateCheck) -> str | None:
+    """What the bound was made from, if that is an earlier release."""
+    return check.note if check.is_relative else None
+
+
 def _check_name(check: GateCheck) -> str:
     return check.name if check.text is None else f"{check.name} on {check.text}"
+
+
+def _bits(evaluation: Evaluation) -> list[Child]:
+    """Of the decoder's linear layers, which are what is quantized; the rest of a small model may be most of it."""
+    return [f"{evaluation.size.linear_bits_per_weight:.2f}", _small(f"{evaluation.bits_per_weight:.2f} in all")]
 
 
 def _outcome(passed: bool) -> Markup:

@@ -10,7 +10,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from aphroquant.engine.types import Delta, GenerationRequest, SamplingParams
+from aphroquant.engine.types import NOT_NUMBERS, NOT_NUMBERS_HINT, Delta, GenerationRequest, SamplingParams
 from aphroquant.errors import RequestError
 from aphroquant.server.engine_client import EngineClient
 from aphroquant.server.metrics import Metrics
@@ -131,7 +131,8 @@ class Generation:
     def _news(self, delta: Delta) -> ChoiceDelta:
         finish = delta.finish_reason
         if finish == "abort" or finish == "error":
-            logger.error("%s: the engine ended it with %s: %s", self.id, finish, delta.error)
+            advice = f"; {NOT_NUMBERS_HINT}" if delta.error == NOT_NUMBERS else ""
+            logger.error("%s: the engine ended it with %s: %s%s", self.id, finish, delta.error, advice)
             raise RequestError("the model failed on this request; the server's log says why", status=500)
         number = self._numbers[delta.request_id]
         choice = number * self._sampling.n + delta.index

@@ -17,7 +17,7 @@ import pytest
 
 from aphroquant.cli import run
 from aphroquant.cli.chat import Conversation
-from aphroquant.engine.types import Delta, GenerationRequest, SamplingParams
+from aphroquant.engine.types import NOT_NUMBERS, Delta, GenerationRequest, SamplingParams
 from aphroquant.errors import RequestError
 
 
@@ -78,7 +78,7 @@ class EchoEngine:
     """Answers with its prompt."""
 
     def __init__(self, config: Any = None) -> None:
-        self.tokenizer = EchoTokenizer()
+        self.config, self.tokenizer = config, EchoTokenizer()
         self.words: list[str] = []
         self.added: list[GenerationRequest] = []
         self.aborted = False
@@ -103,7 +103,8 @@ class EchoEngine:
         if "forever" in self.words[0]:
             time.sleep(0.01)
             return [Delta(request_id="answer", text="more ")]
-        error = "the forward failed" if "broken" in self.words[0] else None
+        faults = {"broken": "the forward failed", "NaN": NOT_NUMBERS}
+        error = next((told for sign, told in faults.items() if sign in self.words[0]), None)
         return [Delta(request_id="answer", text=self.words.pop(0) + " ", error=error)]
 
 
@@ -140,7 +141,12 @@ def test_an_empty_prompt_is_a_usage_error(echo: None, capsys: pytest.CaptureFixt
 
 
 @pytest.mark.parametrize(
-    ("prompt", "code", "message"), [("too long", 2, "the prompt is too long"), ("be broken", 1, "the forward failed")]
+    ("prompt", "code", "message"),
+    [
+        ("too long", 2, "the prompt is too long"),
+        ("be broken", 1, "the forward failed"),
+        ("be NaN", 3, "model: the model's logits are not numbers (NaN or infinite)"),
+    ],
 )
 def test_a_prompt_that_cannot_run_ends_with_an_error(
     echo: None, capsys: pytest.CaptureFixture[str], prompt: str, code: int, message: str

@@ -13,13 +13,15 @@ import torch
 import aphroquant
 from aphroquant.calibration.data import DEFAULT_TEXTS, calibration_windows
 from aphroquant.checkpoint import open_checkpoint
-from aphroquant.conversion import ConversionResult
+from aphroquant.conversion import ConversionResult, walk
+from aphroquant.conversion.allocation import choosing
 from aphroquant.conversion.allocation.choosing import chosen_widths
 from aphroquant.conversion.allocation.divergence import MeasuredDivergence
 from aphroquant.conversion.allocation.pieces import PieceStore
 from aphroquant.conversion.allocation.problem import make_problem
 from aphroquant.conversion.allocation.sensitivity import Sensitivity, item_damages
 from aphroquant.conversion.fused import fused_groups
+from aphroquant.conversion.job.choices import KeptChoices
 from aphroquant.conversion.progress import Progress
 from aphroquant.conversion.request import ConversionRequest
 from aphroquant.errors import UsageError
@@ -30,6 +32,7 @@ Tiny = Callable[..., Path]
 TEXT = DEFAULT_TEXTS / "calibration_chat.jsonl"
 QUICK: dict[str, Any] = {"samples": 12, "seq_len": 32, "calibration": TEXT, "effort": "fast"}
 CPU = torch.device("cpu")
+WEIGHTS = "model.safetensors"
 
 
 def converted(source: Path, out: Path, **options: Any) -> ConversionResult:
@@ -123,6 +126,50 @@ def test_the_same_request_makes_the_same_choice(tiny_checkpoint: Tiny, tmp_path:
     options: dict[str, Any] = {"to": "gptq", "bits": 4.5, "group_size": 32, "solver": "rtn", "effort": "normal"}
     one, other = (converted(tiny_checkpoint("llama"), tmp_path / name, **options) for name in "ab")
     assert one.allocation == other.allocation
+
+
+@pytest.mark.parametrize("named", [False, True], ids=["beside", "named"])
+def test_chosen_bits_stay_in_the_job_of_an_interrupted_conversion(
+    tiny_checkpoint: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: bool
+) -> None:
+    source = tiny_checkpoint("llama")
+    options: dict[str, Any] = {"to": "gptq", "bits": 4.5, "group_size": 32, "solver": "gptq"}
+    job = tmp_path / "job" if named else tmp_path / ".out.job"
+    place = {"job": job} if named else {}
+    first = converted(source, tmp_path / "undisturbed", **options)
+
+    class StopError(Exception):
+        pass
+
+    def interrupted(*_: Any, **__: Any) -> Any:
+        raise StopError
+
+    with monkeypatch.context() as patch, pytest.raises(StopError):
+        patch.setattr(walk, "load_calibration_block", interrupted)
+        converted(source, tmp_path / "out", **options, **place)
+    assert [path.suffix for path in job.iterdir() if path.name.startswith("bits-")] == [".json"]
+    with monkeypatch.context() as patch:
+        patch.setattr(choosing, "Sensitivity", interrupted)
+        with pytest.raises(StopError):
+            converted(source, tmp_path / "out", **{**options, "bits": 5.0})
+        again = converted(source, tmp_path / "out", **options, **place)
+    assert again.allocation == first.allocation
+    assert (tmp_path / "out" / WEIGHTS).read_bytes() == (tmp_path / "undisturbed" / WEIGHTS).read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "undisturbed"]
+
+
+def test_a_damaged_choice_is_made_again(tmp_path: Path) -> None:
+    kept = KeptChoices(tmp_path / "job")
+    assert kept.take({"bits": 4.5}) is None
+    kept.keep({"bits": 4.5}, {"choice": [0, 1]})
+    assert kept.take({"bits": 4.5}) == {"choice": [0, 1]}
+    assert kept.take({"bits": 4.6}) is None
+    (path,) = (tmp_path / "job").iterdir()
+    for content in ("", "[]", "{}", path.read_text().replace("1", "0")):
+        path.write_text(content)
+        assert kept.take({"bits": 4.5}) is None
+    kept.finish()
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])

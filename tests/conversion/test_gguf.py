@@ -100,7 +100,7 @@ def test_rows_that_are_no_whole_super_blocks_get_the_stand_in_and_it_says_so(
 ) -> None:
     result = converted(tiny_checkpoint("llama"), tmp_path / "a.gguf", bits=4)
     assert types_in(tmp_path / "a.gguf")["blk.0.attn_q.weight"] == "Q5_0"
-    assert any("whose rows are no whole blocks" in note for note in result.notes)
+    assert any("their rows are no whole blocks" in note for note in result.notes)
 
 
 SOURCES: list[tuple[str, dict[str, Any], str]] = [

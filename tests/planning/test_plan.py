@@ -22,7 +22,7 @@ from aphroquant.planning.excerpt import write_excerpt
 from aphroquant.planning.gpus import GPUS
 from aphroquant.planning.plan import Plan, plan
 from aphroquant.planning.report import plan_text
-from aphroquant.planning.trial import Trial
+from aphroquant.planning.trial import Spent, Trial, try_conversion
 
 Tiny = Callable[..., Path]
 WIDE: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "torch_dtype": "float16"}
@@ -89,25 +89,55 @@ def test_an_excerpt_of_a_quantized_source_stays_quantized(tiny_checkpoint: Tiny,
     assert open_checkpoint(tmp_path / "one").format_name == "awq"
 
 
-def test_time_and_memory_follow_from_trials_on_one_and_two_blocks(
+def spent(cpu_seconds: float) -> Spent:
+    """On a machine where half of the time on the clock is the processor's."""
+    return Spent(2 * cpu_seconds, cpu_seconds)
+
+
+def test_time_and_memory_follow_from_trials_on_the_first_blocks(
     tiny_checkpoint: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[tuple[str, int]] = []
+    asked: list[tuple[int, int]] = []
 
     def trial(requests: Any, source: Path, samples: int, out: Path) -> Trial:
         layers = open_checkpoint(source).spec.num_layers
-        asked.append((source.name, samples))
-        seconds = 2.0 + layers * (0.5 + 0.1 * samples)  # what a machine might take
-        return Trial(seconds, 3 * seconds, 1000 + 10 * samples, 0)
+        asked.append((layers, samples))
+        block = 0.5 + 0.1 * samples  # what a machine might take
+        blocks, rest = 1.0 + layers * block, 2.0 + 0.25 * layers
+        return Trial(spent(rest + blocks), spent(blocks), spent(block), 1000 + 10 * samples, 0)
 
     monkeypatch.setattr("aphroquant.planning.estimate.try_conversion", trial)
     source = tiny_checkpoint("llama", num_hidden_layers=6)
     request = make_request(source, to="gptq", out=tmp_path / "out", samples=100, seq_len=512)
     found = estimate(open_checkpoint(source), [request], calibrates=True)
-    assert asked == [("one", 8), ("two", 8), ("one", 24)]
-    assert found.seconds == pytest.approx(2.0 + 6 * (0.5 + 0.1 * 100))
-    assert found.cpu_seconds == pytest.approx(3 * found.seconds)
+    assert asked == [(1, 8), (2, 8), (2, 24)]
+    assert found.cpu_seconds == pytest.approx(3.0 + 6 * (0.25 + 0.5 + 0.1 * 100))
+    assert found.seconds == pytest.approx(2 * found.cpu_seconds)
     assert found.peak_bytes == 1000 + 10 * 100
+
+
+def test_without_calibration_more_blocks_are_tried_so_that_their_time_shows(
+    tiny_checkpoint: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def trial(requests: Any, source: Path, samples: int, out: Path) -> Trial:
+        asked.append(open_checkpoint(source).spec.num_layers)
+        return Trial(spent(2.0 + 0.01 * asked[-1]), spent(0.0), spent(0.0), 1000, 0)
+
+    monkeypatch.setattr("aphroquant.planning.estimate.try_conversion", trial)
+    source = tiny_checkpoint("llama", num_hidden_layers=12)
+    request = make_request(source, to="gguf", out=tmp_path / "out.gguf")
+    found = estimate(open_checkpoint(source), [request], calibrates=False)
+    assert asked == [1, 9]
+    assert found.cpu_seconds == pytest.approx(2.0 + 12 * 0.01)
+
+
+def test_a_trial_tells_what_each_block_takes(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
+    source = tiny_checkpoint("llama", num_hidden_layers=2)
+    request = make_request(source, to="gptq", out=tmp_path / "out", samples=4, seq_len=32)
+    found = try_conversion([request], source, 4, tmp_path / "made")
+    assert 0 < found.block.cpu_seconds < found.blocks.cpu_seconds < found.whole.cpu_seconds
 
 
 def test_a_trial_converts_for_real(tiny_checkpoint: Tiny, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from aphroquant.calibration.allocation import Choice, Improved, Option, allocate, cost_of, damage_of, improve
-from aphroquant.calibration.data import calibration_windows
+from aphroquant.calibration.data import CalibrationData, calibration_windows
 from aphroquant.calibration.effort import find_effort
 from aphroquant.checkpoint import Checkpoint
 from aphroquant.checkpoint.base import naming
@@ -20,6 +20,8 @@ from aphroquant.conversion.allocation.divergence import MeasuredDivergence
 from aphroquant.conversion.allocation.pieces import PieceStore
 from aphroquant.conversion.allocation.problem import Item, Problem, make_problem
 from aphroquant.conversion.allocation.sensitivity import Sensitivity, guessed_damages, item_damages
+from aphroquant.conversion.job.choices import ChoiceKeeper
+from aphroquant.conversion.job.fingerprint import of_choice
 from aphroquant.conversion.progress import Progress
 from aphroquant.conversion.request import ConversionRequest
 from aphroquant.devices import torch_device
@@ -39,19 +41,40 @@ class Allocation(NamedTuple):
 
 
 def choose_widths(
-    checkpoint: Checkpoint, request: ConversionRequest, progress: Progress, *, measures: bool = True
+    checkpoint: Checkpoint,
+    request: ConversionRequest,
+    progress: Progress,
+    *,
+    measures: bool = True,
+    keeper: ChoiceKeeper | None = None,
 ) -> Allocation:
     """The best widths for the request's budget. Without `measures` only a guess, which takes no time.
 
+    `keeper` may have them from an earlier attempt at the same, and gets them otherwise.
     UsageError for a budget that cannot be met, or a target that holds one width only."""
     problem = make_problem(checkpoint, request)
     if not measures:
         options = _options(problem, guessed_damages(problem))
         choice = allocate(options, problem.budget)
         return _allocation(problem, options, choice, {"guessed": True})
+    keeper = keeper or ChoiceKeeper()
+    data, device = _text(checkpoint, request), torch_device(request.device)
+    decided_by = of_choice(request, checkpoint, data, device)
+    kept = keeper.take(decided_by)
+    if kept is not None:
+        progress.note("the bits of each layer were chosen already, and are taken from the job")
+        return Allocation(_ruled(problem, tuple(kept["choice"])), kept["report"])
+    found, choice = _measured(problem, checkpoint, data.windows, device, progress)
+    keeper.keep(decided_by, {"choice": list(choice), "report": found.report})
+    return found
+
+
+def _measured(
+    problem: Problem, checkpoint: Checkpoint, windows: Tensor, device: torch.device, progress: Progress
+) -> tuple[Allocation, Choice]:
+    request = problem.request
     effort = find_effort(request.effort)
-    rounded_by, measured_on = _windows(checkpoint, request)
-    device = torch_device(request.device)
+    rounded_by, measured_on = _split(windows)
     with closing(PieceStore()) as pieces, naming(checkpoint.path):
         progress.stage("estimating what each layer's bits are worth")
         passes = Sensitivity(problem, checkpoint, pieces, device, progress)
@@ -60,10 +83,11 @@ def choose_widths(
         damages = passes.damages(rounded_by, min(_JUDGED_BY, len(rounded_by)), request.seed, quick=quick)
         options = _options(problem, item_damages(problem, damages))
         if effort.allocation_tries == 0:
-            return _allocation(problem, options, allocate(options, problem.budget), {})
+            choice = allocate(options, problem.budget)
+            return _allocation(problem, options, choice, {}), choice
         found = _improved(problem, options, pieces, checkpoint, measured_on, device, progress, effort.allocation_tries)
     measured = {"measured_kld": found.after, "measured_kld_before": found.before, "measured": found.measured}
-    return _allocation(problem, options, found.choice, measured)
+    return _allocation(problem, options, found.choice, measured), found.choice
 
 
 def _improved(
@@ -104,20 +128,25 @@ def _options(problem: Problem, damages: list[list[float]]) -> Options:
     ]
 
 
-def _windows(checkpoint: Checkpoint, request: ConversionRequest) -> tuple[Tensor, Tensor]:
-    """(what layers are rounded and judged by, what choices are measured on): evenly spread, and disjoint."""
+def _text(checkpoint: Checkpoint, request: ConversionRequest) -> CalibrationData:
     if request.samples < _LEAST_WINDOWS:
         raise UsageError(
             f"choosing bits needs calibration text, but samples = {request.samples}", hint=f"--samples {_LEAST_WINDOWS}"
         )
-    data = calibration_windows(
+    return calibration_windows(
         checkpoint.tokenizer(),
         request.calibration,
         samples=request.samples,
         seq_len=request.seq_len,
         seed=request.seed,
+        weights=request.weights,
+        packing=request.packing,
+        chat_template=request.chat_template,
     )
-    windows = data.windows
+
+
+def _split(windows: Tensor) -> tuple[Tensor, Tensor]:
+    """(what layers are rounded and judged by, what choices are measured on): evenly spread, and disjoint."""
     count = min(_MEASURED_ON, len(windows) // 2)
     held_out = {(2 * number + 1) * len(windows) // (2 * count) for number in range(count)}
     others = [number for number in range(len(windows)) if number not in held_out]
@@ -140,6 +169,10 @@ def _allocation(problem: Problem, options: Options, choice: Choice, measured: di
         "widths": dict(sorted(counts.items())),
         "modules": {module: problem.widths[place].label for module, place in widths.items()},
     }
+    return Allocation(_ruled(problem, choice), report)
+
+
+def _ruled(problem: Problem, choice: Choice) -> ConversionRequest:
+    """The request with the choice as rules, in place of a budget."""
     rules = (*problem.request.rules, *problem.rules(choice))
-    request = replace(problem.request, bits=None, size=None, rules=rules)
-    return Allocation(request, report)
+    return replace(problem.request, bits=None, size=None, rules=rules)

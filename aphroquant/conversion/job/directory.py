@@ -15,6 +15,7 @@ from torch import Tensor
 
 from aphroquant.checkpoint.base import read_json
 from aphroquant.checkpoint.disk import fsync
+from aphroquant.conversion.job.choices import kept_choices
 from aphroquant.conversion.job.fingerprint import Fingerprint, difference
 from aphroquant.conversion.job.record import (
     Record,
@@ -102,7 +103,7 @@ class JobDirectory:
 
     def release(self) -> bool:
         """Let others have it, and tell whether there is anything to go on from: without, it is removed."""
-        kept = self._is_open(self._lock) and bool(find_records(self.path))
+        kept = self._is_open(self._lock) and bool(find_records(self.path) or any(kept_choices(self.path)))
         if not kept and self._is_open(self._lock):
             self._remove()
         os.close(self._lock)
@@ -143,7 +144,7 @@ class JobDirectory:
             raise UsageError(f"{self.path} is not a directory", hint="give another --job")
         if not self._named:
             return
-        names = {path.name for path in self.path.iterdir()}
+        names = {path.name for path in self.path.iterdir()} - {path.name for path in kept_choices(self.path)}
         if names and _SETTINGS not in names:
             raise UsageError(f"{self.path} holds something else than a job", hint="give another --job")
 
@@ -195,7 +196,8 @@ class JobDirectory:
     def _remove(self) -> None:
         """Only what is a job's: a user's own file in a named directory stays."""
         self._empty()
-        (self.path / _SETTINGS).unlink(missing_ok=True)
+        for path in (self.path / _SETTINGS, *kept_choices(self.path)):
+            path.unlink(missing_ok=True)
         if self._named:
             if not any(self.path.iterdir()):
                 self.path.rmdir()

@@ -7,7 +7,7 @@ import os
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -15,9 +15,12 @@ import aphroquant
 from aphroquant.calibration.data import CalibrationData
 from aphroquant.checkpoint import Checkpoint
 from aphroquant.checkpoint.files import opened
-from aphroquant.conversion.conversion import Conversion
 from aphroquant.conversion.manifest import request_arguments
+from aphroquant.conversion.request import ConversionRequest
 from aphroquant.kernels.cpu import library
+
+if TYPE_CHECKING:
+    from aphroquant.conversion.conversion import Conversion
 
 Fingerprint = dict[str, Any]
 
@@ -45,8 +48,12 @@ def fingerprint(
     for number, conversion in enumerate(conversions, 1):
         prefix = f"output {number}: " if len(conversions) > 1 else ""
         told |= {f"{prefix}{name}": value for name, value in _of_output(conversion).items()}
+    return {**told, **_shared(checkpoint, data, device)}
+
+
+def _shared(checkpoint: Checkpoint, data: CalibrationData, device: torch.device) -> Fingerprint:
+    """What outputs of one walk have in common."""
     return {
-        **told,
         "calibration windows": data.sha256,
         **{f"file {name}": _identity(path) for name, path in sorted(checkpoint.files().items())},
         "aphroquant": aphroquant.__version__,
@@ -54,6 +61,14 @@ def fingerprint(
         "torch": torch.__version__,
         "device": _device(device),
     }
+
+
+def of_choice(
+    request: ConversionRequest, checkpoint: Checkpoint, data: CalibrationData, device: torch.device
+) -> Fingerprint:
+    """Of the choice of a request's bits, which is made before there is a job."""
+    told = {name: value for name, value in request_arguments(request).items() if name not in _NO_MATTER}
+    return {**told, "threads": torch.get_num_threads(), **_shared(checkpoint, data, device)}
 
 
 def _of_output(conversion: Conversion) -> Fingerprint:
