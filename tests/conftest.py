@@ -6,6 +6,7 @@ Heavy imports stand inside the fixtures: a test of the command line or the sched
 from __future__ import annotations
 
 import importlib.util
+import os
 import random
 import sys
 from collections.abc import Callable
@@ -15,6 +16,8 @@ from typing import Any
 import pytest
 
 TinyCheckpoint = Callable[..., Path]
+# Steps on matrices of tiny models take ten times as long with two threads as with one. Tests of threads say how many.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 _CORPUS = """\
 The quick brown fox jumps over the lazy dog. A model is quantized, measured, and then it answers questions.

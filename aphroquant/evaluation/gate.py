@@ -60,7 +60,7 @@ class GateCheck(NamedTuple):
     @property
     def label(self) -> str:
         """The bound and the text that it is of."""
-        return f"{self.name} {self.bound:g}" + ("" if self.text is None else f" on {self.text}")
+        return f"{self.name} {self._told(self.bound)}" + ("" if self.text is None else f" on {self.text}")
 
     @property
     def is_relative(self) -> bool:
@@ -71,7 +71,15 @@ class GateCheck(NamedTuple):
     def sentence(self) -> str:
         """How the figure stands to the bound: mean KLD 0.2 is above max_kld 0.1."""
         against = "is below" if self.name.startswith("min") else "is above"
-        return f"{_WORDS.get(self.name, self.name)} {self.value:.4g} {'keeps' if self.passed else against} {self.label}"
+        verdict = "keeps" if self.passed else against
+        return f"{_WORDS.get(self.name, self.name)} {self._told(self.value, 4)} {verdict} {self.label}"
+
+    @property
+    def counts_bytes(self) -> bool:
+        return self.name.startswith("bytes")
+
+    def _told(self, value: float, digits: int = 6) -> str:
+        return f"{value:,.0f}" if self.counts_bytes else f"{value:.{digits}g}"
 
 
 _WORDS: Mapping[str, str] = {

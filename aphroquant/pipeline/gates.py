@@ -44,7 +44,8 @@ def regressions(result: Evaluation, baseline: Evaluation, allowed: float) -> lis
         before, now = figure(baseline), figure(result)
         bound = before * (1 + allowed) + (0.0 if name == "bytes_vs_baseline" else _SLACK)
         if math.isfinite(bound):
-            checks.append(GateCheck(name, now, bound, now <= bound, None, f"the baseline has {before:.6g}"))
+            told = f"{before:,.0f} bytes" if name == "bytes_vs_baseline" else f"{before:.6g}"
+            checks.append(GateCheck(name, now, bound, now <= bound, None, f"the baseline has {told}"))
     return checks
 
 

@@ -16,6 +16,7 @@ from aphroquant.provenance.records import OutputRecord
 from aphroquant.recipes.loading import LoadedRecipe
 from aphroquant.recipes.requests import resolved
 from aphroquant.reporting import Report, Step, candidate, render
+from aphroquant.reporting.report import shown
 
 
 def json_report(result: PipelineResult) -> str:
@@ -41,8 +42,10 @@ def html_report(result: PipelineResult) -> str | None:
         title=f"{result.name}: {result.source}",
         candidates=tuple(measured.values()),
         comparisons=tuple(map(Comparison.from_dict, result.comparisons)),
-        steps=tuple(Step(step.title, step.seconds) for step in result.steps if step.status == "done"),
-        environment={key: str(value) for key, value in result.environment.items()},
+        steps=tuple(
+            Step(step.title, step.seconds, step.peak_memory_bytes) for step in result.steps if step.status == "done"
+        ),
+        environment=shown(result.environment),
     )
     return render(page)
 

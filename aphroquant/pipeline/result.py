@@ -13,13 +13,14 @@ Status = Literal["done", "cached", "failed", "skipped"]
 
 @dataclass(frozen=True)
 class StepResult:
-    """One step, of one output or of all. `message` is a sentence for people."""
+    """One step, of one output or of all. `message` is a sentence for people. The memory is None if it is not known."""
 
     name: str
     status: Status
     seconds: float
     message: str
     output: str | None = None
+    peak_memory_bytes: int | None = None
 
     @property
     def title(self) -> str:

@@ -22,6 +22,7 @@ from aphroquant.evaluation.result import Evaluation
 from aphroquant.pipeline.gates import checks_of, read_baseline, regressions
 from aphroquant.pipeline.job import Job, StepRecord, key_of
 from aphroquant.pipeline.measuring import Measuring
+from aphroquant.pipeline.memory import forget_peak, peak_since
 from aphroquant.pipeline.publish import Target, targets_of
 from aphroquant.pipeline.reports import write_reports
 from aphroquant.pipeline.result import OutputResult, PipelineResult, StepResult
@@ -239,13 +240,14 @@ class _Run:
     def _step(self, name: str, output: str | None = None) -> Iterator[Callable[[str], None]]:
         """Times a step and tells of it, however it ends. What it is called with is the sentence to tell."""
         self._on_start(name if output is None else f"{name} {output}")
-        begun, words = time.monotonic(), [""]
+        begun, words, measures = time.monotonic(), [""], forget_peak()
         try:
             yield lambda text: words.__setitem__(0, text)
         except AphroquantError as error:
             self._tell(StepResult(name, "failed", time.monotonic() - begun, error.message, output))
             raise
-        self._tell(StepResult(name, "done", time.monotonic() - begun, words[0], output))
+        peak = peak_since() if measures else None
+        self._tell(StepResult(name, "done", time.monotonic() - begun, words[0], output, peak))
 
     def _tell(self, step: StepResult) -> None:
         self.result.steps.append(step)

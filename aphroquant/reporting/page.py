@@ -215,7 +215,7 @@ def _steps(report: Report) -> Markup | None:
         Step(f"{whose}: {step.name}" if whose else step.name, step.seconds, step.peak_memory_bytes)
         for whose, step in steps
     ]
-    drawing = _figure("Time per step", "", time_bars(named), None, None)
+    drawing = _figure("Time per step", "The steps that were done in this run.", time_bars(named), None, None)
     return _section("Time and memory", element("div", drawing, tables.steps_table(steps), class_="columns"))
 
 
@@ -234,14 +234,15 @@ def _protocol(report: Report) -> Markup:
         "vocabulary": f"{protocol.vocab_size:,} tokens compared",
         "arithmetic": protocol.dtype,
     }
+    evaluated = report.environment or first.versions
     made = {key: value for one in report.candidates for key, value in one.environment.items()}
-    return _section(
-        "Protocol and environment",
-        _facts(facts),
-        element("h3", "Evaluated with"),
-        _facts(report.environment or first.versions),
-        *((element("h3", "Converted with"), _facts(made)) if made else ()),
+    parts = (
+        {"Converted and evaluated with": made}
+        if made == evaluated
+        else {"Evaluated with": evaluated, "Converted with": made}
     )
+    told = ((element("h3", title), _facts(part)) for title, part in parts.items() if part)
+    return _section("Protocol and environment", _facts(facts), *(child for pair in told for child in pair))
 
 
 _SECTIONS: tuple[Callable[[Report], Markup | None], ...] = (
@@ -261,7 +262,7 @@ def _figure(title: str, text: str, drawing: Markup, key: Markup | None, numbers:
 
 
 def _facts(facts: dict[str, str]) -> Markup:
-    pairs = (element("div", element("dt", name), element("dd", value)) for name, value in facts.items())
+    pairs = (element("div", element("dt", name), element("dd", value)) for name, value in facts.items() if value)
     return element("dl", pairs, class_="facts")
 
 

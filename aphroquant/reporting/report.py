@@ -85,8 +85,13 @@ def candidate(
         made_by=", ".join(str(part) for part in parts if part),
         errors=_errors(_mapping(described.get("modules"))),
         steps=tuple(steps) if steps is not None else _steps(record),
-        environment={key: str(value) for key, value in _mapping(record.get("environment")).items()},
+        environment=shown(_mapping(record.get("environment"))),
     )
+
+
+def shown(environment: Mapping[str, Any]) -> dict[str, str]:
+    """As text, without what there is none of."""
+    return {key: str(value) for key, value in environment.items() if value is not None}
 
 
 def report_of_run(run: EvaluationRun, checks: Sequence[Sequence[GateCheck]], title: str | None = None) -> Report:

@@ -13,7 +13,7 @@ from aphroquant.evaluation.result import Evaluation
 from aphroquant.reporting.heatmap import module_names
 from aphroquant.reporting.markup import Child, Markup, element
 from aphroquant.reporting.report import Candidate, Report, Step
-from aphroquant.reporting.words import duration, figure, megabytes, percent
+from aphroquant.reporting.words import NOT_FINITE, duration, figure, megabytes, percent
 
 
 def table(headings: Sequence[Child], rows: Sequence[Sequence[Child]], caption: str) -> Markup:
@@ -44,7 +44,7 @@ def candidates_table(report: Report) -> Markup:
         for one in report.candidates
     ]
     headings = (
-        "candidate", "gate", "size", "bits / weight of layers", "mean KLD", "p99 KLD", "p99.9 KLD", "top-1 agreement",
+        "candidate", "gate", "size", "bits / weight", "mean KLD", "p99 KLD", "p99.9 KLD", "top-1 agreement",
         "perplexity ratio", "Δp RMS",
     )  # fmt: skip
     return table(headings, rows, "Candidates; intervals are of 95 %, clustered by window")
@@ -57,8 +57,8 @@ def gates_table(candidates: Sequence[Candidate]) -> Markup:
         (
             f"{one.name}: {_check_name(check)}" if several else _check_name(check),
             _outcome(check.passed),
-            figure(check.value),
-            [f"{'≥' if check.name.startswith('min') else '≤'} {check.bound:g}", _small(_basis(check))],
+            _amount(check, check.value),
+            [f"{'≥' if check.name.startswith('min') else '≤'} {_amount(check, check.bound)}", _small(_basis(check))],
         )
         for one in candidates
         for check in one.checks
@@ -191,6 +191,11 @@ def steps_table(steps: Sequence[tuple[str, Step]]) -> Markup:
     return table(("step", "time", "peak memory"), rows, "Time and memory of each step")
 
 
+def _amount(check: GateCheck, value: float) -> str:
+    """Rounded as little as a bound that somebody wrote."""
+    return megabytes(int(value)) if check.counts_bytes else f"{value:.4g}" if math.isfinite(value) else NOT_FINITE
+
+
 def _basis(check: GateCheck) -> str | None:
     """What the bound was made from, if that is an earlier release."""
     return check.note if check.is_relative else None
@@ -202,7 +207,10 @@ def _check_name(check: GateCheck) -> str:
 
 def _bits(evaluation: Evaluation) -> list[Child]:
     """Of the decoder's linear layers, which are what is quantized; the rest of a small model may be most of it."""
-    return [f"{evaluation.size.linear_bits_per_weight:.2f}", _small(f"{evaluation.bits_per_weight:.2f} in all")]
+    return [
+        f"{evaluation.size.linear_bits_per_weight:.2f} in layers",
+        _small(f"{evaluation.bits_per_weight:.2f} in all"),
+    ]
 
 
 def _outcome(passed: bool) -> Markup:

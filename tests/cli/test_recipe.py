@@ -52,6 +52,25 @@ def test_a_name_too_long_for_a_file_is_told_in_a_sentence(capsys: pytest.Capture
     assert "is too long for the name of a file" in capsys.readouterr().err
 
 
+def test_a_step_that_fails_is_in_the_summary_and_annotated(
+    tiny_checkpoint: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "summary.md"))
+    monkeypatch.setenv("GITHUB_ACTIONS", "true")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"source: {tiny_checkpoint('llama')}\noutputs: {{awq: {{to: awq, group_size: 48}}}}\n")
+    assert run(["pipeline", "run", str(recipe), "--job", str(tmp_path / "job")]) == 2
+    assert "| plan | **FAILED** |" in (tmp_path / "summary.md").read_text()
+    assert capsys.readouterr().out.startswith("::error title=plan failed::")
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "none.md"))
+    assert run(["pipeline", "run", str(recipe), "--job", str(recipe)]) == 2
+    assert "::error title=aphroquant pipeline::--job" in capsys.readouterr().out
+    assert not (tmp_path / "none.md").exists()
+
+
 def test_a_summary_that_cannot_be_written_hides_no_result(
     tiny_checkpoint: Callable[..., Path],
     tmp_path: Path,

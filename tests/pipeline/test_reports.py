@@ -72,6 +72,23 @@ def test_annotations_are_one_line_each_with_everything_escaped(result: PipelineR
     assert github.command("error", "a:b,c", "d:e") == "::error title=a%3Ab%2Cc::d:e"
 
 
+def test_an_error_outside_of_the_steps_is_annotated_too() -> None:
+    failed = PipelineResult("demo", "source", {}, error="no")
+    assert list(github.annotation_lines(failed)) == ["::error title=demo failed::no"]
+
+
+@pytest.mark.parametrize(
+    ("check", "sentence"),
+    [
+        (GateCheck("max_kld", 0.25, 0.1, False), "mean KLD 0.25 is above max_kld 0.1"),
+        (GateCheck("min_top1", 0.5, 0.9, False, "wiki"), "top-1 agreement 0.5 is below min_top1 0.9 on wiki"),
+        (GateCheck("max_ppl_ratio", 1.0, 1.1, True), "perplexity ratio 1 keeps max_ppl_ratio 1.1"),
+    ],
+)
+def test_a_check_is_told_in_a_sentence(check: GateCheck, sentence: str) -> None:
+    assert check.sentence == sentence
+
+
 def test_the_summary_is_added_to_the_steps_file(result: PipelineResult, tmp_path: Path) -> None:
     path = tmp_path / "summary.md"
     path.write_text("before\n")

@@ -126,7 +126,7 @@ def test_a_missed_gate_is_reported_and_nothing_is_published(recipe: Recipe, tmp_
     assert {(name, check.text) for name, check in result.failed_checks} == {("awq", "default"), ("gptq", "default")}
     assert statuses(result)["publish"] == "skipped"
     assert not (tmp_path / "released").exists()
-    with pytest.raises(GateError, match="the quality gate failed: awq: max_kld 0 on default"):
+    with pytest.raises(GateError, match=r"the quality gate failed: awq: mean KLD \S+ is above max_kld 0 on default"):
         require_gates(result)
     suites = ElementTree.parse(tmp_path / "job" / "report" / "junit.xml").getroot()
     assert suites.get("failures") == "2"
@@ -241,8 +241,13 @@ def test_a_run_killed_between_an_output_and_its_record_goes_on(
 def test_missing_texts_and_impossible_targets_are_found_before_any_work(recipe: Recipe, tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("")
+    (tmp_path / "text.txt").write_text("Words. " * 999)
     for changes, message in (
         ({"evaluation": {"texts": {"wiki": "none.txt"}}}, r"evaluation.texts.wiki: there is no file"),
+        (
+            {"evaluation": {"texts": {"same": "text.txt"}}, "calibration": {"sources": [{"path": "text.txt"}]}},
+            r"evaluation.texts.same: outputs are calibrated on .*text.txt",
+        ),
         ({"publish": [{"to": "full"}]}, "has files in it that aphroquant has not published"),
         ({"publish": [{"to": "."}]}, "holds the source model|has files in it"),
         ({"publish": [{"to": "hf://no"}]}, "is no repository of the Hub"),

@@ -20,6 +20,6 @@ def test_the_script_passes_once_and_fails_its_gate_once(tiny_checkpoint: Callabl
     assert finished.returncode == 0, finished.stderr
     assert "demo: passed" in finished.stdout
     assert "demo: FAILED" in finished.stdout
-    assert "error: the quality gate failed: awq: max_kld" in finished.stderr
+    assert "error: the quality gate failed: awq: mean KLD" in finished.stderr
     assert (tmp_path / "demo" / "released" / "awq" / "model.safetensors").is_file()
     assert not (tmp_path / "demo" / "refused").exists()
