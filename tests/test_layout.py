@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -66,5 +67,6 @@ def test_a_wheel_holds_every_python_file_and_the_bundled_texts(tmp_path: Path) -
         if path.suffix in (".cu", ".cuh", ".json"):
             assert f"aphroquant/{path.relative_to(ROOT).as_posix()}" in names
     assert "aphroquant/py.typed" in names
-    assert any(name.startswith("aphroquant/_lib/libaphroquant_cuda_launcher") for name in names)
+    if shutil.which("c++"):  # without a compiler the package has no libraries
+        assert any(name.startswith("aphroquant/_lib/libaphroquant_cuda_launcher") for name in names)
     assert any(name.startswith("aphroquant/calibration/default_texts/") for name in names)
