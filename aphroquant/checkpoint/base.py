@@ -8,9 +8,9 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -85,6 +85,10 @@ class Checkpoint(ABC):
     @abstractmethod
     def weight(self, module: str) -> QuantizedWeight:
         """The weight of one module of `schemes`, in canonical form."""
+
+    def fetched(self, module: str) -> Callable[[], QuantizedWeight]:
+        """What gives the weight, perhaps with its bytes read already: to read in one thread, and decode in another."""
+        return partial(self.weight, module)
 
     def weight_pieces(self, module: str, max_elements: int = PIECE_ELEMENTS) -> Iterator[QuantizedWeight]:
         """The weight as consecutive rows (`split_rows`), so that what is made of it need not be whole in memory."""

@@ -9,6 +9,10 @@ import mmap
 import os
 from functools import cache
 
+import numpy as np
+import torch
+from torch import Tensor
+
 ALIGNMENT = 2**12  # that O_DIRECT wants of places in files and memory; larger than any usual block
 
 
@@ -21,6 +25,23 @@ def set_direct(descriptor: int, *, wanted: bool) -> None:
     except OSError as error:
         if error.errno != errno.EINVAL:  # of a file system that has no such way
             raise
+
+
+def aligned(nbytes: int) -> Tensor:
+    """uint8 [nbytes] where O_DIRECT wants memory to begin."""
+    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(memory, dtype=torch.uint8)
+
+
+def read_into(descriptor: int, position: int, view: memoryview) -> int:
+    """How many bytes came; none at the end of the file. Where O_DIRECT is refused, it ends for this open file."""
+    try:
+        return os.preadv(descriptor, [view], position)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        set_direct(descriptor, wanted=False)  # behind a file's last, shorter block, or with larger blocks than usual
+        return os.preadv(descriptor, [view], position)
 
 
 def is_cached(descriptor: int, begin: int, nbytes: int) -> bool:
@@ -38,7 +59,7 @@ def is_cached(descriptor: int, begin: int, nbytes: int) -> bool:
             del memory
     except (OSError, ValueError):  # a file that cannot be mapped, or has become shorter
         return True
-    return bool(failed) or 2 * sum(page & 1 for page in bytes(pages)) > len(pages)
+    return bool(failed) or 2 * int(np.bitwise_and(pages, 1).sum(dtype=np.int64)) > len(pages)
 
 
 @cache

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from functools import cached_property
+from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -167,14 +167,20 @@ class SafetensorsCheckpoint(Checkpoint):
         return self._schemes
 
     def weight(self, module: str) -> QuantizedWeight:
+        return self.fetched(module)()
+
+    def fetched(self, module: str) -> Callable[[], QuantizedWeight]:
         scheme = self._schemes.get(module)
         if scheme is None:
             raise InputError(f"{self.path}: there is no weight of a module {module!r}")
         if isinstance(scheme, DenseScheme) or self.format is None:
-            return QuantizedWeight.dense(self.read(f"{module}.weight"))
+            return partial(QuantizedWeight.dense, self.read(f"{module}.weight"))
         stored = {name: self._read_part(*self.format.place(module, name)) for name in self._modules[module]}
+        return partial(self._decoded, self.format, module, stored)
+
+    def _decoded(self, held: Format, module: str, stored: Mapping[str, Tensor]) -> QuantizedWeight:
         with naming(self.path):
-            weight = self.format.read(module, stored)
+            weight = held.read(module, stored)
             weight.check(module)
         return weight
 

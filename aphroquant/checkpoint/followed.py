@@ -2,28 +2,31 @@
 
 A hash goes through a file in order, and a conversion mostly does. What comes out of order, or is known to come late, is
 read here when its turn is there. Whoever reads waits in the end until its bytes are hashed, so that nobody changes them
-before; and a turn is given to what has begun to be read, so that nobody waits for ever.
+before; and a turn is given to what has begun to be read, so that nobody waits for ever. Who would wait long, as the
+embedding stands in front of the layers and comes late, does not: then the hash goes on alone until it is near.
 """
 
 from __future__ import annotations
 
-import os
 import threading
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from queue import SimpleQueue
 from types import TracebackType
 from typing import Self
 
+from aphroquant.checkpoint.direct import ALIGNMENT, aligned, is_cached, read_into, set_direct
 from aphroquant.checkpoint.files import opened
 from aphroquant.checkpoint.hashes import FileDigest, FileRecord
 from aphroquant.errors import InputError
+from aphroquant.prefetch import prefetched
 
 _STEP = 2**22  # bytes read at once
 _SHORT_GAP = 2**26  # a range behind a gap larger than this, and than itself, is out of order
+_NEAR = 2**28  # bytes that a reader waits for to be hashed
 
 Range = tuple[int, int]  # of a file: from, to
 
@@ -64,19 +67,25 @@ class SourceHashes:
         return {name: future.result() for name, future in futures.items()}
 
     def begin(self, path: Path, begin: int, nbytes: int) -> Reading | None:
-        """Say that this range is about to be read; None if it is not its turn to be hashed."""
+        """Say that this range is about to be read; None if it may be read again."""
         file = self._by_path.get(path)
         if file is None:
             return None
         with self._lock:
             self._close_earlier(file)
-            if file.record is not None or file.stopped.is_set() or file.gap_before(begin) > max(_SHORT_GAP, nbytes):
-                return None
-            parts: SimpleQueue[memoryview | None] = SimpleQueue()
-            hashed = self._following.submit(file.follow, begin, begin + nbytes, parts)
-            file.followed.append(hashed)
-            file.planned = begin + nbytes
-        return Reading(parts, hashed)
+            if file.record is None and not file.stopped.is_set() and file.gap_before(begin) <= max(_SHORT_GAP, nbytes):
+                return self._followed(file, begin, begin + nbytes)
+            return Reading() if file.is_late(begin, begin + nbytes) else None
+
+    def _followed(self, file: _File, begin: int, end: int) -> Reading:
+        """What is next in the file is hashed up to `end`: as it is read, if the hash is near."""
+        file.planned = end
+        if begin - file.position > _NEAR:
+            file.followed.append(self._following.submit(file.go_on, end))
+            return Reading()
+        parts: SimpleQueue[memoryview | None] = SimpleQueue()
+        file.followed.append(self._following.submit(file.follow, begin, end, parts))
+        return HashedReading(parts, file.followed[-1])
 
     def _close_earlier(self, file: _File) -> None:
         """From the file before the last one hardly anything will be read any more."""
@@ -93,17 +102,25 @@ class SourceHashes:
 
 
 class Reading:
-    """A range that is being read, and hashed."""
+    """A range that is being read, once."""
+
+    def came(self, part: memoryview) -> None:
+        """The next bytes, which stay as they are until the end."""
+
+    def end(self) -> None:
+        """From now on they may change."""
+
+
+class HashedReading(Reading):
+    """One that is hashed as it comes."""
 
     def __init__(self, parts: SimpleQueue[memoryview | None], hashed: Future[None]) -> None:
         self._parts, self._hashed = parts, hashed
 
     def came(self, part: memoryview) -> None:
-        """The next bytes, which stay as they are until the end."""
         self._parts.put(part)
 
     def end(self) -> None:
-        """Wait until all that came is hashed."""
         self._parts.put(None)
         wait([self._hashed])
 
@@ -120,6 +137,15 @@ class _File:
         self._late = sorted(late)
         self._digest = FileDigest()
 
+    @property
+    def position(self) -> int:
+        """Up to where it is hashed."""
+        return self._digest.position
+
+    def is_late(self, begin: int, end: int) -> bool:
+        """Whether a range is among those that come late."""
+        return any(start <= begin and end <= stop for start, stop in self._late)
+
     def gap_before(self, begin: int) -> float:
         """Bytes between the plan's end and `begin`, but for those that come late; infinite if that is behind."""
         if begin < self.planned:
@@ -129,32 +155,46 @@ class _File:
 
     def follow(self, begin: int, end: int, parts: SimpleQueue[memoryview | None]) -> None:
         """Hash up to `end`: what is before `begin` as this reads it, the rest from `parts`, as far as they go."""
-        self._read(begin)
+        self.go_on(begin)
         while (part := parts.get()) is not None:
             self._digest.update(part)
-        self._read(end)
+        self.go_on(end)
 
     def finish(self) -> FileRecord:
         for each in self.followed:
             each.result()
-        self._read(None)
+        self.go_on(None)
         return self._digest.record()
 
-    def _read(self, end: int | None) -> None:
-        """Hash up to `end`, or to the file's."""
-        if self._digest.position == end:
+    def go_on(self, end: int | None) -> None:
+        """Read, and hash, up to `end`, or to the file's."""
+        if self.position == end:
             return
-        buffer = memoryview(bytearray(_STEP))
-        with opened(self.path) as (file, _):
-            while (end is None or self._digest.position < end) and not self.stopped.is_set():
-                position = self._digest.position
-                wanted = _STEP if end is None else min(_STEP, end - position)
-                count = os.preadv(file.fileno(), [buffer[:wanted]], position)
-                if not count and end is not None:
+        with closing(self._parts(self.position, end)) as parts:
+            short = end is not None and end - self.position <= _STEP
+            with closing(parts if short else prefetched(parts)) as coming:
+                for part in coming:
+                    self._digest.update(part)
+
+    def _parts(self, position: int, end: int | None) -> Generator[memoryview, None, None]:
+        """The bytes from `position` on; each part stays as it is until the one after the next is asked for."""
+        with opened(self.path) as (file, size):
+            stop = size if end is None else end
+            direct = stop - position >= _STEP and not is_cached(file.fileno(), position, stop - position)
+            set_direct(file.fileno(), wanted=direct)
+            buffers = deque(aligned(_STEP).numpy().data for _ in range(2))
+            while (end is None or position < end) and not self.stopped.is_set():
+                lead = position % ALIGNMENT if direct else 0
+                wanted = _STEP if direct or end is None else min(_STEP, end - position)
+                count = read_into(file.fileno(), position - lead, buffers[0][:wanted]) - lead
+                if count <= 0 and end is not None:
                     raise InputError(f"{self.path}: the file has become shorter while it was read")
-                if not count:
+                if count <= 0:
                     return
-                self._digest.update(buffer[:count])
+                count = count if end is None else min(count, end - position)
+                yield buffers[0][lead : lead + count]
+                position += count
+                buffers.rotate()
 
 
 _ACTIVE: list[SourceHashes] = []
@@ -162,7 +202,7 @@ _ACTIVE: list[SourceHashes] = []
 
 @contextmanager
 def following(path: Path, begin: int, nbytes: int) -> Iterator[Reading | None]:
-    """While a range of a file is read: where to tell what has come, or None if nobody wants to know."""
+    """While a range of a file is read: where to tell what has come, or None if it may be read again."""
     found = (hashes.begin(path, begin, nbytes) for hashes in list(_ACTIVE))
     reading = next((each for each in found if each is not None), None)
     try:

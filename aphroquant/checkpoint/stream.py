@@ -9,17 +9,15 @@ read back, through the cache.
 from __future__ import annotations
 
 import errno
-import mmap
 import threading
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from aphroquant.checkpoint.direct import ALIGNMENT, set_direct
+from aphroquant.checkpoint.direct import ALIGNMENT, aligned, set_direct
 from aphroquant.checkpoint.hashes import FileDigest
 from aphroquant.checkpoint.tensor_io import check_same, content_of, write_all
 
@@ -41,8 +39,8 @@ class OutputStream:
         self._descriptor, self._path = descriptor, path
         self._begin = position  # of the chunk that is being filled
         self._filled = 0
-        self._chunk = _chunk()
-        self._free = [_chunk() for _ in range(_CHUNKS - 1)]
+        self._chunk = aligned(CHUNK)
+        self._free = [aligned(CHUNK) for _ in range(_CHUNKS - 1)]
         self._under_way: deque[tuple[Tensor, list[Future[None]]]] = deque()
         self._storing = ThreadPoolExecutor(max_workers=_WORKERS, thread_name_prefix="storing")
         self._hashing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hashing")
@@ -99,7 +97,7 @@ class OutputStream:
 
     def _store(self, part: Tensor, position: int) -> None:
         if not hasattr(self._again, "chunk"):
-            self._again.chunk = _chunk()
+            self._again.chunk = aligned(CHUNK)
         again = self._again.chunk[: part.numel()]
         try:
             write_all(self._descriptor, position, part)
@@ -110,9 +108,3 @@ class OutputStream:
             set_direct(self._descriptor, wanted=False)  # larger blocks than usual, or a partial write
             write_all(self._descriptor, position, part)
             check_same(self._descriptor, self._path, position, part, again)
-
-
-def _chunk() -> Tensor:
-    """uint8 [CHUNK] that begins with a page."""
-    memory = mmap.mmap(-1, CHUNK, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return torch.frombuffer(memory, dtype=torch.uint8)

@@ -6,7 +6,6 @@ crash. What is written is read again at once.
 
 from __future__ import annotations
 
-import errno
 import os
 import threading
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from aphroquant import buffers
-from aphroquant.checkpoint.direct import ALIGNMENT, is_cached, set_direct
+from aphroquant.checkpoint.direct import ALIGNMENT, is_cached, read_into, set_direct
 from aphroquant.checkpoint.files import opened
 from aphroquant.checkpoint.followed import following
 from aphroquant.errors import InputError, ResourceError
@@ -71,21 +70,11 @@ def _filled(descriptor: int, position: int, memory: Tensor) -> Iterator[int]:
     """Read into the memory; how many bytes came each time, until it is full or the file ends."""
     view = memory.numpy().data
     while view:
-        count = _read(descriptor, position, view[:_READ])
+        count = read_into(descriptor, position, view[:_READ])
         if not count:
             return
         yield count
         position, view = position + count, view[count:]
-
-
-def _read(descriptor: int, position: int, view: memoryview) -> int:
-    try:
-        return os.preadv(descriptor, [view], position)
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
-        set_direct(descriptor, wanted=False)  # behind a file's last, shorter block, or with larger blocks than usual
-        return os.preadv(descriptor, [view], position)
 
 
 def as_tensor(buffer: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import TypeVar
 
 import torch
 
 from aphroquant import buffers
+from aphroquant.prefetch import prefetched
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -21,20 +22,37 @@ WEIGHTS_AT_ONCE = 2**29
 
 
 def in_order(
-    items: Iterable[tuple[Item, int]], work: Callable[[Item], Result], *, at_once: int = WEIGHTS_AT_ONCE
-) -> Iterator[tuple[Item, Result]]:
+    items: Iterable[tuple[Item, int]],
+    work: Callable[[Item], Result],
+    *,
+    at_once: int = WEIGHTS_AT_ONCE,
+    max_workers: int = MAX_WORKERS,
+) -> Generator[tuple[Item, Result], None, None]:
     """(item, work(item)) in the order of `items`, which come with their sizes, some worked on in threads ahead of it.
 
+    `items` are made in a thread too, one or two before they are needed. While the caller has a result, more is in work.
     An error comes up where its item would; what was begun after it is finished and dropped.
     """
     waiting: deque[tuple[Item, int, Future[Result]]] = deque()
-    num_workers = min(MAX_WORKERS, torch.get_num_threads())
-    with buffers.reused(), _sharing_threads(num_workers), ThreadPoolExecutor(max_workers=num_workers) as pool:
+    num_workers = min(max_workers, torch.get_num_threads())
+    with (
+        buffers.reused(),
+        _sharing_threads(num_workers),
+        closing(prefetched(items)) as coming,
+        ThreadPoolExecutor(max_workers=num_workers, thread_name_prefix="working") as pool,
+    ):
         try:
-            for item, size in items:
-                while waiting and (len(waiting) > MAX_WORKERS or sum(each[1] for each in waiting) + size > at_once):
-                    yield _first(waiting)
+            for item, size in coming:
+                done = None
+                while waiting and (len(waiting) > max_workers or sum(each[1] for each in waiting) + size > at_once):
+                    if done is not None:
+                        yield done
+                    done = _first(waiting)
                 waiting.append((item, size, pool.submit(work, item)))
+                del item
+                if done is not None:
+                    yield done
+                    del done
             while waiting:
                 yield _first(waiting)
         finally:

@@ -58,7 +58,7 @@ def solve_without_data(plan: ConversionPlan) -> Iterator[SolvedBlock]:
     layers = {f"{spec.block_prefix(n)}.{linear}": n for n in range(spec.num_layers) for linear in spec.linears(n)}
     layers[LM_HEAD] = spec.num_layers
     sizes = [(module, math.prod(shape)) for module, shape in plan.modules.items()]
-    for module, solution in in_order(sizes, partial(solve_in_pieces, plan)):
+    for module, solution in in_order(sizes, partial(solve_in_pieces, plan), max_workers=1):
         yield SolvedBlock(layers[module], {module: solution})
 
 

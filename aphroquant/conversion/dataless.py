@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -17,6 +17,7 @@ from aphroquant.calibration.lookup_scales import nested
 from aphroquant.calibration.solution import Solution
 from aphroquant.calibration.solvers import rounding_for
 from aphroquant.checkpoint.tensor_io import kept_in_cache
+from aphroquant.conversion.ahead import in_order
 from aphroquant.conversion.plan import ConversionPlan
 from aphroquant.errors import InputError
 from aphroquant.models.spec import GATE, UP, K, Q, V
@@ -44,10 +45,24 @@ def _in_pieces(plan: ConversionPlan, scheme: Scheme, module: str) -> Solution:
 
 def _rounded(plan: ConversionPlan, scheme: Scheme, module: str) -> Iterator[tuple[Solution, float]]:
     rounding = rounding_for(scheme, plan.solvers[module])
-    for weight in _pieces(plan, module):
+
+    def solve(weight: Tensor) -> Solution:
         with naming_modules(module):
-            solution = rounding([weight], None, scheme, plan.scale_dtype)[0]
-        yield solution, square_sum(solution, weight)
+            return rounding([weight], None, scheme, plan.scale_dtype)[0]
+
+    return _solved(plan, module, solve)
+
+
+def _solved(plan: ConversionPlan, module: str, solve: Callable[[Tensor], Solution]) -> Iterator[tuple[Solution, float]]:
+    """Each piece in order, solved in threads while the next are read, and the squares of its weights."""
+
+    def work(weight: Tensor) -> tuple[Solution, float]:
+        solution = solve(weight)
+        return solution, square_sum(solution, weight)
+
+    sized = ((weight, weight.numel()) for weight in _pieces(plan, module))
+    for _, solved in in_order(sized, work):
+        yield solved
 
 
 @contextmanager
@@ -74,9 +89,9 @@ def _under_common_scale(plan: ConversionPlan, scheme: LookupScheme, module: str)
     fused = [name for name in _same_input(plan, module) if plan.schemes.get(name) == scheme]
     magnitude = torch.stack([largest_magnitude(weight) for name in fused for weight in _pieces(plan, name)]).amax()
     rounding = {"rtn": rtn.solve, "mse": mse.solve}[plan.solvers[module].name]
-    for weight in _pieces(plan, module):
-        solution = rounding([weight], None, scheme, plan.scale_dtype, magnitude.float())[0]
-        yield solution, square_sum(solution, weight)
+    return _solved(
+        plan, module, lambda weight: rounding([weight], None, scheme, plan.scale_dtype, magnitude.float())[0]
+    )
 
 
 def _same_input(plan: ConversionPlan, module: str) -> tuple[str, ...]:
@@ -97,9 +112,7 @@ def _per_tensor(plan: ConversionPlan, scheme: FloatScheme, module: str) -> Itera
     """One scale for all pieces, so that they are gone through twice."""
     with kept_in_cache():
         magnitude = torch.stack([largest_magnitude(weight) for weight in _pieces(plan, module)]).amax()
-    for weight in _pieces(plan, module):
-        solution = round_fp8(weight, scheme, magnitude)
-        yield solution, square_sum(solution, weight)
+    return _solved(plan, module, lambda weight: round_fp8(weight, scheme, magnitude))
 
 
 def _pieces(plan: ConversionPlan, module: str) -> Iterator[Tensor]:

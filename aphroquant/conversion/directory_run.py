@@ -6,7 +6,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
 from itertools import islice
@@ -37,7 +37,7 @@ from aphroquant.conversion.manifest import manifest
 from aphroquant.conversion.plan import DEQUANTIZED_DTYPE, EXACT_DTYPE, ConversionPlan, make_plan, read_carried
 from aphroquant.conversion.progress import Progress
 from aphroquant.conversion.promises import promised_tensors
-from aphroquant.conversion.repack import RepackPlan, Stack, make_repack_plan, repack_module
+from aphroquant.conversion.repack import RepackPlan, Stack, fetched_modules, make_repack_plan, repack_module
 from aphroquant.conversion.request import ConversionRequest
 from aphroquant.conversion.result import ConversionResult
 from aphroquant.conversion.soundness import (
@@ -50,6 +50,7 @@ from aphroquant.conversion.soundness import (
 from aphroquant.conversion.targets import ENGINE_BITS
 from aphroquant.errors import AphroquantError, UsageError
 from aphroquant.formats.base import Format
+from aphroquant.prefetch import prefetched
 from aphroquant.provenance.card import model_card
 from aphroquant.provenance.checksums import FILE_NAME as SUMS
 from aphroquant.provenance.checksums import sums_text
@@ -203,14 +204,14 @@ class DirectoryConversion(Conversion):
     def _repack(self, plan: RepackPlan) -> None:
         self.progress.stage("repacking")
         stacks = list(plan.stacks)
-        sizes = [(module, plan.size_in_work(module)) for modules, _ in stacks for module in modules]
-        repacked = in_order(sizes, partial(repack_module, plan))
+        coming = fetched_modules(plan, (module for modules, _ in stacks for module in modules))
+        repacked = in_order(coming, partial(repack_module, plan))
         done = 0
         for modules, num_entries in stacks:
             stack = Stack(num_entries)
-            for module, (tensors, rescaled) in islice(repacked, len(modules)):
+            for fetched, (tensors, rescaled) in islice(repacked, len(modules)):
                 self._num_rescaled += rescaled
-                self._add_module(module, tensors, stack)
+                self._add_module(fetched.module, tensors, stack)
                 done += 1
                 self.progress.block(done, len(plan.schemes))
             for name, tensor in stack.tensors.items():
@@ -257,7 +258,8 @@ class DirectoryConversion(Conversion):
                     continue
                 carried = read_carried(self.checkpoint, name, target, dtype)
                 shape = in_targets_shape(new_name, carried.shape, target)
-                self.writer.add_pieces(new_name, carried.dtype, shape, carried.pieces)
+                with closing(prefetched(carried.pieces)) as pieces:
+                    self.writer.add_pieces(new_name, carried.dtype, shape, pieces)
         if isinstance(self.plan, ConversionPlan):
             for name, new_name in self.plan.cache_scales.items():
                 self.writer.add(new_name, changed[name].reshape(in_targets_shape(new_name, (1,), target)))

@@ -6,7 +6,7 @@ Every module is decoded, written, decoded again from what was written, and compa
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -157,10 +157,30 @@ def make_repack_plan(checkpoint: Checkpoint, request: ConversionRequest) -> Repa
     return plan
 
 
-def repack_module(plan: RepackPlan, module: str) -> tuple[dict[str, Tensor], bool]:
+class Fetched:
+    """A module whose bytes are read, and forgotten once they are decoded."""
+
+    def __init__(self, checkpoint: Checkpoint, module: str) -> None:
+        self.module = module
+        self._decode: Callable[[], QuantizedWeight] | None = checkpoint.fetched(module)
+
+    def decoded(self) -> QuantizedWeight:
+        """The weight, once."""
+        decode, self._decode = self._decode, None
+        assert decode is not None, f"{self.module} is decoded once"
+        return decode()
+
+
+def fetched_modules(plan: RepackPlan, modules: Iterable[str]) -> Iterator[tuple[Fetched, int]]:
+    """All of them in order, and how large each is in work."""
+    for module in modules:
+        yield Fetched(plan.checkpoint, module), plan.size_in_work(module)
+
+
+def repack_module(plan: RepackPlan, fetched: Fetched) -> tuple[dict[str, Tensor], bool]:
     """The tensors of one module in the new format, proved to mean the same numbers, and whether a global scale had to
     be rounded."""
-    weight = plan.checkpoint.weight(module)
+    module, weight = fetched.module, fetched.decoded()
     check_codes(plan.checkpoint, module, weight.tensors.values())
     try:
         tensors = plan.format.write(module, weight)

@@ -47,10 +47,10 @@ def read_here(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     def counted(descriptor: int, views: list[memoryview], position: int) -> int:
         count = preadv(descriptor, views, position)
-        counts.append(count if threading.current_thread().name.startswith("hashing") else 0)
+        counts.append(count if threading.current_thread().name.startswith(("hashing", "ahead")) else 0)
         return count
 
-    monkeypatch.setattr("aphroquant.checkpoint.followed.os.preadv", counted)
+    monkeypatch.setattr("aphroquant.checkpoint.direct.os.preadv", counted)
     return counts
 
 
