@@ -18,7 +18,7 @@ Result = TypeVar("Result")
 
 MAX_WORKERS = 4
 # Weights in work at once; a module that has more is alone. Codes take up to three bytes each while they are compared.
-WEIGHTS_AT_ONCE = 2**29
+WEIGHTS_AT_ONCE = 3 * 2**27
 
 
 def in_order(
