@@ -105,6 +105,37 @@ def test_a_large_gap_is_left_for_the_end(place: Path, monkeypatch: pytest.Monkey
     assert sum(here) == SIZE - sum(end - begin for begin, end in RANGES)
 
 
+@pytest.mark.parametrize("is_direct", [True, False])
+def test_nobody_waits_while_the_hash_is_far_behind(
+    is_direct: bool, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(followed, "_NEAR", 2**16)
+    monkeypatch.setattr(followed, "_STEP", 4 * ALIGNMENT)
+    monkeypatch.setattr(followed, "is_cached", lambda *place: not is_direct)
+    here = read_here(monkeypatch)
+    begin = 2**20 + 8  # behind an embedding, which comes late
+    with SourceHashes({"x": place}, {place: [(8, begin)]}) as hashes:
+        hold = threading.Event()
+        hashes._following.submit(hold.wait)
+        check_range(place, begin, begin + 2**18)
+        check_range(place, begin + 2**18, begin + 2**19)
+        hold.set()
+        check_range(place, 8, begin)
+        assert hashes.records() == {"x": digest(place)}
+    assert sum(here) >= SIZE  # alone
+
+
+def test_the_hash_is_followed_again_once_it_is_near(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(followed, "_NEAR", 2**16)
+    here = read_here(monkeypatch)
+    with SourceHashes({"x": place}, {place: [(0, 2**20)]}) as hashes:
+        check_range(place, 2**20, 2**20 + 2**12)
+        hashes._by_path[place].followed[-1].result()
+        check_range(place, 2**20 + 2**12, SIZE)
+        assert hashes.records() == {"x": digest(place)}
+    assert sum(here) == 2**20 + 2**12
+
+
 def test_the_rest_of_earlier_files_is_hashed_meanwhile(tmp_path: Path) -> None:
     paths = [tmp_path / str(number) for number in range(4)]
     for path in paths:

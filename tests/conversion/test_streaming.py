@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -15,10 +17,14 @@ from typing import Any
 import pytest
 import torch
 
-from aphroquant.checkpoint import CheckpointWriter, hashes, open_checkpoint, shard
+from aphroquant.checkpoint import CheckpointWriter, hashes, open_checkpoint, shard, stream
+from aphroquant.checkpoint.direct import ALIGNMENT
+from aphroquant.checkpoint.directory import SafetensorsCheckpoint
 from aphroquant.conversion import convert, dataless
 from aphroquant.conversion.ahead import MAX_WORKERS, in_order
+from aphroquant.errors import InputError, ResourceError
 from aphroquant.inspection import compare
+from aphroquant.schemes import QuantizedWeight
 
 Tiny = Callable[..., Path]
 
@@ -159,6 +165,59 @@ def test_an_error_ahead_comes_up_in_its_turn() -> None:
     assert [next(results), next(results)] == [(0, 0), (1, 1)]
     with pytest.raises(ValueError, match="two"):
         next(results)
+
+
+def test_more_is_in_work_while_the_caller_has_a_result() -> None:
+    begun = [threading.Event() for _ in range(4)]
+
+    def work(item: int) -> int:
+        begun[item].set()
+        return item
+
+    for item, _ in in_order([(number, 3) for number in range(4)], work, at_once=3):
+        assert all(each.wait(10) for each in begun[: item + 2])
+
+
+def test_a_source_that_is_cut_while_it_is_read_ahead_is_named(
+    tiny_checkpoint: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    convert(tiny_checkpoint("llama"), to="gptq", symmetric=True, out=tmp_path / "gptq", samples=0)
+    place, fetched = tmp_path / "gptq" / "model.safetensors", SafetensorsCheckpoint.fetched
+    cut: list[str] = []
+
+    def cutting(self: SafetensorsCheckpoint, module: str) -> Callable[[], QuantizedWeight]:
+        if threading.current_thread().name.startswith("ahead") and not cut:
+            os.truncate(place, self.info(f"{module}.qweight").begin + 10)
+            cut.append(module)
+        return fetched(self, module)
+
+    monkeypatch.setattr(SafetensorsCheckpoint, "fetched", cutting)
+    before = threading.active_count()
+    with pytest.raises(InputError, match=r"qweight: the file ends \d+ bytes too early"):
+        convert(tmp_path / "gptq", to="awq", out=tmp_path / "awq")
+    assert cut
+    assert threading.active_count() == before
+    assert [path.name for path in tmp_path.iterdir() if "awq" in path.name] == []
+
+
+@pytest.mark.parametrize("options", [{"to": "awq"}, {"to": "fp8"}])
+def test_a_disk_that_fills_up_behind_the_work_is_told(
+    options: dict[str, Any], tiny_checkpoint: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream, "CHUNK", 2 * ALIGNMENT)
+    write = os.pwrite
+
+    def full(descriptor: int, content: memoryview, position: int) -> int:
+        if position >= shard.HEADER_ROOM + 10 * ALIGNMENT:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(descriptor, content, position)
+
+    source, before = tiny_checkpoint("llama"), threading.active_count()
+    monkeypatch.setattr("aphroquant.checkpoint.tensor_io.os.pwrite", full)
+    with pytest.raises(ResourceError, match="the disk is full"):
+        convert(source, out=tmp_path / "out", samples=0, **options)
+    assert threading.active_count() == before
+    assert [path.name for path in tmp_path.iterdir() if "out" in path.name] == []
 
 
 @pytest.mark.parametrize(
