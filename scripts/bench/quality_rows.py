@@ -32,18 +32,11 @@ class Row:
     texts: Mapping[str, Mapping[str, float]]
 
     @property
-    def width(self) -> int:
-        """Whole bits: 4 of `4`, `4s` and `q4_k_m`."""
-        return int(next(filter(str.isdigit, self.bits)))
-
-    @property
-    def symmetric(self) -> bool:
-        return self.bits.endswith("s")
-
-    @property
     def title(self) -> str:
-        """The row, and the scheme where it is no number of bits."""
-        return self.name if self.bits.rstrip("s").isdigit() else f"{self.name} {self.bits}"
+        """The row, and what sets it apart from others of as many bits."""
+        if self.bits.isdigit():
+            return self.name
+        return f"{self.name} {'symmetric' if self.bits.rstrip('s').isdigit() else self.bits}"
 
 
 class OtherConditionsError(Exception):
@@ -87,9 +80,9 @@ def read_row(path: Path) -> Row:
 
 
 def read_rows(*folders: Path) -> list[Row]:
-    """All rows, sorted by width and then by KL divergence."""
+    """All rows, sorted by whole stored bits and then by KL divergence."""
     rows = [read_row(path) for folder in folders for path in sorted(folder.glob("*.json"))]
-    return sorted(rows, key=lambda row: (-row.width, row.symmetric, mean_kld(row)))
+    return sorted(rows, key=lambda row: (-int(row.bits_per_weight), mean_kld(row)))
 
 
 def mean_kld(row: Row) -> float:

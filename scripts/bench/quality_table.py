@@ -30,14 +30,14 @@ def main() -> None:
 
 
 def table(rows: Sequence[Row]) -> Iterator[str]:
-    """Lines; each width begins with a line of its own. Machines are numbered, and named below."""
+    """Lines; rows of as many whole bits stand below a line of their own. Machines are numbered, and named below."""
     machines = list(dict.fromkeys(row.machine for row in rows))
     yield _line(COLUMNS)
     yield "|" + "---|" * len(COLUMNS)
     section = None
     for row in rows:
-        if section != (section := f"**{row.width} bit{' symmetric' if row.symmetric else ''}**"):
-            yield _line([section, *[""] * (len(COLUMNS) - 1)])
+        if section != (section := int(row.bits_per_weight)):
+            yield _line([f"**{section} to {section + 1} bits**", *[""] * (len(COLUMNS) - 1)])
         yield _line(_cells(row, machines.index(row.machine) + 1))
     yield ""
     yield "Machines: " + "; ".join(f"{number} {machine}" for number, machine in enumerate(machines, 1)) + "."

@@ -32,27 +32,18 @@ def test_without_a_folder_nothing_is_kept() -> None:
     assert Results(None).find("4", "rtn", {"seed": 0}) is None
 
 
-def test_rows_of_several_folders_make_one_table_by_width_and_divergence(tmp_path: Path) -> None:
+def test_rows_of_several_folders_make_one_table_by_stored_bits_and_divergence(tmp_path: Path) -> None:
     better = replace(ROW, name="better", machine="a GPU", texts={"text": FIGURES | {"mean_kld": 0.25}})
     Results(tmp_path / "here").keep(ROW)
     Results(tmp_path / "there").keep(better)
-    Results(tmp_path / "there").keep(replace(ROW, bits="2"))
+    Results(tmp_path / "there").keep(replace(ROW, bits="2", bits_per_weight=2.33))
     lines = list(table(read_rows(tmp_path / "here", tmp_path / "there")))
-    assert [line.split("|")[1].strip() for line in lines[2:7]] == [
-        "**4 bit**",
-        "`better`",
-        "`rtn`",
-        "**2 bit**",
-        "`rtn`",
-    ]
+    titles = [line.split("|")[1].strip() for line in lines[2:7]]
+    assert titles == ["**4 to 5 bits**", "`better`", "`rtn`", "**2 to 3 bits**", "`rtn`"]
     assert all(line.count("|") == lines[0].count("|") for line in lines[:7])
     assert "| 0.500 +- 0.010 | 5.00 | 70.0% | 25.0 | 1.0 | 1.5 | 0.5 GiB | 2 |" in lines[4]
     assert lines[-1] == "Machines: 1 a GPU; 2 2 cores."
 
 
-def test_rows_of_named_schemes_stand_with_those_of_their_width(tmp_path: Path) -> None:
-    for bits in ("4", "q4_k_m", "4s", "q2_k"):
-        Results(tmp_path).keep(replace(ROW, bits=bits))
-    lines = list(table(read_rows(tmp_path)))
-    titles = [line.split("|")[1].strip() for line in lines[2:9]]
-    assert titles == ["**4 bit**", "`rtn`", "`rtn q4_k_m`", "**4 bit symmetric**", "`rtn`", "**2 bit**", "`rtn q2_k`"]
+def test_a_row_is_told_apart_from_others_of_its_name() -> None:
+    assert [replace(ROW, bits=bits).title for bits in ("4", "4s", "q4_k_m")] == ["rtn", "rtn symmetric", "rtn q4_k_m"]
