@@ -29,8 +29,14 @@ def check_output_place(checkpoint: Checkpoint, out: Path) -> None:
         return
     raise UsageError(
         f"--out {out} {where} the source {checkpoint.source}, which a conversion leaves as it is",
-        hint=f"give a place outside of it, as {source.with_name(f'{source.stem}-quantized{target.suffix}')}",
+        hint=f"give a place outside of it, as {_beside(source, target)}",
     )
+
+
+def _beside(source: Path, target: Path) -> Path:
+    """A name for the output next to the source."""
+    name = source.name if source.is_dir() else source.stem
+    return source.with_name(f"{name}-quantized{'.gguf' if target.suffix == '.gguf' else ''}")
 
 
 def check_complete(checkpoint: Checkpoint) -> None:

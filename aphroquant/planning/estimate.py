@@ -71,7 +71,7 @@ def estimate(
 
 def _depth(checkpoint: Checkpoint) -> int:
     """Blocks of a trial that is over soon: so many that their time shows beside that of starting."""
-    return max(2, min(_MOST_BLOCKS, _FEW_BYTES * checkpoint.spec.num_layers // checkpoint.num_bytes))
+    return max(2, min(_MOST_BLOCKS, _FEW_BYTES * checkpoint.spec.num_layers // max(1, checkpoint.num_bytes)))
 
 
 def _rest(first: Trial, deeper: Trial, depth: int, num_layers: int) -> float:
