@@ -60,7 +60,7 @@ def estimate(
     blocks = _blocks(deeper, longer, growth, depth, num_layers)
     on_gpu = max(first.gpu_bytes, deeper.gpu_bytes) + growth.added(deeper.gpu_bytes, longer.gpu_bytes)
     return Estimate(
-        seconds=rest * _pace(trial.rest for trial in trials) + blocks * _pace(trial.blocks for trial in trials),
+        seconds=rest * _pace(trial.rest for trial in trials) + blocks * _pace((deeper.block, longer.block)),
         cpu_seconds=rest + blocks,
         peak_bytes=int(max(first.peak_bytes, deeper.peak_bytes) + growth.added(deeper.peak_bytes, longer.peak_bytes)),
         gpu_bytes=int(on_gpu),
@@ -78,7 +78,7 @@ def _rest(first: Trial, deeper: Trial, depth: int, num_layers: int) -> float:
     """Processor time outside of the blocks: what comes but once, and what each layer adds."""
     one, more = first.rest.cpu_seconds, deeper.rest.cpu_seconds
     each = max(0.0, more - one) / (depth - 1) if depth > 1 else 0.0
-    return one + (num_layers - 1) * each
+    return min(one, more) + (num_layers - 1) * each  # a cold start takes longer than the next ones
 
 
 def _blocks(deeper: Trial, longer: Trial, growth: _Growth, depth: int, num_layers: int) -> float:
