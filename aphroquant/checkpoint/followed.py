@@ -8,6 +8,7 @@ embedding stands in front of the layers and comes late, does not: then the hash 
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -18,7 +19,7 @@ from queue import SimpleQueue
 from types import TracebackType
 from typing import Self
 
-from aphroquant.checkpoint.direct import ALIGNMENT, aligned, is_cached, read_into, set_direct
+from aphroquant.checkpoint.direct import aligned
 from aphroquant.checkpoint.files import opened
 from aphroquant.checkpoint.hashes import FileDigest, FileRecord
 from aphroquant.errors import InputError
@@ -77,12 +78,12 @@ class SourceHashes:
                 return self._followed(file, begin, begin + nbytes)
             return Reading() if file.is_late(begin, begin + nbytes) else None
 
-    def _followed(self, file: _File, begin: int, end: int) -> Reading:
+    def _followed(self, file: _File, begin: int, end: int) -> Reading | None:
         """What is next in the file is hashed up to `end`: as it is read, if the hash is near."""
         file.planned = end
         if begin - file.position > _NEAR:
             file.followed.append(self._following.submit(file.go_on, end))
-            return Reading()
+            return None
         parts: SimpleQueue[memoryview | None] = SimpleQueue()
         file.followed.append(self._following.submit(file.follow, begin, end, parts))
         return HashedReading(parts, file.followed[-1])
@@ -136,6 +137,7 @@ class _File:
         self.stopped = threading.Event()
         self._late = sorted(late)
         self._digest = FileDigest()
+        self._buffers = deque(aligned(_STEP).numpy().data for _ in range(2))  # pages of which are made when touched
 
     @property
     def position(self) -> int:
@@ -164,6 +166,7 @@ class _File:
         for each in self.followed:
             each.result()
         self.go_on(None)
+        self._buffers.clear()
         return self._digest.record()
 
     def go_on(self, end: int | None) -> None:
@@ -177,22 +180,20 @@ class _File:
                     self._digest.update(part)
 
     def _parts(self, position: int, end: int | None) -> Generator[memoryview, None, None]:
-        """The bytes from `position` on; each part stays as it is until the one after the next is asked for."""
-        with opened(self.path) as (file, size):
-            stop = size if end is None else end
-            direct = stop - position >= _STEP and not is_cached(file.fileno(), position, stop - position)
-            set_direct(file.fileno(), wanted=direct)
-            buffers = deque(aligned(_STEP).numpy().data for _ in range(2))
+        """The bytes from `position` on; each part stays as it is until the one after the next is asked for.
+
+        They stay in the page cache: others read them before or after this, and the disk is slower than any of them.
+        """
+        buffers = self._buffers
+        with opened(self.path) as (file, _):
             while (end is None or position < end) and not self.stopped.is_set():
-                lead = position % ALIGNMENT if direct else 0
-                wanted = _STEP if direct or end is None else min(_STEP, end - position)
-                count = read_into(file.fileno(), position - lead, buffers[0][:wanted]) - lead
-                if count <= 0 and end is not None:
+                wanted = _STEP if end is None else min(_STEP, end - position)
+                count = os.preadv(file.fileno(), [buffers[0][:wanted]], position)
+                if not count and end is not None:
                     raise InputError(f"{self.path}: the file has become shorter while it was read")
-                if count <= 0:
+                if not count:
                     return
-                count = count if end is None else min(count, end - position)
-                yield buffers[0][lead : lead + count]
+                yield buffers[0][:count]
                 position += count
                 buffers.rotate()
 

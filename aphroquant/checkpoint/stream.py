@@ -22,8 +22,8 @@ from aphroquant.checkpoint.hashes import FileDigest
 from aphroquant.checkpoint.tensor_io import check_same, content_of, write_all
 
 CHUNK = 2**22  # bytes written at once
-_CHUNKS = 8  # in memory, most of them on their way to the disk
-_WORKERS = 3  # which wait for the disk
+_CHUNKS = 16  # in memory, most of them on their way to the disk
+_WORKERS = 6  # which wait for the disk
 
 
 class OutputStream:

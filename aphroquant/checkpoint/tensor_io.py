@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 import threading
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,7 +24,8 @@ from aphroquant.checkpoint.followed import following
 from aphroquant.errors import InputError, ResourceError
 from aphroquant.numbers import same_bytes
 
-_READ = 2**23  # bytes read at once
+_READ = 2**22  # bytes read at once
+_READS_AT_ONCE = 3  # of one tensor: a disk that many ask gives more
 _WIDEST = 8  # bytes of a number: where tensors must begin in memory
 _THREAD = threading.local()
 _STEP = 2**20  # bytes written and read again at a time: what is compared is then in the processor's cache
@@ -67,14 +70,31 @@ def _is_worth_it(descriptor: int, begin: int, nbytes: int) -> bool:
 
 
 def _filled(descriptor: int, position: int, memory: Tensor) -> Iterator[int]:
-    """Read into the memory; how many bytes came each time, until it is full or the file ends."""
+    """Read into the memory, several parts at once; how many bytes came of each, in order, until the file ends."""
     view = memory.numpy().data
-    while view:
-        count = read_into(descriptor, position, view[:_READ])
-        if not count:
-            return
-        yield count
-        position, view = position + count, view[count:]
+    parts = [(position + start, view[start : start + _READ]) for start in range(0, len(view), _READ)]
+    if len(parts) < 2:
+        yield from (_fill(descriptor, *part) for part in parts)
+        return
+    with ThreadPoolExecutor(min(_READS_AT_ONCE, len(parts)), thread_name_prefix="reading") as pool:
+        reads = deque(pool.submit(_fill, descriptor, *part) for part in parts)
+        try:
+            for _, part in parts:
+                count = reads.popleft().result()
+                yield count
+                if count < len(part):
+                    return
+        finally:
+            for read in reads:
+                read.cancel()
+
+
+def _fill(descriptor: int, position: int, part: memoryview) -> int:
+    """How many bytes came; fewer than there is room for only at the file's end."""
+    done = 0
+    while done < len(part) and (count := read_into(descriptor, position + done, part[done:])):
+        done += count
+    return done
 
 
 def as_tensor(buffer: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:

@@ -105,13 +105,9 @@ def test_a_large_gap_is_left_for_the_end(place: Path, monkeypatch: pytest.Monkey
     assert sum(here) == SIZE - sum(end - begin for begin, end in RANGES)
 
 
-@pytest.mark.parametrize("is_direct", [True, False])
-def test_nobody_waits_while_the_hash_is_far_behind(
-    is_direct: bool, place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nobody_waits_while_the_hash_is_far_behind(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(followed, "_NEAR", 2**16)
     monkeypatch.setattr(followed, "_STEP", 4 * ALIGNMENT)
-    monkeypatch.setattr(followed, "is_cached", lambda *place: not is_direct)
     here = read_here(monkeypatch)
     begin = 2**20 + 8  # behind an embedding, which comes late
     with SourceHashes({"x": place}, {place: [(8, begin)]}) as hashes:
