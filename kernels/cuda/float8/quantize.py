@@ -45,15 +45,14 @@ def quantize_tokens(
     tokens, columns = x.shape
     stride = columns + -columns % _ALIGNMENT
     codes = torch.empty(tokens, stride, dtype=torch.float8_e4m3fn, device=x.device)
-    blocks = 1
+    macros, blocks = quantize_macros(x.dtype, granularity, columns), 1
     if granularity is Granularity.GROUP:
         groups = -(-columns // GROUP)
         scale = torch.empty(groups, padded_tokens, dtype=torch.float32, device=x.device)
-        blocks = -(-groups * _GROUP_THREADS // _THREADS)
+        blocks = -(-groups * _GROUP_THREADS // int(macros["THREADS"]))
     elif granularity is Granularity.TOKEN:
         scale = torch.empty(tokens, dtype=torch.float32, device=x.device)
     assert scale is not None
-    macros = quantize_macros(x.dtype, granularity, columns)
     cuda_kernel("float8_quantize.cu", "float8_quantize", macros).launch(
         grid=(tokens, blocks, 1),
         block=(int(macros["THREADS"]), 1, 1),

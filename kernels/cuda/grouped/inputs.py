@@ -92,11 +92,12 @@ def quantize_inputs(
     columns, pairs = x.shape[1], groups.num_pairs
     stride = columns + -columns % _CODE_ALIGNMENT
     codes = torch.empty(pairs, stride, dtype=torch.float8_e4m3fn, device=x.device)
+    macros = quantize_macros(x.dtype, granularity, columns) | {"HAS_ROWS": int(not in_order)}
     blocks = 1
     shape: tuple[int, ...] = (pairs,)
     if granularity is Granularity.GROUP:
         lines = -(-columns // GROUP)
-        blocks, shape = -(-lines * _GROUP_THREADS // _THREADS), (lines, groups.line_length)
+        blocks, shape = -(-lines * _GROUP_THREADS // int(macros["THREADS"])), (lines, groups.line_length)
     scales = torch.empty(shape, dtype=torch.float32, device=x.device)
     quantize = _Quantize(
         x.data_ptr(),
@@ -111,7 +112,6 @@ def quantize_inputs(
         stride,
         groups.line_length,
     )
-    macros = quantize_macros(x.dtype, granularity, columns) | {"HAS_ROWS": int(not in_order)}
     cuda_kernel("grouped_quantize.cu", "grouped_quantize", macros).launch(
         grid=(pairs, blocks, 1),
         block=(int(macros["THREADS"]), 1, 1),

@@ -11,9 +11,8 @@ from aphroquant.kernels.cuda.device import gpu
 from aphroquant.kernels.cuda.integer.mma import mma_multiply
 from aphroquant.kernels.cuda.integer.packing import PackedInteger
 from aphroquant.kernels.cuda.integer.problem import scale_exponent
-from aphroquant.kernels.cuda.integer.row_parts import multiply_parts
-from aphroquant.kernels.cuda.integer.tiles import choose_mma_tile, choose_wgmma_tile
-from aphroquant.kernels.cuda.integer.wgmma import WgmmaTile
+from aphroquant.kernels.cuda.integer.row_parts import Part, multiply_parts, row_parts
+from aphroquant.kernels.cuda.integer.tiles import choose_mma_tile, choose_wgmma_tile, with_fewer_stages
 from aphroquant.kernels.cuda.launcher import cuda_kernel
 
 _ALIGNMENT = 8  # 16-bit inputs: rows begin at multiples of 16 bytes
@@ -25,7 +24,7 @@ class BatchLinear:
 
     def __init__(self, packed: PackedInteger, bias: Tensor | None) -> None:
         self.packed, self.bias = packed, bias
-        self._tiles: dict[int, WgmmaTile] = {}
+        self._parts: dict[int, list[Part]] = {}
         self._exponents = {dtype: scale_exponent(packed, dtype) for dtype in (torch.bfloat16, torch.float16)}
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
@@ -41,15 +40,19 @@ class BatchLinear:
             out = x.new_empty(x.shape[0], packed.out_features)
         exponent = self._exponents[x.dtype]
         if device.capability == (9, 0):
-            return multiply_parts(packed, x, self.bias, self._wgmma_tile(x), exponent, out)
+            return multiply_parts(packed, x, self.bias, self._wgmma_parts(x), exponent, out)
         mma = choose_mma_tile(packed, x.shape[0], device.multiprocessors)
         return mma_multiply(packed, x, self.bias, mma, exponent, out)
 
-    def _wgmma_tile(self, x: Tensor) -> WgmmaTile:
+    def _wgmma_parts(self, x: Tensor) -> list[Part]:
         tokens = x.shape[0]
-        if tokens not in self._tiles:
-            self._tiles[tokens] = choose_wgmma_tile(self.packed, tokens, x.get_device())
-        return self._tiles[tokens]
+        if tokens not in self._parts:
+            packed, device = self.packed, x.get_device()
+            tile = choose_wgmma_tile(packed, tokens, device)
+            size = (packed.out_features, packed.padded_columns, tokens)
+            parts = row_parts(*size, tile, gpu(device).multiprocessors)
+            self._parts[tokens] = [(rows, with_fewer_stages(own, packed) or own) for rows, own in parts]
+        return self._parts[tokens]
 
 
 def gather_columns(x: Tensor, columns: Tensor) -> Tensor:

@@ -6,13 +6,12 @@ end.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from torch import Tensor
 
-from aphroquant.kernels.cuda.device import gpu
 from aphroquant.kernels.cuda.integer.packing import CHUNK, PackedInteger
-from aphroquant.kernels.cuda.integer.tiles import with_fewer_stages
 from aphroquant.kernels.cuda.integer.wgmma import WgmmaTile, wgmma_multiply
 
 _REST_TOKENS, _REST_ROWS = 128, 128
@@ -31,15 +30,19 @@ def row_parts(rows: int, columns: int, tokens: int, tile: WgmmaTile, multiproces
 
 
 def multiply_parts(
-    packed: PackedInteger, x: Tensor, bias: Tensor | None, tile: WgmmaTile, exponent: int = 0, out: Tensor | None = None
+    packed: PackedInteger,
+    x: Tensor,
+    bias: Tensor | None,
+    parts: Sequence[Part],
+    exponent: int = 0,
+    out: Tensor | None = None,
+    multiprocessors: int | None = None,
 ) -> Tensor:
-    """As wgmma_multiply, in as many launches as the tile asks for."""
+    """As wgmma_multiply, a launch for each of `row_parts`."""
     if out is None:
         out = x.new_empty(x.shape[0], packed.out_features)
-    size = (packed.out_features, packed.padded_columns, x.shape[0])
-    for rows, own in row_parts(*size, tile, gpu(x.get_device()).multiprocessors):
-        fitting = own if own == tile else with_fewer_stages(own, packed) or own
-        wgmma_multiply(packed, x, bias, fitting, exponent, out, rows=rows)
+    for rows, tile in parts:
+        wgmma_multiply(packed, x, bias, tile, exponent, out, multiprocessors, rows)
     return out
 
 

@@ -26,7 +26,7 @@ from aphroquant.kernels.cuda.integer.decode_plan import (
 )
 from aphroquant.kernels.cuda.integer.measured import DECODE, WGMMA, kind_of
 from aphroquant.kernels.cuda.integer.packing import CHUNK, COLUMNS, ROWS, PackedInteger, pack
-from aphroquant.kernels.cuda.integer.row_parts import multiply_parts, row_parts
+from aphroquant.kernels.cuda.integer.row_parts import Part, multiply_parts, row_parts
 from aphroquant.kernels.cuda.integer.wgmma import WgmmaTile
 from aphroquant.kernels.cuda.lookup.kinds import schemes_by_kind
 from aphroquant.kernels.cuda.lookup.linear import pack_any
@@ -207,14 +207,18 @@ def _with_most_stages(tile: WgmmaTile, packed: PackedInteger, problem: Problem) 
 
 def _wgmma_calls(problem: Problem, tile: WgmmaTile, count: int) -> list[Callable[[], Tensor]]:
     x = _inputs(problem.tokens, problem.in_features)
-    return [partial(multiply_parts, packed, x, None, tile) for packed in _packed_of(problem, count)]
+    parts = _parts(problem, tile)
+    return [partial(multiply_parts, packed, x, None, parts) for packed in _packed_of(problem, count)]
 
 
 def _wgmma_sources(problem: Problem, tile: WgmmaTile) -> list[tuple[str, dict[str, Macro]]]:
+    return [(wgmma.SOURCE, own.macros(_sample(problem.kind), _DTYPE)) for _, own in _parts(problem, tile)]
+
+
+def _parts(problem: Problem, tile: WgmmaTile) -> list[Part]:
     multiprocessors = gpu(torch.cuda.current_device()).multiprocessors
     columns = ceil_div(problem.in_features, COLUMNS) * COLUMNS
-    parts = row_parts(problem.out_features, columns, problem.tokens, tile, multiprocessors)
-    return [(wgmma.SOURCE, own.macros(_sample(problem.kind), _DTYPE)) for _, own in parts]
+    return row_parts(problem.out_features, columns, problem.tokens, tile, multiprocessors)
 
 
 TUNABLES = (

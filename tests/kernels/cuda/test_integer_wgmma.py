@@ -7,7 +7,7 @@ import torch
 
 from aphroquant.kernels.cuda.integer.packing import pack_groups, unpack
 from aphroquant.kernels.cuda.integer.problem import scale_exponent
-from aphroquant.kernels.cuda.integer.row_parts import row_parts
+from aphroquant.kernels.cuda.integer.row_parts import multiply_parts, row_parts
 from aphroquant.kernels.cuda.integer.wgmma import WgmmaTile, wgmma_multiply
 
 # Relative error in the norm: what rounding weights and outputs does, and no more.
@@ -113,3 +113,15 @@ def test_rows_are_cut_where_the_gpu_is_full(rows: int, tokens: int, multicast: i
 def test_rows_that_do_not_fill_the_gpu_or_fill_it_evenly_are_not_cut(rows: int, tokens: int) -> None:
     tile = WgmmaTile(256, chunks=1, persistent=True, cut=True)
     assert row_parts(rows, 4096, tokens, tile, 132) == [(range(rows), tile)]
+
+
+def test_a_product_in_two_launches_is_the_whole_product(device: torch.device) -> None:
+    codes = torch.randint(0, 16, (400, 128), dtype=torch.uint8, device=device)
+    packed = pack_groups(4, codes, torch.rand(400, 1, device=device).to(torch.bfloat16), 128)
+    x = torch.randn(16, 128, device=device).to(torch.bfloat16)
+    parts = row_parts(400, 128, 16, WgmmaTile(16, chunks=1, stages=2, persistent=True, cut=True), 2)
+    assert [rows for rows, _ in parts] == [range(256), range(256, 400)]
+    out = torch.full((16, 400), torch.nan, dtype=torch.bfloat16, device=device)
+    multiply_parts(packed, x, None, parts, out=out, multiprocessors=2)
+    expected = x.cpu().double() @ unpack(packed, torch.float64).cpu().T
+    assert (out.cpu().double() - expected).norm() / expected.norm() < TOLERANCE[torch.bfloat16]

@@ -10,7 +10,7 @@ from aphroquant.kernels.cuda.device import obstacle
 from aphroquant.kernels.cuda.float8.linear import CudaFloat8Linear, unsupported
 from aphroquant.kernels.cuda.integer.batch import BatchLinear
 from aphroquant.kernels.cuda.integer.packing import PackedInteger, pack, pack_groups, unpack
-from aphroquant.kernels.cuda.integer.row_parts import multiply_parts
+from aphroquant.kernels.cuda.integer.row_parts import multiply_parts, row_parts
 from aphroquant.kernels.cuda.integer.wgmma import WgmmaTile
 from aphroquant.kernels.random_weights import random_weight
 from aphroquant.kernels.reference.linear import quantize_dequantize
@@ -110,9 +110,11 @@ def test_every_cut_gives_the_product(tile: WgmmaTile) -> None:
         pytest.skip("wgmma needs a Hopper GPU")
     packed, x = packed_weight(1468, 2048), torch.randn(530, 2048, device="cuda").to(torch.bfloat16)
     out = torch.full((530, 1468), torch.nan, dtype=torch.bfloat16, device="cuda")
-    multiply_parts(packed, x, None, tile, out=out)
+    multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
+    parts = row_parts(1468, 2048, 530, tile, multiprocessors)
+    multiply_parts(packed, x, None, parts, out=out)
     assert relative_error(out, x.double() @ unpack(packed, torch.float64).T) < TOLERANCE[torch.bfloat16]
-    assert torch.equal(multiply_parts(packed, x, None, tile), out)
+    assert torch.equal(multiply_parts(packed, x, None, parts), out)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
