@@ -63,6 +63,12 @@ class Conversion(ABC):
         self.notes: list[str] = []
         self.shares = False  # the numbers of its blocks with other outputs
         self.started = time.monotonic()
+        with self.timed("plan"):
+            self._prepare()
+
+    @abstractmethod
+    def _prepare(self) -> None:
+        """Make the plan, and the writer of what it says."""
 
     def preview(self) -> ConversionResult:
         """What would be made."""

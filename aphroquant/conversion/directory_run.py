@@ -17,7 +17,7 @@ from torch import Tensor
 
 from aphroquant.calibration.data import CalibrationData
 from aphroquant.calibration.statistics import InputStatistics
-from aphroquant.checkpoint import Checkpoint, CheckpointWriter
+from aphroquant.checkpoint import CheckpointWriter
 from aphroquant.checkpoint.base import naming
 from aphroquant.checkpoint.carried import carried_name
 from aphroquant.checkpoint.hashes import FileRecord
@@ -25,7 +25,6 @@ from aphroquant.conversion.ahead import in_order
 from aphroquant.conversion.blocks import SolvedBlock, solve_without_data
 from aphroquant.conversion.conversion import Conversion, peak_memory
 from aphroquant.conversion.fused import unequal_groups
-from aphroquant.conversion.job.choices import ChoiceKeeper
 from aphroquant.conversion.kv_cache import FP8_PER_TENSOR, in_targets_shape, with_cache_scheme, written_names
 from aphroquant.conversion.loss import (
     DENSE_OUTCOME,
@@ -35,10 +34,8 @@ from aphroquant.conversion.loss import (
 )
 from aphroquant.conversion.manifest import manifest
 from aphroquant.conversion.plan import DEQUANTIZED_DTYPE, EXACT_DTYPE, ConversionPlan, make_plan, read_carried
-from aphroquant.conversion.progress import Progress
 from aphroquant.conversion.promises import promised_tensors
 from aphroquant.conversion.repack import RepackPlan, Stack, fetched_modules, make_repack_plan, repack_module
-from aphroquant.conversion.request import ConversionRequest
 from aphroquant.conversion.result import ConversionResult
 from aphroquant.conversion.soundness import (
     check_carried,
@@ -65,29 +62,18 @@ class DirectoryConversion(Conversion):
 
     plan: Plan
 
-    def __init__(
-        self,
-        request: ConversionRequest,
-        checkpoint: Checkpoint,
-        progress: Progress,
-        *,
-        reason: str | None = None,
-        measures: bool = True,
-        choices: ChoiceKeeper | None = None,
-    ) -> None:
-        super().__init__(request, checkpoint, progress, reason=reason, measures=measures, choices=choices)
+    def _prepare(self) -> None:
         self.modules: dict[str, dict[str, Any]] = {}
         self.scaling: dict[str, dict[str, Any]] = {}
         self.refinement: dict[str, dict[str, Any]] = {}
         self.distillation: dict[str, Any] = {}
         self._num_rescaled = 0
         self._changed: dict[str, Tensor] = {}
-        with self.timed("plan"):
-            check_output_place(checkpoint, request.out)
-            check_complete(checkpoint)
-            check_tokenizer(checkpoint)
-            self.plan = self._make_plan()
-            self.writer = CheckpointWriter(request.out, overwrite=request.overwrite, hashed=True)
+        check_output_place(self.checkpoint, self.request.out)
+        check_complete(self.checkpoint)
+        check_tokenizer(self.checkpoint)
+        self.plan = self._make_plan()
+        self.writer = CheckpointWriter(self.request.out, overwrite=self.request.overwrite, hashed=True)
 
     @property
     def place(self) -> Path:

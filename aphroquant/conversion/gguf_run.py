@@ -22,7 +22,6 @@ from aphroquant.conversion.conversion import Conversion
 from aphroquant.conversion.gguf_plan import GgufPlan, keeps_numbers, make_gguf_plan
 from aphroquant.conversion.gguf_rows import encoded_rows, pieces
 from aphroquant.conversion.gguf_types import label
-from aphroquant.conversion.job.choices import ChoiceKeeper
 from aphroquant.conversion.loss import (
     DENSE_OUTCOME,
     repacked,
@@ -30,8 +29,6 @@ from aphroquant.conversion.loss import (
     would_be_repacked,
 )
 from aphroquant.conversion.manifest import manifest
-from aphroquant.conversion.progress import Progress
-from aphroquant.conversion.request import ConversionRequest
 from aphroquant.conversion.result import ConversionResult
 from aphroquant.conversion.soundness import check_carried, check_complete, check_output_place
 from aphroquant.provenance.card import model_card
@@ -48,27 +45,16 @@ class GgufConversion(Conversion):
 
     plan: GgufPlan
 
-    def __init__(
-        self,
-        request: ConversionRequest,
-        checkpoint: Checkpoint,
-        progress: Progress,
-        *,
-        reason: str | None = None,
-        measures: bool = True,
-        choices: ChoiceKeeper | None = None,
-    ) -> None:
-        super().__init__(request, checkpoint, progress, reason=reason, measures=measures, choices=choices)
+    def _prepare(self) -> None:
         self._num_rescaled = 0
         self._squared = [0.0, 0.0]  # of errors, and of the weights that have them
-        with self.timed("plan"):
-            check_complete(checkpoint)
-            if not keeps_numbers(checkpoint, reason):
-                self.allocate()
-            self.plan = make_gguf_plan(checkpoint, self.resolved, reason)
-            check_output_place(checkpoint, self.plan.path)
-            self._writer = self._make_writer()
-            self._tell_plan()
+        check_complete(self.checkpoint)
+        if not keeps_numbers(self.checkpoint, self.reason):
+            self.allocate()
+        self.plan = make_gguf_plan(self.checkpoint, self.resolved, self.reason)
+        check_output_place(self.checkpoint, self.plan.path)
+        self._writer = self._make_writer()
+        self._tell_plan()
 
     @property
     def file_bytes(self) -> int:
